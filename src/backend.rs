@@ -1,0 +1,228 @@
+//! What every backend is given: the formula's coefficients and where the rows lie in memory.
+//!
+//! A backend is a forward and a backward kernel for one problem, whatever the options, because
+//! every option is a case of one formula. With logits x of a row, its target y (or probabilities
+//! p), and the coefficients of each class, the row's smoothed and weighted targets are
+//!
+//! ```text
+//! r_k  = own_k if k = y, else spread_k          class targets
+//! r_k  = scale_k · p_k + spread_k               probabilities
+//! S    = Σ_k r_k
+//! loss = Σ_k r_k·(lse − x_k) + z·lse²           lse = logsumexp(x)
+//! ∂loss/∂x_k = softmax_k·(S + 2·z·lse) − r_k
+//! ```
+
+pub(crate) mod cpu;
+
+use crate::error::{Error, Result};
+use candle_core::{DType, Device, Layout, Tensor};
+
+/// What a row's targets weigh for one class.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Coefficient {
+    /// The factor of a probability p_k.
+    pub scale: f64,
+    /// What the class gets whatever the target.
+    pub spread: f64,
+    /// What the class gets if it is the target: scale + spread, free of their rounding.
+    pub own: f64,
+    /// The class weight, by which a `Mean` divides.
+    pub weight: f64,
+}
+
+/// The coefficients of all classes.
+#[derive(Clone, Debug)]
+pub(crate) enum Coefficients {
+    /// The same for every class.
+    Uniform(Coefficient),
+    /// A tensor (4, K) on the logits' device, in the dtype of the arithmetic: a row for each field
+    /// of [`Coefficient`], in their order.
+    PerClass(Tensor),
+}
+
+/// One loss to compute, checked.
+#[derive(Clone, Debug)]
+pub(crate) struct Problem {
+    pub class_dim: usize,
+    pub num_classes: usize,
+    pub coefficients: Coefficients,
+    pub ignore_index: Option<i64>,
+    pub z_loss: f64,
+}
+
+/// Checks that there is a backend for the device.
+pub(crate) fn check_device(device: &Device) -> Result<()> {
+    match device {
+        Device::Cpu => Ok(()),
+        Device::Cuda(_) => Err(Error::MissingBackend { backend: "CUDA" }),
+        Device::Metal(_) => Err(Error::MissingBackend { backend: "Metal" }),
+    }
+}
+
+/// Checks that a tensor of this shape can be addressed in bytes, of whatever dtype. A view made by
+/// broadcasting can be far larger than the memory behind it.
+pub(crate) fn check_size(what: &'static str, shape: &[usize]) -> Result<()> {
+    const LARGEST: usize = isize::MAX as usize / size_of::<f64>();
+    // An empty tensor may have other dimensions of any length, which are multiplied all the same.
+    let size = shape
+        .iter()
+        .filter(|&&len| len != 0)
+        .try_fold(1usize, |size, &len| size.checked_mul(len));
+    match size {
+        Some(size) if size <= LARGEST => Ok(()),
+        _ => Err(Error::TooLarge {
+            what,
+            shape: shape.to_vec(),
+        }),
+    }
+}
+
+/// Targets as the kernels read them: detached, classes as u8, u32 or i64, probabilities as they
+/// are unless they are f8.
+pub(crate) fn readable_targets(targets: &Tensor) -> Result<Tensor> {
+    let targets = targets.detach();
+    match targets.dtype() {
+        DType::U8 | DType::U32 | DType::I64 => Ok(targets),
+        DType::I16 | DType::I32 => Ok(targets.to_dtype(DType::I64)?),
+        DType::BF16 | DType::F16 | DType::F32 | DType::F64 => Ok(targets),
+        DType::F8E4M3 => Ok(targets.to_dtype(DType::BF16)?),
+        dtype => Err(Error::TargetsDType {
+            dtype,
+            expected: "an integer dtype (class indices) or F8E4M3, F16, BF16, F32 or F64 (probabilities)",
+        }),
+    }
+}
+
+/// The rows of a tensor: all positions of its dimensions but the class dimension, in row-major
+/// order, at whatever strides.
+///
+/// Neighbouring dimensions that can be walked as one are merged, so that the rows of a contiguous
+/// tensor are a single dimension and finding one takes no division.
+#[derive(Debug)]
+pub(crate) struct Rows {
+    start: usize,
+    outer: Vec<Dim>,
+    inner: Dim,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Dim {
+    len: usize,
+    stride: usize,
+}
+
+/// Rows that follow each other at one stride.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Run {
+    pub offset: usize,
+    pub stride: usize,
+    pub len: usize,
+}
+
+impl Rows {
+    /// The rows of a layout; without a class dimension every element is a row of its own.
+    pub fn new(layout: &Layout, class_dim: Option<usize>) -> Self {
+        let mut outer: Vec<Dim> = Vec::new();
+        for (dim, (&len, &stride)) in layout.dims().iter().zip(layout.stride()).enumerate() {
+            if Some(dim) == class_dim || len == 1 {
+                continue;
+            }
+            match outer.last_mut() {
+                Some(last) if last.stride == stride * len => {
+                    *last = Dim {
+                        len: last.len * len,
+                        stride,
+                    }
+                }
+                _ => outer.push(Dim { len, stride }),
+            }
+        }
+        let inner = outer.pop().unwrap_or(Dim { len: 1, stride: 0 });
+        Self {
+            start: layout.start_offset(),
+            outer,
+            inner,
+        }
+    }
+
+    /// The longest run that begins at `row`.
+    pub fn run(&self, row: usize) -> Run {
+        let (mut rest, index) = match self.outer.is_empty() {
+            true => (0, row),
+            false => (row / self.inner.len, row % self.inner.len),
+        };
+        let mut offset = self.start + index * self.inner.stride;
+        for dim in self.outer.iter().rev() {
+            offset += rest % dim.len * dim.stride;
+            rest /= dim.len;
+        }
+        Run {
+            offset,
+            stride: self.inner.stride,
+            len: self.inner.len - index,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every row's offset, the slow and plain way.
+    fn offsets(layout: &Layout, class_dim: Option<usize>) -> Vec<usize> {
+        let mut offsets = vec![layout.start_offset()];
+        for (dim, (&len, &stride)) in layout.dims().iter().zip(layout.stride()).enumerate() {
+            if Some(dim) != class_dim {
+                offsets = offsets
+                    .iter()
+                    .flat_map(|o| (0..len).map(move |i| o + i * stride))
+                    .collect();
+            }
+        }
+        offsets
+    }
+
+    fn check(layout: &Layout, class_dim: Option<usize>) {
+        let rows = Rows::new(layout, class_dim);
+        let expected = offsets(layout, class_dim);
+        for (row, &offset) in expected.iter().enumerate() {
+            let run = rows.run(row);
+            assert_eq!(run.offset, offset, "row {row} of {layout:?}");
+            for i in 0..run.len {
+                assert_eq!(
+                    run.offset + i * run.stride,
+                    expected[row + i],
+                    "{i} after row {row} of {layout:?}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn rows_lie_where_the_layout_says() -> candle_core::Result<()> {
+        let contiguous = Layout::contiguous((2, 3, 4, 5));
+        let layouts = [
+            contiguous.clone(),
+            contiguous.narrow(1, 1, 2)?.narrow(3, 2, 3)?,
+            contiguous.transpose(1, 3)?,
+            contiguous.permute(&[3, 0, 2, 1])?,
+            Layout::contiguous((1, 3, 1, 5)).broadcast_as((2, 3, 4, 5))?,
+            contiguous.narrow(2, 0, 1)?,
+            contiguous.narrow(0, 0, 0)?,
+        ];
+        for layout in &layouts {
+            check(layout, None);
+            (0..4).for_each(|class_dim| check(layout, Some(class_dim)));
+        }
+        check(&Layout::contiguous(()), None);
+        check(&Layout::contiguous(7), Some(0));
+        Ok(())
+    }
+
+    #[test]
+    fn rows_of_a_contiguous_tensor_are_one_run() {
+        let layout = Layout::contiguous((2, 3, 4, 5));
+        assert_eq!(Rows::new(&layout, Some(3)).run(0).len, 24);
+        assert_eq!(Rows::new(&layout, None).run(0).len, 120);
+    }
+}

@@ -1,0 +1,281 @@
+//! Everything that can be wrong with what the caller gave, in the caller's terms.
+
+use candle_core::{DType, DeviceLocation};
+use std::fmt;
+
+/// `Result` with this crate's [`Error`].
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// What was given, and what was expected instead.
+///
+/// The error converts into [`candle_core::Error`] and back without loss, so `?` works in a function
+/// that returns candle's `Result`, and `Error::from` gives the very error back. `Debug` prints the
+/// message, as candle's own error does.
+#[derive(thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// Smoothing is a proportion.
+    #[error("epsilon is {epsilon}, expected a number from 0 to 1 (ten percent is 0.1)")]
+    Epsilon {
+        /// The value given.
+        epsilon: f64,
+    },
+
+    /// The z-loss is a penalty.
+    #[error("the z-loss coefficient is {coefficient}, expected a finite number >= 0")]
+    ZLoss {
+        /// The value given.
+        coefficient: f64,
+    },
+
+    /// Class weights or a prior that are not a list of floating-point numbers.
+    #[error(
+        "the {what} have dtype {dtype:?} and shape {shape:?}, expected floating-point numbers of shape [num_classes]"
+    )]
+    VectorType {
+        /// Which option.
+        what: &'static str,
+        /// The dtype given.
+        dtype: DType,
+        /// The shape given.
+        shape: Vec<usize>,
+    },
+
+    /// A class weight or a prior probability that is negative or not finite.
+    #[error("the {what} hold {value} for class {class}, expected a finite number >= 0")]
+    VectorValue {
+        /// Which option.
+        what: &'static str,
+        /// The first class concerned.
+        class: usize,
+        /// Its value.
+        value: f64,
+    },
+
+    /// A prior that is no probability distribution.
+    #[error(
+        "the prior probabilities sum to {sum}, expected 1 (within 0.001): divide counts by their sum first"
+    )]
+    PriorSum {
+        /// The sum found.
+        sum: f64,
+    },
+
+    /// Class weights or a prior that were made for another number of classes.
+    #[error("{len} {what} were given for {num_classes} classes, expected one for each class")]
+    VectorLength {
+        /// Which option.
+        what: &'static str,
+        /// The number given.
+        len: usize,
+        /// The number of classes of the logits.
+        num_classes: usize,
+    },
+
+    /// A scalar has no class dimension.
+    #[error("the logits are a scalar, expected at least one dimension, the classes")]
+    LogitsRank,
+
+    /// The class dimension does not exist.
+    #[error("the class dimension is {class_dim}, but logits of shape {shape:?} have dimensions 0 to {}", shape.len() - 1)]
+    ClassDim {
+        /// The dimension given to `with_class_dim`.
+        class_dim: usize,
+        /// The logits' shape.
+        shape: Vec<usize>,
+    },
+
+    /// There is nothing to choose from.
+    #[error("there are no classes (shape {shape:?}), expected at least one")]
+    NoClasses {
+        /// The shape given, or asked for.
+        shape: Vec<usize>,
+    },
+
+    /// `Smoothing::over_others` spreads over the other classes, and there is none.
+    #[error(
+        "smoothing over the other classes needs at least two classes, got one: use Smoothing::over_all or Smoothing::none"
+    )]
+    OneClass,
+
+    /// Logits must be f16, bf16, f32 or f64.
+    #[error("the logits have dtype {dtype:?}, expected F16, BF16, F32 or F64")]
+    LogitsDType {
+        /// The dtype given.
+        dtype: DType,
+    },
+
+    /// More elements than can be addressed.
+    #[error("{what} of shape {shape:?} would be too large for memory")]
+    TooLarge {
+        /// What was to be made or read.
+        what: &'static str,
+        /// Its shape.
+        shape: Vec<usize>,
+    },
+
+    /// Integer targets whose shape is not that of the logits' rows.
+    #[error(
+        "class targets ({dtype:?}) have shape {targets:?}, expected {expected:?}: the shape of the logits {logits:?} without their class dimension {class_dim}"
+    )]
+    ClassTargetsShape {
+        /// The targets' dtype.
+        dtype: DType,
+        /// The targets' shape.
+        targets: Vec<usize>,
+        /// The shape they should have.
+        expected: Vec<usize>,
+        /// The logits' shape.
+        logits: Vec<usize>,
+        /// The class dimension in force.
+        class_dim: usize,
+    },
+
+    /// Floating-point targets whose shape is not the logits'.
+    #[error(
+        "floating-point targets ({dtype:?}) are probabilities and need the shape of the logits {logits:?}, got {targets:?}; class indices need an integer dtype: to_dtype(DType::U32)"
+    )]
+    ProbabilityTargetsShape {
+        /// The targets' dtype.
+        dtype: DType,
+        /// The targets' shape.
+        targets: Vec<usize>,
+        /// The logits' shape.
+        logits: Vec<usize>,
+    },
+
+    /// Probabilities handed to `smooth_targets` with another number of classes.
+    #[error(
+        "labels of dtype {dtype:?} are probabilities and need num_classes = {num_classes} as their last dimension, got shape {shape:?}"
+    )]
+    ProbabilityLabelsShape {
+        /// The labels' dtype.
+        dtype: DType,
+        /// The labels' shape.
+        shape: Vec<usize>,
+        /// The number of classes asked for.
+        num_classes: usize,
+    },
+
+    /// Targets in a dtype that is neither class index nor probability.
+    #[error("the targets have dtype {dtype:?}, expected {expected}")]
+    TargetsDType {
+        /// The dtype given.
+        dtype: DType,
+        /// What is possible here.
+        expected: &'static str,
+    },
+
+    /// Probabilities name no class that could be ignored.
+    #[error(
+        "ignore_index {ignore_index} was set, but the targets ({dtype:?}) are probabilities, which name no class to ignore"
+    )]
+    IgnoreIndexWithProbabilities {
+        /// The index set.
+        ignore_index: i64,
+        /// The targets' dtype.
+        dtype: DType,
+    },
+
+    /// Logits and targets on different devices.
+    #[error(
+        "the logits are on {logits:?} and the targets on {targets:?}, expected one device: targets.to_device(logits.device())"
+    )]
+    DeviceMismatch {
+        /// Where the logits are.
+        logits: DeviceLocation,
+        /// Where the targets are.
+        targets: DeviceLocation,
+    },
+
+    /// The device is one that this crate has no kernels for yet.
+    #[error(
+        "candle-label-smoothing has no {backend} backend yet: move the tensors to the CPU with to_device(&Device::Cpu)"
+    )]
+    MissingBackend {
+        /// The name of the backend.
+        backend: &'static str,
+    },
+
+    /// A class target that is no class.
+    #[error("target {target} of row {row} is no class: expected 0 to {}{}", num_classes - 1, ignoring(*target))]
+    TargetOutOfRange {
+        /// The row, counted over all dimensions but the classes' in row-major order.
+        row: usize,
+        /// The target found there.
+        target: i64,
+        /// The number of classes.
+        num_classes: usize,
+    },
+
+    /// A tensor whose layout reaches beyond its storage, as only unchecked constructors make it.
+    #[error(
+        "a tensor of shape {shape:?}, stride {stride:?} and offset {offset} reaches beyond its storage of {len} elements"
+    )]
+    Layout {
+        /// Its shape.
+        shape: Vec<usize>,
+        /// Its strides, in elements.
+        stride: Vec<usize>,
+        /// The position of its first element.
+        offset: usize,
+        /// The number of elements there are.
+        len: usize,
+    },
+
+    /// An error of candle's own.
+    #[error(transparent)]
+    Candle(candle_core::Error),
+}
+
+/// A hint for the commonest way to a target out of range: padding.
+fn ignoring(target: i64) -> String {
+    // What a negative i32 looks like once stored as u32.
+    let unwrapped = u32::try_from(target).map_or(target, |t| i64::from(t.cast_signed()));
+    if target < 0 {
+        format!("; to leave such rows out, use with_ignore_index({target})")
+    } else if unwrapped < 0 {
+        format!(
+            "; this is {unwrapped} stored as u32: keep such targets in i64 and use with_ignore_index({unwrapped})"
+        )
+    } else {
+        String::new()
+    }
+}
+
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+// The two conversions undo each other. Of candle's variants that hold a foreign error, `Wrapped`
+// keeps only its text; `WrappedContext` keeps the error itself.
+
+impl From<Error> for candle_core::Error {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Candle(error) => error,
+            error => candle_core::Error::WrappedContext {
+                wrapped: Box::new(error),
+                context: "in candle-label-smoothing".to_string(),
+            },
+        }
+    }
+}
+
+impl From<candle_core::Error> for Error {
+    fn from(error: candle_core::Error) -> Self {
+        match error {
+            candle_core::Error::WrappedContext { wrapped, context } => {
+                match wrapped.downcast::<Error>() {
+                    Ok(error) => *error,
+                    Err(wrapped) => {
+                        Error::Candle(candle_core::Error::WrappedContext { wrapped, context })
+                    }
+                }
+            }
+            error => Error::Candle(error),
+        }
+    }
+}

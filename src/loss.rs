@@ -1,0 +1,362 @@
+//! The loss as its user sees it: options, validation, reduction.
+
+use crate::backend::{self, Coefficients, Problem, cpu};
+use crate::error::{Error, Result};
+use crate::op::{self, Divisor, Reduced};
+use crate::smoothing::{self, Smoothing};
+use candle_core::{DType, Device, Storage, Tensor};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// How the rows' losses become the result.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Reduction {
+    /// No reduction: a loss for each row, 0 for ignored rows, in the logits' shape without the class
+    /// dimension.
+    None,
+    /// The sum of the rows' losses, a scalar; 0 if there are none.
+    Sum,
+    /// The mean of the rows' losses, a scalar, by PyTorch's rule: for class targets the sum is
+    /// divided by Σ w_y over the rows that are not ignored (their number, without class weights),
+    /// for probability targets by the number of rows. NaN if nothing is left to divide by.
+    #[default]
+    Mean,
+}
+
+/// Cross-entropy with label smoothing, of logits and class indices or probabilities.
+///
+/// For a row of logits x over K classes, with the smoothed targets q of [`Smoothing`], class weights
+/// w (1 if there are none) and the z-loss coefficient z (0 if not set), the row's loss is
+///
+/// ```text
+/// loss = Σ_k w_k·q_k·(lse − x_k) + z·lse²        lse = log Σ_k exp(x_k)
+/// ```
+///
+/// which for w = 1 and z = 0 is the cross-entropy −Σ q_k·log softmax(x)_k, and agrees with
+/// PyTorch's `CrossEntropyLoss` option by option.
+///
+/// The loss is a builder: each `with_` method takes it and gives it back. It holds no state, may be
+/// cloned and shared between threads, and is meant to be built once and used at every step.
+///
+/// ```
+/// use candle_core::{Device, Tensor, Var};
+/// use candle_label_smoothing::{LabelSmoothingLoss, Smoothing};
+///
+/// let logits = Var::new(&[[1f32, 2., 3.], [3., 1., 2.]], &Device::Cpu)?;
+/// let targets = Tensor::new(&[2u32, 0], &Device::Cpu)?;
+///
+/// let loss = LabelSmoothingLoss::new(Smoothing::over_others(0.1)?);
+/// let loss = loss.forward(&logits, &targets)?;
+/// assert!((loss.to_scalar::<f32>()? - 0.5576).abs() < 1e-4);
+///
+/// let gradients = loss.backward()?;
+/// assert_eq!(gradients.get(&logits).map(|g| g.dims()), Some(&[2, 3][..]));
+/// # Ok::<(), candle_label_smoothing::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct LabelSmoothingLoss {
+    smoothing: Smoothing,
+    reduction: Reduction,
+    class_weights: Option<Arc<[f64]>>,
+    ignore_index: Option<i64>,
+    class_dim: Option<usize>,
+    z_loss: f64,
+    /// The coefficients that differ from class to class, once for each device and dtype they were
+    /// used with.
+    tables: Arc<Mutex<Vec<Tensor>>>,
+}
+
+impl LabelSmoothingLoss {
+    /// The loss with this smoothing, [`Reduction::Mean`], and every other option off.
+    pub fn new(smoothing: Smoothing) -> Self {
+        Self {
+            smoothing,
+            reduction: Reduction::default(),
+            class_weights: None,
+            ignore_index: None,
+            class_dim: None,
+            z_loss: 0.,
+            tables: Arc::default(),
+        }
+    }
+
+    /// Sets how the rows' losses are reduced; [`Reduction::Mean`] otherwise.
+    pub fn with_reduction(mut self, reduction: Reduction) -> Self {
+        self.reduction = reduction;
+        self
+    }
+
+    /// Weighs each class: `weights` has shape (K), any floating-point dtype and any device. It is
+    /// read to the host here and taken as a constant.
+    ///
+    /// As in PyTorch, the weight w_k stands at each class's term of the sum, so with smoothing the
+    /// other classes' weights count too; [`Reduction::Mean`] divides by the weights of the targets.
+    ///
+    /// # Errors
+    /// More or fewer dimensions than one, an integer dtype, and values that are negative or not
+    /// finite. That the length is K is checked by [`forward`](Self::forward).
+    pub fn with_class_weights(mut self, weights: &Tensor) -> Result<Self> {
+        self.class_weights = Some(smoothing::vector(CLASS_WEIGHTS, weights)?.into());
+        self.tables = Arc::default();
+        Ok(self)
+    }
+
+    /// Leaves out the rows whose class target is `index`, which need not be a class: padding, say.
+    /// Their loss and gradient are exactly 0, whatever their logits hold, and [`Reduction::Mean`]
+    /// does not count them. PyTorch's default is −100; here nothing is ignored unless it is set.
+    ///
+    /// Targets are compared as `i64`, so −100 needs targets of a signed dtype.
+    pub fn with_ignore_index(mut self, index: i64) -> Self {
+        self.ignore_index = Some(index);
+        self
+    }
+
+    /// Sets the dimension of the logits that holds the classes; the last one otherwise. For
+    /// PyTorch's image layout (N, C, H, W) it is 1.
+    pub fn with_class_dim(mut self, dim: usize) -> Self {
+        self.class_dim = Some(dim);
+        self
+    }
+
+    /// Adds `coefficient`·lse² to each row's loss, which keeps the logits from drifting: the z-loss
+    /// of [PaLM](https://arxiv.org/abs/2204.02311), with 1e-4 there. Ignored rows add nothing.
+    ///
+    /// # Errors
+    /// The coefficient must be finite and not negative.
+    pub fn with_z_loss(mut self, coefficient: f64) -> Result<Self> {
+        if !(coefficient.is_finite() && coefficient >= 0.) {
+            return Err(Error::ZLoss { coefficient });
+        }
+        self.z_loss = coefficient;
+        Ok(self)
+    }
+
+    /// The loss of `logits` for `targets`.
+    ///
+    /// `logits` are unnormalised: no softmax before this. Their shape is (.., K), of any rank from 1
+    /// on, or has the classes at [`with_class_dim`](Self::with_class_dim); their dtype is f16, bf16,
+    /// f32 or f64; their layout is any, views included. `targets` are, on the same device,
+    /// - class indices, of any integer dtype, in the logits' shape without the class dimension; or
+    /// - probabilities, of any floating-point dtype, in the logits' own shape, not checked to sum to
+    ///   1. They are taken as constants: no gradient flows to them.
+    ///
+    /// The result is f64 for f64 logits and f32 otherwise: a scalar, or with [`Reduction::None`] a
+    /// loss a row. The arithmetic runs in the result's dtype. The gradient has the logits' dtype;
+    /// only first-order gradients exist, as everywhere in candle. The logits are read once here and
+    /// once more by `backward`, and nothing of their size is allocated but the gradient.
+    ///
+    /// # Errors
+    /// Shapes, dtypes or devices that do not fit together, K = 0, class weights or a prior of
+    /// another length than K, `ignore_index` with probabilities, and a class target that is neither
+    /// in 0 to K−1 nor the ignored index.
+    pub fn forward(&self, logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
+        let (problem, targets) = self.problem(logits, targets)?;
+        let counted = self.reduction == Reduction::Mean
+            && targets.dtype().is_int()
+            && (self.class_weights.is_some() || self.ignore_index.is_some());
+        let tracked = logits.track_op();
+        let rows = op::row_losses(&problem, logits, &targets, counted, tracked)?;
+
+        let reduced = match (self.reduction, &rows.weights) {
+            (Reduction::None, _) => Reduced::No,
+            (Reduction::Sum, _) => Reduced::By(Divisor::Number(1.)),
+            (Reduction::Mean, None) => {
+                Reduced::By(Divisor::Number(rows.losses.elem_count() as f64))
+            }
+            (Reduction::Mean, Some(weights)) => Reduced::By(Divisor::Tensor(sum(weights)?)),
+        };
+        let result = match &reduced {
+            Reduced::No => rows.losses,
+            Reduced::By(divisor) => divisor
+                .divide(&sum(&rows.losses)?)?
+                .to_dtype(rows.losses.dtype())?,
+        };
+        match rows.statistics {
+            None => Ok(result),
+            Some(statistics) => {
+                let node = op::Loss {
+                    problem,
+                    targets,
+                    statistics,
+                    reduced,
+                };
+                Ok(logits.apply_op2(&result, node)?)
+            }
+        }
+    }
+
+    /// Checks everything that can be told without reading the targets.
+    pub(crate) fn problem(&self, logits: &Tensor, targets: &Tensor) -> Result<(Problem, Tensor)> {
+        let class_dim = self.class_dim(logits)?;
+        let num_classes = logits.dims()[class_dim];
+        if num_classes == 0 {
+            return Err(Error::NoClasses {
+                shape: logits.dims().to_vec(),
+            });
+        }
+        if !matches!(
+            logits.dtype(),
+            DType::F16 | DType::BF16 | DType::F32 | DType::F64
+        ) {
+            return Err(Error::LogitsDType {
+                dtype: logits.dtype(),
+            });
+        }
+        backend::check_size("logits", logits.dims())?;
+        if let Some(weights) = &self.class_weights {
+            smoothing::check_length(CLASS_WEIGHTS, weights, num_classes)?;
+        }
+        self.smoothing.check(num_classes)?;
+
+        let (on, targets_on) = (logits.device().location(), targets.device().location());
+        if on != targets_on {
+            return Err(Error::DeviceMismatch {
+                logits: on,
+                targets: targets_on,
+            });
+        }
+        backend::check_device(logits.device())?;
+        self.check_targets_type(logits, targets, class_dim)?;
+
+        let problem = Problem {
+            class_dim,
+            num_classes,
+            coefficients: self.coefficients(num_classes, logits)?,
+            ignore_index: self.ignore_index,
+            z_loss: self.z_loss,
+        };
+        Ok((problem, backend::readable_targets(targets)?))
+    }
+
+    pub(crate) fn reduction(&self) -> Reduction {
+        self.reduction
+    }
+
+    fn class_dim(&self, logits: &Tensor) -> Result<usize> {
+        let Some(last) = logits.rank().checked_sub(1) else {
+            return Err(Error::LogitsRank);
+        };
+        match self.class_dim {
+            Some(class_dim) if class_dim > last => Err(Error::ClassDim {
+                class_dim,
+                shape: logits.dims().to_vec(),
+            }),
+            class_dim => Ok(class_dim.unwrap_or(last)),
+        }
+    }
+
+    fn check_targets_type(
+        &self,
+        logits: &Tensor,
+        targets: &Tensor,
+        class_dim: usize,
+    ) -> Result<()> {
+        let dtype = targets.dtype();
+        if dtype.is_float() {
+            if let Some(ignore_index) = self.ignore_index {
+                return Err(Error::IgnoreIndexWithProbabilities {
+                    ignore_index,
+                    dtype,
+                });
+            }
+            if targets.dims() != logits.dims() {
+                return Err(Error::ProbabilityTargetsShape {
+                    dtype,
+                    targets: targets.dims().to_vec(),
+                    logits: logits.dims().to_vec(),
+                });
+            }
+        } else {
+            let mut expected = logits.dims().to_vec();
+            expected.remove(class_dim);
+            if targets.dims() != expected {
+                return Err(Error::ClassTargetsShape {
+                    dtype,
+                    targets: targets.dims().to_vec(),
+                    expected,
+                    logits: logits.dims().to_vec(),
+                    class_dim,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// The formula's coefficients for these logits. Class weights and priors go to a device once.
+    fn coefficients(&self, num_classes: usize, logits: &Tensor) -> Result<Coefficients> {
+        let dtype = result_dtype(logits.dtype());
+        let device = logits.device();
+        let mut tables = self.tables.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = tables
+            .iter()
+            .find(|table| table.dtype() == dtype && table.device().same_device(device));
+        if let Some(table) = known {
+            return Ok(Coefficients::PerClass(table.clone()));
+        }
+        let weights = self.class_weights.as_deref();
+        let coefficients = self
+            .smoothing
+            .coefficients(weights, num_classes, dtype, device)?;
+        if let Coefficients::PerClass(table) = &coefficients {
+            tables.push(table.clone());
+        }
+        Ok(coefficients)
+    }
+}
+
+const CLASS_WEIGHTS: &str = "class weights";
+
+/// The dtype of the result, which is also that of the arithmetic.
+pub(crate) fn result_dtype(logits: DType) -> DType {
+    match logits {
+        DType::F64 => DType::F64,
+        _ => DType::F32,
+    }
+}
+
+/// The sum of all rows, in f64: a million losses added up in f32 would lose half their digits.
+fn sum(rows: &Tensor) -> Result<Tensor> {
+    Ok(rows.to_dtype(DType::F64)?.sum_all()?)
+}
+
+/// Checks class targets against the number of classes.
+///
+/// `targets` are class indices of any shape and integer dtype; each must lie in 0 to K−1 with K =
+/// `num_classes`, or equal `ignore_index`. [`LabelSmoothingLoss::forward`] does the same on the
+/// CPU; on a GPU it would have to wait for the device, so there a bad target makes its row's loss
+/// NaN, and this function finds out which it was. It waits for the device and copies the targets to
+/// the host.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_label_smoothing::check_targets;
+///
+/// let targets = Tensor::new(&[0i64, 2, -100], &Device::Cpu)?;
+/// assert!(check_targets(&targets, 3, Some(-100)).is_ok());
+///
+/// let error = check_targets(&targets, 3, None).unwrap_err();
+/// assert!(error.to_string().starts_with("target -100 of row 2 is no class"));
+/// # Ok::<(), candle_label_smoothing::Error>(())
+/// ```
+///
+/// # Errors
+/// The first target that is neither a class nor ignored, with its row; a floating-point dtype.
+pub fn check_targets(
+    targets: &Tensor,
+    num_classes: usize,
+    ignore_index: Option<i64>,
+) -> Result<()> {
+    if !targets.dtype().is_int() {
+        return Err(Error::TargetsDType {
+            dtype: targets.dtype(),
+            expected: "an integer dtype: class indices",
+        });
+    }
+    backend::check_size("targets", targets.dims())?;
+    let targets = backend::readable_targets(&targets.to_device(&Device::Cpu)?)?;
+    let (storage, layout) = targets.storage_and_layout();
+    match &*storage {
+        Storage::Cpu(storage) => cpu::check_labels((storage, layout), num_classes, ignore_index),
+        _ => Ok(()),
+    }
+}

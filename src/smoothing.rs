@@ -1,0 +1,269 @@
+//! How a hard label becomes a soft one.
+
+use crate::backend::{self, Coefficient, Coefficients, Problem};
+use crate::error::{Error, Result};
+use crate::op;
+use candle_core::{D, DType, Device, Tensor};
+use std::sync::Arc;
+
+/// A convention for softening targets, and how much of it: the target distribution q made from the
+/// given one p, which is the one-hot vector of a class label or a row of probabilities.
+///
+/// The field uses one word for several formulas, so there is no default and no conversion from a
+/// number: a reader sees at the call which one is meant.
+///
+/// | | q of K classes | label, other classes at ε = 0.1, K = 3 | where |
+/// | --- | --- | --- | --- |
+/// | [`over_all`](Self::over_all) | (1−ε)·p + ε/K | 0.9333, 0.0333 | [Szegedy et al. 2016](https://arxiv.org/abs/1512.00567), PyTorch, Keras, optax |
+/// | [`over_others`](Self::over_others) | (1−ε)·p + ε·(1−p)/(K−1) | 0.9, 0.05 | tensor2tensor, fairseq |
+/// | [`toward`](Self::toward) | (1−ε)·p + ε·prior | | [Pereyra et al. 2017](https://arxiv.org/abs/1701.06548) |
+///
+/// `over_others(ε)` equals `over_all(ε·K/(K−1))`, for hard and for soft targets alike.
+///
+/// ```
+/// use candle_label_smoothing::{Smoothing, smooth_targets};
+/// use candle_core::{Device, Tensor};
+///
+/// let labels = Tensor::new(&[1u32], &Device::Cpu)?;
+/// let soft = smooth_targets(&labels, 3, &Smoothing::over_others(0.1)?)?;
+/// assert_eq!(soft.to_vec2::<f32>()?, [[0.05, 0.9, 0.05]]);
+/// # Ok::<(), candle_label_smoothing::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct Smoothing {
+    epsilon: f64,
+    spread: Spread,
+}
+
+/// Which classes ε is spread over.
+#[derive(Clone, Debug)]
+enum Spread {
+    All,
+    Others,
+    Prior(Arc<[f64]>),
+}
+
+impl Smoothing {
+    /// No smoothing: plain cross-entropy.
+    pub fn none() -> Self {
+        Self {
+            epsilon: 0.,
+            spread: Spread::All,
+        }
+    }
+
+    /// ε is spread evenly over all K classes, the label's own included: q = (1−ε)·p + ε/K.
+    ///
+    /// This is the formula of [Szegedy et al. 2016](https://arxiv.org/abs/1512.00567) and of the
+    /// `label_smoothing` argument of PyTorch's `CrossEntropyLoss`, of Keras and of optax.
+    ///
+    /// # Errors
+    /// ε must lie in 0 to 1, ends included.
+    pub fn over_all(epsilon: f64) -> Result<Self> {
+        Self::new(epsilon, Spread::All)
+    }
+
+    /// ε is spread evenly over the K−1 classes other than the label's: q = (1−ε)·p + ε·(1−p)/(K−1).
+    ///
+    /// This is the formula of tensor2tensor and fairseq; with three classes and ε = 0.1 the label
+    /// `1` becomes `[0.05, 0.9, 0.05]`. It equals `over_all(ε·K/(K−1))`.
+    ///
+    /// # Errors
+    /// ε must lie in 0 to 1, ends included. One class alone (K = 1) is an error when the smoothing
+    /// is used.
+    pub fn over_others(epsilon: f64) -> Result<Self> {
+        Self::new(epsilon, Spread::Others)
+    }
+
+    /// ε is spread over the classes as `prior` says: q = (1−ε)·p + ε·prior.
+    ///
+    /// A prior is for example the relative frequency of each class, or the unigram distribution of
+    /// a vocabulary, as in [Pereyra et al. 2017](https://arxiv.org/abs/1701.06548). Its shape is
+    /// (K), its dtype any floating-point one, on any device; it is read to the host here and taken
+    /// as a constant.
+    ///
+    /// # Errors
+    /// ε must lie in 0 to 1, ends included; the prior must have one dimension and finite values
+    /// >= 0 whose sum is 1 within 0.001 (the remaining difference is normalised away). That its
+    /// length is K is checked when the smoothing is used.
+    pub fn toward(epsilon: f64, prior: &Tensor) -> Result<Self> {
+        let mut prior = vector("prior probabilities", prior)?;
+        let sum: f64 = prior.iter().sum();
+        if (sum - 1.).abs() > 1e-3 {
+            return Err(Error::PriorSum { sum });
+        }
+        prior.iter_mut().for_each(|p| *p /= sum);
+        Self::new(epsilon, Spread::Prior(prior.into()))
+    }
+
+    fn new(epsilon: f64, spread: Spread) -> Result<Self> {
+        // A NaN lies in no range.
+        if !(0. ..=1.).contains(&epsilon) {
+            return Err(Error::Epsilon { epsilon });
+        }
+        Ok(Self { epsilon, spread })
+    }
+
+    /// Checks that these are targets for `num_classes` classes.
+    pub(crate) fn check(&self, num_classes: usize) -> Result<()> {
+        match &self.spread {
+            Spread::Others if num_classes == 1 => Err(Error::OneClass),
+            Spread::Prior(prior) => check_length("prior probabilities", prior, num_classes),
+            Spread::All | Spread::Others => Ok(()),
+        }
+    }
+
+    /// The coefficients of `num_classes` classes, for arithmetic in `dtype` on `device`.
+    pub(crate) fn coefficients(
+        &self,
+        weights: Option<&[f64]>,
+        num_classes: usize,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Coefficients> {
+        if weights.is_none() && !matches!(self.spread, Spread::Prior(_)) {
+            return Ok(Coefficients::Uniform(self.coefficient(num_classes, 0, 1.)));
+        }
+        let weight = |class| weights.map_or(1., |w: &[f64]| w.get(class).copied().unwrap_or(0.));
+        let of_class: Vec<Coefficient> = (0..num_classes)
+            .map(|class| self.coefficient(num_classes, class, weight(class)))
+            .collect();
+        let fields = [
+            |c: &Coefficient| c.scale,
+            |c: &Coefficient| c.spread,
+            |c: &Coefficient| c.own,
+            |c: &Coefficient| c.weight,
+        ];
+        let table: Vec<f64> = fields
+            .iter()
+            .flat_map(|field| of_class.iter().map(field))
+            .collect();
+        // To the device last: Metal has no f64.
+        let table = Tensor::from_vec(table, (fields.len(), num_classes), &Device::Cpu)?
+            .to_dtype(dtype)?
+            .to_device(device)?;
+        Ok(Coefficients::PerClass(table))
+    }
+
+    /// The coefficients of class `class`, whose class weight is `weight`: the one place where the
+    /// conventions differ.
+    fn coefficient(&self, num_classes: usize, class: usize, weight: f64) -> Coefficient {
+        let (epsilon, classes) = (self.epsilon, num_classes as f64);
+        let (scale, spread, own) = match &self.spread {
+            Spread::All => (1. - epsilon, epsilon / classes, None),
+            // In terms of over_all, with e = ε·K/(K−1): 1−e and e/K, without the rounding of e. The
+            // label's own share is given directly, so that it is exactly 0 where ε is 1.
+            Spread::Others => {
+                let spread = epsilon / (classes - 1.);
+                (1. - epsilon - spread, spread, Some(1. - epsilon))
+            }
+            Spread::Prior(prior) => {
+                let prior = prior.get(class).copied().unwrap_or(0.);
+                (1. - epsilon, epsilon * prior, None)
+            }
+        };
+        Coefficient {
+            scale: weight * scale,
+            spread: weight * spread,
+            own: weight * own.unwrap_or(scale + spread),
+            weight,
+        }
+    }
+}
+
+/// Reads class weights or a prior to the host and checks each value.
+pub(crate) fn vector(what: &'static str, tensor: &Tensor) -> Result<Vec<f64>> {
+    if tensor.rank() != 1 || !tensor.dtype().is_float() {
+        return Err(Error::VectorType {
+            what,
+            dtype: tensor.dtype(),
+            shape: tensor.dims().to_vec(),
+        });
+    }
+    // To the host first: Metal has no f64.
+    let values = tensor
+        .to_device(&Device::Cpu)?
+        .to_dtype(DType::F64)?
+        .to_vec1::<f64>()?;
+    match values.iter().position(|v| !(v.is_finite() && *v >= 0.)) {
+        Some(class) => Err(Error::VectorValue {
+            what,
+            class,
+            value: values[class],
+        }),
+        None => Ok(values),
+    }
+}
+
+/// Checks that class weights or a prior are as many as the classes.
+pub(crate) fn check_length(what: &'static str, values: &[f64], num_classes: usize) -> Result<()> {
+    if values.len() != num_classes {
+        return Err(Error::VectorLength {
+            what,
+            len: values.len(),
+            num_classes,
+        });
+    }
+    Ok(())
+}
+
+/// The smoothed target distributions of `labels`, to look at, to mix or to hand to another loss.
+///
+/// `labels` of an integer dtype are class indices of any shape (..); the result has shape (.., K)
+/// with K = `num_classes`. `labels` of a floating-point dtype are probabilities of shape (.., K)
+/// already, as mixup makes them, and keep their shape. The result is f32, on the labels' device, and
+/// a constant: no gradient flows back to the labels. The formulas stand at [`Smoothing`].
+///
+/// [`LabelSmoothingLoss`](crate::LabelSmoothingLoss) does not need this function: given plain
+/// labels it smooths them on the fly, without making the distributions.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use candle_label_smoothing::{Smoothing, smooth_targets};
+///
+/// let labels = Tensor::new(&[2u32, 0], &Device::Cpu)?;
+/// let soft = smooth_targets(&labels, 4, &Smoothing::over_all(0.2)?)?;
+/// assert_eq!(
+///     soft.to_vec2::<f32>()?,
+///     [[0.05, 0.05, 0.85, 0.05], [0.85, 0.05, 0.05, 0.05]]
+/// );
+/// # Ok::<(), candle_label_smoothing::Error>(())
+/// ```
+///
+/// # Errors
+/// A label outside 0 to K−1, probabilities whose last dimension is not K, K = 0, K = 1 with
+/// [`Smoothing::over_others`], and a prior of another length than K.
+pub fn smooth_targets(
+    labels: &Tensor,
+    num_classes: usize,
+    smoothing: &Smoothing,
+) -> Result<Tensor> {
+    if num_classes == 0 {
+        return Err(Error::NoClasses {
+            shape: [labels.dims(), &[0]].concat(),
+        });
+    }
+    smoothing.check(num_classes)?;
+    backend::check_device(labels.device())?;
+    let labels = backend::readable_targets(labels)?;
+    if labels.dtype().is_float() && labels.dim(D::Minus1).ok() != Some(num_classes) {
+        return Err(Error::ProbabilityLabelsShape {
+            dtype: labels.dtype(),
+            shape: labels.dims().to_vec(),
+            num_classes,
+        });
+    }
+    let mut shape = labels.dims().to_vec();
+    shape.truncate(labels.rank() - usize::from(labels.dtype().is_float()));
+    let class_dim = shape.len();
+    shape.push(num_classes);
+    backend::check_size("smoothed targets", &shape)?;
+    let problem = Problem {
+        class_dim,
+        num_classes,
+        coefficients: smoothing.coefficients(None, num_classes, DType::F32, labels.device())?,
+        ignore_index: None,
+        z_loss: 0.,
+    };
+    Ok(labels.apply_op1_no_bwd(&op::Smooth { problem })?)
+}
