@@ -83,9 +83,9 @@ impl Smoothing {
     /// as a constant.
     ///
     /// # Errors
-    /// ε must lie in 0 to 1, ends included; the prior must have one dimension and finite values
-    /// >= 0 whose sum is 1 within 0.001 (the remaining difference is normalised away). That its
-    /// length is K is checked when the smoothing is used.
+    /// ε must lie in 0 to 1, ends included; the prior must have one dimension and finite, not
+    /// negative values whose sum is 1 within 0.001 (the remaining difference is normalised away).
+    /// That its length is K is checked when the smoothing is used.
     pub fn toward(epsilon: f64, prior: &Tensor) -> Result<Self> {
         let mut prior = vector("prior probabilities", prior)?;
         let sum: f64 = prior.iter().sum();
