@@ -15,8 +15,7 @@ pub(crate) struct RowLosses {
     pub losses: Tensor,
     /// The rows' class weights, 0 for ignored rows.
     pub weights: Option<Tensor>,
-    /// What backward needs again, (3, N): the logits' maximum, the logarithm of Σ exp(x − maximum),
-    /// and S.
+    /// What backward needs again, (3, N): the logits' maximum, Σ exp(x − maximum), and S.
     pub statistics: Option<Tensor>,
 }
 

@@ -94,7 +94,7 @@ fn forward_in<A: Real>(
         Row {
             loss,
             max,
-            log_sum,
+            sum,
             total,
         }
     })?;
@@ -115,11 +115,7 @@ fn forward_in<A: Real>(
             false => None,
         },
         statistics: match statistics {
-            true => Some(columns(&[
-                |row| row.max,
-                |row| row.log_sum,
-                |row| row.total,
-            ])?),
+            true => Some(columns(&[|row| row.max, |row| row.sum, |row| row.total])?),
             false => None,
         },
     })
@@ -129,7 +125,7 @@ fn forward_in<A: Real>(
 struct Row {
     loss: f64,
     max: f64,
-    log_sum: f64,
+    sum: f64,
     total: f64,
 }
 
@@ -323,7 +319,7 @@ fn row_gradients<A: Real>(
     let statistics = statistics.storage_and_layout().0;
     let statistics = A::cpu_storage_as_slice(host(&statistics)?)?;
     let (max, rest) = statistics.split_at(num_rows);
-    let (log_sum, total) = rest.split_at(num_rows);
+    let (sum, total) = rest.split_at(num_rows);
     map(num_rows, 1, |row| {
         if targets.is_ignored(row) {
             return None;
@@ -338,12 +334,12 @@ fn row_gradients<A: Real>(
             &mut gradient,
         );
         let [upstream] = gradient;
-        let (max, log_sum) = (max[row], log_sum[row]);
-        let lse = max.to_f64() + log_sum.to_f64();
+        let (max, sum) = (max[row], sum[row].to_f64());
+        let lse = max.to_f64() + sum.ln();
         let pull = total[row].to_f64() + 2. * problem.z_loss * lse;
         Some(RowGradient {
             max,
-            scale: A::from_f64(upstream.to_f64() * pull * (-log_sum.to_f64()).exp()),
+            scale: A::from_f64(upstream.to_f64() * pull / sum),
             upstream,
         })
     })

@@ -1,0 +1,140 @@
+//! Inputs that several test files share.
+#![allow(dead_code, reason = "each test file uses its own part")]
+
+use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_label_smoothing::{LabelSmoothingLoss, Reduction, Smoothing};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+
+pub const CPU: Device = Device::Cpu;
+
+/// Uniform numbers from −`range` to `range`, f64.
+pub fn random(dims: &[usize], range: f64, seed: u64) -> Result<Tensor> {
+    let mut rng = StdRng::seed_from_u64(seed);
+    let values: Vec<f64> = (0..dims.iter().product())
+        .map(|_| rng.random_range(-range..=range))
+        .collect();
+    Tensor::from_vec(values, dims, &CPU)
+}
+
+/// Uniform class indices, i64.
+pub fn random_labels(dims: &[usize], num_classes: usize, seed: u64) -> Result<Tensor> {
+    let mut rng = StdRng::seed_from_u64(seed);
+    let labels: Vec<i64> = (0..dims.iter().product())
+        .map(|_| rng.random_range(0..num_classes as i64))
+        .collect();
+    Tensor::from_vec(labels, dims, &CPU)
+}
+
+/// Rows of probabilities over `dim`, f64.
+pub fn random_probabilities(dims: &[usize], dim: usize, seed: u64) -> Result<Tensor> {
+    candle_nn::ops::softmax(&random(dims, 2., seed)?, dim)
+}
+
+/// All values in row-major order, as f64.
+pub fn values(tensor: &Tensor) -> Result<Vec<f64>> {
+    tensor.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()
+}
+
+/// One loss to try: its options, logits (f64) and targets.
+#[derive(Clone)]
+pub struct Case {
+    pub name: String,
+    pub loss: LabelSmoothingLoss,
+    pub logits: Tensor,
+    pub targets: Tensor,
+}
+
+impl Case {
+    /// The scalar Σ u·loss with fixed upstream gradients u, and the gradient of the logits.
+    pub fn run(&self, dtype: DType) -> Result<(Tensor, Tensor)> {
+        self.run_with(dtype, |logits, targets| {
+            Ok(self.loss.forward(logits, targets)?)
+        })
+    }
+
+    /// The same by stock ops.
+    pub fn run_reference(&self, dtype: DType) -> Result<(Tensor, Tensor)> {
+        self.run_with(dtype, |logits, targets| {
+            let loss = candle_label_smoothing::reference::forward(&self.loss, logits, targets)?;
+            Ok(loss)
+        })
+    }
+
+    fn run_with(
+        &self,
+        dtype: DType,
+        forward: impl Fn(&Tensor, &Tensor) -> Result<Tensor>,
+    ) -> Result<(Tensor, Tensor)> {
+        let logits = Var::from_tensor(&self.logits.to_dtype(dtype)?)?;
+        let loss = forward(&logits, &self.targets)?;
+        let total = weighted(&loss)?;
+        let gradient = total.backward()?.get(&logits).cloned();
+        Ok((loss, gradient.expect("no gradient reached the logits")))
+    }
+}
+
+/// Σ u·loss with u between −1 and 1, for upstream gradients other than 1.
+pub fn weighted(loss: &Tensor) -> Result<Tensor> {
+    let upstream = random(loss.dims(), 1., 99)?.to_dtype(loss.dtype())?;
+    (loss * upstream)?.sum_all()
+}
+
+pub fn smoothings(num_classes: usize) -> Result<Vec<(&'static str, Smoothing)>> {
+    let prior = random_probabilities(&[num_classes], 0, 7)?;
+    Ok(vec![
+        ("none", Smoothing::none()),
+        ("over_all(0.1)", Smoothing::over_all(0.1)?),
+        ("over_all(1)", Smoothing::over_all(1.)?),
+        ("over_others(0.1)", Smoothing::over_others(0.1)?),
+        // More than (K−1)/K: the label gets less than the others.
+        ("over_others(0.9)", Smoothing::over_others(0.9)?),
+        ("over_others(1)", Smoothing::over_others(1.)?),
+        ("toward(0.3)", Smoothing::toward(0.3, &prior)?),
+    ])
+}
+
+/// Every combination of smoothing, class weights, ignored index, z-loss, reduction and kind of
+/// targets, for logits of the shape.
+pub fn grid(dims: &[usize], class_dim: usize) -> Result<Vec<Case>> {
+    let num_classes = dims[class_dim];
+    let mut rows = dims.to_vec();
+    rows.remove(class_dim);
+    let logits = random(dims, 3., 1)?;
+    let labels = random_labels(&rows, num_classes, 2)?;
+    let probabilities = random_probabilities(dims, class_dim, 3)?;
+    let weights = random(&[num_classes], 1., 4)?.abs()?;
+
+    let mut cases = Vec::new();
+    for (smoothing_name, smoothing) in smoothings(num_classes)? {
+        for weighted in [false, true] {
+            for z in [0., 0.01] {
+                for reduction in [Reduction::None, Reduction::Sum, Reduction::Mean] {
+                    let mut loss = LabelSmoothingLoss::new(smoothing.clone())
+                        .with_reduction(reduction)
+                        .with_class_dim(class_dim)
+                        .with_z_loss(z)?;
+                    if weighted {
+                        loss = loss.with_class_weights(&weights)?;
+                    }
+                    let name =
+                        format!("{smoothing_name}, weights {weighted}, z {z}, {reduction:?}");
+                    let ignoring = loss.clone().with_ignore_index(1);
+                    for (kind, loss, targets) in [
+                        ("labels", loss.clone(), &labels),
+                        ("labels, ignoring 1", ignoring, &labels),
+                        ("probabilities", loss, &probabilities),
+                    ] {
+                        cases.push(Case {
+                            name: format!("{name}, {kind}, {dims:?}/{class_dim}"),
+                            loss,
+                            logits: logits.clone(),
+                            targets: targets.clone(),
+                        });
+                    }
+                }
+            }
+        }
+    }
+    Ok(cases)
+}

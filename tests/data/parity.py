@@ -1,0 +1,410 @@
+#!/usr/bin/env python3
+"""Makes parity.safetensors, the numbers that tests/parity.rs compares the crate with.
+
+    pip install torch==2.15.0 numpy==2.4.6 safetensors==0.8.0     (any build of torch; the CPU is used)
+    python tests/data/parity.py            write parity.safetensors beside this script
+    python tests/data/parity.py --check    make everything again and compare it with the file
+
+The tests need the file only, never this script. Running it twice with the versions above gives the same bytes; with another
+torch or on another processor the last bits may move, which --check allows (1e-12) and says.
+
+What is in it, by table:
+
+    moduleinfo  the case grid of PyTorch's own tests of nn.CrossEntropyLoss (module_inputs_torch_nn_CrossEntropyLoss)
+    opinfo      the case grid of its tests of functional.cross_entropy (sample_inputs_cross_entropy)
+    torch       what else torch can state: every combination of its options, other class dimensions, more classes
+    formula     what torch cannot state: over_others, a prior, a z-loss, and every combination with the other options
+
+The numbers of the first three tables come from torch.nn.functional.cross_entropy and torch's autograd, in float64. The numbers of
+the fourth come from the formula below, by torch's autograd in float64. For every case that torch can state, the script asserts that
+the formula agrees with torch to 1e-12; and without a z-loss it also asserts that the formula's row losses are those which torch
+gives for the smoothed targets as probabilities, so that the fourth table does not rest on the formula alone.
+
+    r_ik   = (1 - e) w_k p_ik + e w_k pi_k        e = epsilon, or epsilon K / (K - 1) over the other classes; pi = 1/K or the prior
+    loss_i = sum_k r_ik (lse_i - x_ik) + z lse_i^2, 0 where the target is the ignored index
+    mean   = sum_i loss_i / sum_i w_{y_i} over the rows that count; / rows for probabilities
+
+Every input is a small multiple of a power of two and is stored in bf16, so it is the same number in f64, f32, f16 and bf16: one
+answer in f64 serves all four, and what the test allows for is the rounding of the arithmetic and of the result alone. PyTorch's
+tables draw from [-9, 9], and so do the logits here. Two of its choices cannot be kept: its class weights may be negative, which
+this crate refuses (here they are positive), and OpInfo asks for the gradient of probability targets, which are constants here.
+
+Sources: PyTorch 2.15 (BSD-3-Clause, https://github.com/pytorch/pytorch), torch/testing/_internal/common_modules.py and
+common_methods_invocations.py, for the list of shapes and options of the first two tables. No code, text or data is taken from
+them: the inputs are drawn here and the results are computed.
+"""
+
+import itertools
+import pathlib
+import sys
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save
+
+FILE = pathlib.Path(__file__).with_name("parity.safetensors")
+SEED = 20260
+
+inputs = {}  # name -> float64 or int64 tensor; shared by the cases
+cases = {}  # name -> line of the table, in order
+results = {}  # name -> float64 tensor: the loss and the gradient of each case
+sizes = {}  # name -> float64 tensor: for each number of the loss, then of the gradient, how large its terms are
+
+
+# ---- inputs -------------------------------------------------------------------------------------------------------------------
+
+
+def rng(name):
+    """A generator for each input of its own, so that adding a case does not change the others."""
+    return np.random.default_rng([SEED, *name.encode()])
+
+
+def keep(name, make):
+    if name not in inputs:
+        value = torch.as_tensor(np.asarray(make(rng(name))))
+        if value.is_floating_point():
+            value = value.to(torch.float64)
+            for dtype in (torch.bfloat16, torch.float16):
+                assert torch.equal(value.to(dtype).to(torch.float64), value), f"{name} is not exact in {dtype}"
+        inputs[name] = value
+    return name
+
+
+def dims(shape):
+    return "x".join(map(str, shape)) or "scalar"
+
+
+def logits(shape):
+    """Multiples of 1/16 in [-9, 9]: eight significant bits, all that bf16 has."""
+    return keep(f"logits/{dims(shape)}", lambda r: r.integers(-144, 145, shape) / 16)
+
+
+def labels(shape, classes, ignored=None):
+    """Class targets. At least one row counts, and with more rows than one at least one is ignored."""
+
+    def make(r):
+        y = r.integers(0, classes, shape)
+        flat = y.reshape(-1)
+        if ignored is not None and flat.size > 1:
+            flat[flat == ignored] = ignored - 1 if ignored > 0 else 0
+            flat[1 :: 3] = ignored
+        return y
+
+    label = "" if ignored is None else f"/ignoring{ignored}"
+    return keep(f"labels/{dims(shape)}/{classes}{label}", make)
+
+
+def shares(r, rows, classes, unit):
+    """Rows of multiples of 1/unit that sum to exactly one, shaped like a softmax: the largest remainders are rounded up."""
+    q = r.normal(size=(rows, classes)) * 1.2
+    q = np.exp(q) / np.exp(q).sum(1, keepdims=True) * unit
+    n = np.floor(q).astype(int)
+    for i in range(rows):
+        up = np.argsort(n[i] - q[i], kind="stable")[: unit - n[i].sum()]
+        n[i, up] += 1
+    assert (n.sum(1) == unit).all() and (n < 256).all()
+    return n / unit
+
+
+def unit(classes):
+    return 64 if classes < 64 else 1024
+
+
+def probabilities(shape, dim):
+    def make(r):
+        last = np.moveaxis(np.empty(shape), dim, -1).shape
+        p = shares(r, int(np.prod(last[:-1])), last[-1], unit(last[-1])).reshape(last)
+        return np.ascontiguousarray(np.moveaxis(p, -1, dim))
+
+    return keep(f"probabilities/{dims(shape)}/dim{dim}", make)
+
+
+def free_probabilities(shape):
+    """Numbers in [0, 1) that do not sum to one, as in OpInfo: the formula takes them as they are."""
+    return keep(f"unnormalised/{dims(shape)}", lambda r: r.integers(0, 256, shape) / 256)
+
+
+def weights(classes, zero=False):
+    """Class weights in (0, 9]; with `zero`, class 0 has none at all."""
+
+    def make(r):
+        w = r.integers(1, 145, classes) / 16
+        if zero:
+            w[0] = 0
+        return w
+
+    return keep(f"weights/{classes}{'/zero' if zero else ''}", make)
+
+
+def prior(classes):
+    return keep(f"prior/{classes}", lambda r: shares(r, 1, classes, unit(classes))[0])
+
+
+def upstream(shape):
+    """The gradient that arrives at the losses of reduction none: anything, of either sign."""
+    return keep(f"upstream/{dims(shape)}", lambda r: r.integers(-64, 65, shape) / 16)
+
+
+# ---- the two ways to a number ---------------------------------------------------------------------------------------------------
+
+
+def by_torch(x, y, dim, kind, epsilon, reduction, w, ignore):
+    """torch.nn.functional.cross_entropy, which wants the classes at dimension 1 (0 without a batch)."""
+    assert kind in ("none", "over_all")
+    at = 0 if x.dim() == 1 else 1
+    soft = y.is_floating_point()
+    options = {} if ignore is None else {"ignore_index": ignore}
+    target = y.movedim(dim, at) if soft else y
+    return F.cross_entropy(
+        x.movedim(dim, at), target, weight=w, reduction=reduction, label_smoothing=epsilon if kind == "over_all" else 0.0, **options
+    )
+
+
+def by_formula(x, y, dim, kind, epsilon, reduction, w, ignore, pi, z):
+    """The formula of the head comment; also the size of the terms of the loss and of what is summed in each row."""
+    x = x.movedim(dim, -1)
+    shape, k = x.shape[:-1], x.shape[-1]
+    x = x.reshape(-1, k)
+    soft = y.is_floating_point()
+    w = torch.ones(k, dtype=torch.float64) if w is None else w
+    pi = torch.full((k,), 1 / k, dtype=torch.float64) if pi is None else pi
+    e = {"none": 0.0, "over_others": epsilon * k / (k - 1) if k > 1 else None}.get(kind, epsilon)
+    if soft:
+        p = y.movedim(dim, -1).reshape(-1, k)
+        counts = torch.ones(len(x), dtype=torch.bool)
+        divisor = torch.tensor(float(len(x)), dtype=torch.float64)
+    else:
+        y = y.reshape(-1)
+        counts = torch.ones(len(x), dtype=torch.bool) if ignore is None else y != ignore
+        y = torch.where(counts, y, 0)
+        p = F.one_hot(y, k).to(torch.float64)
+        divisor = (w[y] * counts).sum()
+    own, spread = (1 - e) * w * p, e * w * pi
+    r = own + spread
+    # Relative to the row's maximum, which changes no number but keeps torch's own rounding far below the tolerances of the test.
+    top = x.detach().max(-1, keepdim=True).values
+    x = x - top
+    log_sum = torch.logsumexp(x, -1)
+    lse = log_sum + top[:, 0]
+    rows = torch.where(counts, (r * (log_sum[:, None] - x)).sum(-1) + z * lse**2, 0.0)
+    divisor = divisor if reduction == "mean" else 1.0
+    loss = rows.reshape(shape) if reduction == "none" else rows.sum() / divisor
+
+    # Without a z-loss, the row is torch's cross-entropy with the smoothed targets as probabilities.
+    if z == 0.0:
+        q = (1 - e) * p + e * pi
+        other = F.cross_entropy(x, q, weight=w, reduction="none")
+        close("rows", rows, torch.where(counts, other, 0.0))
+
+    # What a row's loss and each of its gradients are summed from, every term with its absolute value: an error of arithmetic is
+    # proportional to this, not to the sum. `+ 1` and `1 +` are the relative errors of the exponentials and of their sum.
+    with torch.no_grad():
+        terms = own.abs() + spread.abs()
+        size = (terms * (log_sum[:, None] - x + 1)).sum(-1) + z * (lse**2 + lse.abs())
+        size = torch.where(counts, size, 0.0)
+        loss_size = size.reshape(shape) if reduction == "none" else size.sum() / divisor
+        softmax = torch.exp(x - log_sum[:, None])
+        pull = terms.sum(-1, keepdim=True) + 2 * z * lse.abs()[:, None]
+        grad_size = softmax * pull * (1 + log_sum[:, None] - x) + terms
+        grad_size = torch.where(counts[:, None], grad_size, 0.0) / divisor
+        grad_size = grad_size.reshape(*shape, k).movedim(-1, dim)
+        # The gradient in closed form, which checks autograd on the formula as well.
+        grad = softmax * (r.sum(-1) + 2 * z * lse)[:, None] - r
+        grad = torch.where(counts[:, None], grad, 0.0) / divisor
+        grad = grad.reshape(*shape, k).movedim(-1, dim)
+    return loss, loss_size, grad, grad_size
+
+
+def close(what, a, b):
+    assert a.shape == b.shape, f"{what}: {a.shape} {b.shape}"
+    assert torch.isfinite(a).all() and torch.isfinite(b).all(), f"{what}: not finite"
+    assert ((a - b).abs() <= 1e-12 * b.abs().clamp(min=1)).all(), f"{what}: off by {(a - b).abs().max():.3g}"
+
+
+def case(name, x, y, dim, reduction="mean", kind="none", epsilon=0.0, w=None, ignore=None, pi=None, z=0.0, dim_given=True):
+    """One line of the table and its results. `x`, `y`, `w` and `pi` are names of inputs."""
+    assert name not in cases, name
+    get = lambda n: None if n is None else inputs[n]
+    value = inputs[x].clone().requires_grad_()
+    given = value, inputs[y], dim, kind, epsilon, reduction, get(w), ignore
+    loss, loss_size, grad, grad_size = by_formula(*given, get(pi), z)
+    arrives = upstream(loss.shape) if reduction == "none" else None
+    if arrives is not None:
+        u = inputs[arrives]
+        at = (lambda t: t) if u.dim() == 0 else (lambda t: t.unsqueeze(dim))
+        grad, grad_size = grad * at(u), grad_size * at(u.abs())
+    else:
+        u = torch.ones((), dtype=torch.float64)
+    (auto,) = torch.autograd.grad(loss, value, u, retain_graph=True)
+    close(f"{name}: closed form", grad, auto)
+    if not name.startswith("formula/"):
+        stated = by_torch(*given)
+        (stated_grad,) = torch.autograd.grad(stated, value, u)
+        close(f"{name}: loss", loss.detach(), stated.detach())
+        close(f"{name}: grad", auto, stated_grad)
+        loss, auto = stated, stated_grad
+    results[f"loss/{name}"] = loss.detach()
+    results[f"grad/{name}"] = auto
+    sizes[f"size/{name}"] = torch.cat([loss_size.reshape(-1), grad_size.reshape(-1)])
+    line = [name, f"logits={x}", f"targets={y}", f"reduction={reduction}", f"smoothing={kind}"]
+    line += [f"epsilon={epsilon!r}"] if kind != "none" else []
+    line += [f"class_dim={dim}"] if dim_given else []
+    line += [f"{k}={v}" for k, v in (("weights", w), ("ignore", ignore), ("prior", pi), ("upstream", arrives)) if v is not None]
+    line += [f"z={z!r}"] if z else []
+    cases[name] = " ".join(line)
+
+
+# ---- PyTorch's tables -----------------------------------------------------------------------------------------------------------
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def without(shape, dim):
+    return tuple(n for i, n in enumerate(shape) if i != dim)
+
+
+def moduleinfo():
+    options = {
+        "plain": {},
+        "weights": {"w": weights(3)},
+        "ignore": {"ignore": 1},
+        "smoothing": {"kind": "over_all", "epsilon": 0.15},
+        "ignore_smoothing": {"ignore": 1, "kind": "over_all", "epsilon": 0.15},
+    }
+    hard = {"2d": (2, 3), "3d": (2, 3, 5), "4d": (2, 3, 5, 5), "6d": (2, 3, 5, 5, 2, 2)}
+    soft = {"2d": (5, 3), "3d": (5, 3, 4), "4d": (5, 3, 4, 2), "6d": (2, 3, 5, 5, 2, 2)}
+    for reduction, (option, given) in itertools.product(REDUCTIONS, options.items()):
+        ignored = given.get("ignore")
+        given = {"reduction": reduction, **given}
+        tail = f"{option}/{reduction}"
+        for rank, shape in hard.items():
+            y = labels(without(shape, 1), 3, ignored)
+            case(f"moduleinfo/{rank}/{tail}", logits(shape), y, 1, **given)
+        if ignored is None:
+            for rank, shape in soft.items():
+                case(f"moduleinfo/{rank}_probabilities/{tail}", logits(shape), probabilities(shape, 1), 1, **given)
+            case(f"moduleinfo/unbatched/{tail}", logits((3,)), labels((), 3), 0, **given)
+
+
+def opinfo():
+    small = (2, 3)
+    table = {f"shape_{dims(s)}": (s, {}) for s in (small, (2, 3, 1), (2, 3, 1, 2), (2, 3, 1, 2, 3))}
+    table |= {r: (small, {"reduction": r}) for r in REDUCTIONS}
+    table |= {f"weights_{r}": (small, {"reduction": r, "w": weights(3)}) for r in REDUCTIONS}
+    table |= {"ignore": (small, {"ignore": 1})}
+    for (name, (shape, given)), soft in itertools.product(table.items(), (False, True)):
+        if soft and "ignore" in given:
+            continue
+        y = free_probabilities(shape) if soft else labels(without(shape, 1), 3, given.get("ignore"))
+        case(f"opinfo/{name}/{'probabilities' if soft else 'labels'}", logits(shape), y, 1, **given)
+
+
+# ---- beyond them ------------------------------------------------------------------------------------------------------------------
+
+
+def every_combination(table, smoothings):
+    """Every combination of the options on two small shapes: the classes last, and the classes in the middle.
+
+    The weights have a zero in them. Ignored is no row, a row whose target is the class 1, or a row with a target of -100.
+    """
+    for (shape, dim), smoothing, weighted, reduction in itertools.product(
+        (((4, 5), 1), ((2, 4, 3), 1)), smoothings, (False, True), REDUCTIONS
+    ):
+        kind, epsilon, z = smoothing
+        k = shape[dim]
+        given = {"reduction": reduction, "kind": kind, "epsilon": epsilon, "z": z, "dim_given": len(shape) > 2}
+        given |= {"w": weights(k, zero=True)} if weighted else {}
+        given |= {"pi": prior(k)} if kind == "toward" else {}
+        tail = ([f"{kind}_{epsilon}"] if kind != "none" else []) + ([f"z{z}"] if z else []) + (["weights"] if weighted else [])
+        for ignored in (None, 1, -100):
+            y = labels(without(shape, dim), k, ignored)
+            words = [*tail, *([f"ignore{ignored}"] if ignored is not None else [])] or ["plain"]
+            case(f"{table}/{dims(shape)}/labels/{'+'.join(words)}/{reduction}", logits(shape), y, dim, ignore=ignored, **given)
+        name = f"{table}/{dims(shape)}/probabilities/{'+'.join(tail or ['plain'])}/{reduction}"
+        case(name, logits(shape), probabilities(shape, dim), dim, **given)
+
+
+def some_shapes(table, shapes, smoothings, reductions):
+    """Everything at once (weights and an ignored index too) on shapes that differ in rank, class dimension and class count."""
+    for (shape, dim), (kind, epsilon, z), reduction in itertools.product(shapes, smoothings, reductions):
+        k = shape[dim]
+        if kind == "over_others" and k == 1:
+            continue  # there are no other classes
+        given = {"reduction": reduction, "kind": kind, "epsilon": epsilon, "z": z, "w": weights(k)}
+        given |= {"pi": prior(k)} if kind == "toward" else {}
+        given |= {"dim_given": dim != len(shape) - 1}
+        # An ignored index that no u8 can hold, on targets that are 44 (300 - 256) in places, must match none of them.
+        ignored = 300 if k == 67 else -100 if k == 300 else k - 1 if k > 1 and len(shape) > 1 else None
+        tail = f"{kind}_{epsilon}{f'+z{z}' if z else ''}/{reduction}"
+        name = f"{table}/{dims(shape)}_dim{dim}"
+        if k == 67:
+            y = keep(f"labels/{dims(without(shape, dim))}/67/44", lambda r: r.choice([44, 0, 66], without(shape, dim)))
+        else:
+            y = labels(without(shape, dim), k, ignored)
+        case(f"{name}/labels/{tail}", logits(shape), y, dim, ignore=ignored, **given)
+        case(f"{name}/probabilities/{tail}", logits(shape), probabilities(shape, dim), dim, **given)
+
+
+LAYOUTS = [((5,), 0), ((3, 4), 0), ((2, 5, 3), 2), ((2, 3, 2, 4), 2), ((2, 2, 3, 2, 3), 4), ((2, 2, 2, 2, 2, 3), 5)]
+COUNTS = [((3, 1), 1), ((3, 2), 1), ((3, 67), 1), ((2, 67, 2), 1)]
+
+
+def make():
+    moduleinfo()
+    opinfo()
+    every_combination("torch", [("none", 0.0, 0.0), ("over_all", 0.1, 0.0), ("over_all", 1.0, 0.0)])
+    some_shapes("torch", LAYOUTS, [("over_all", 0.15, 0.0)], REDUCTIONS)
+    some_shapes("torch", COUNTS, [("over_all", 0.1, 0.0)], ("mean", "none"))
+    some_shapes("torch", [((2, 300), 1)], [("over_all", 0.1, 0.0)], ("sum",))
+    # With 0.9 over the others, the share of the others is greater than the label's own and the one-hot part is negative.
+    formula = [("none", 0.0, 0.05), ("over_all", 0.1, 0.05), ("over_others", 0.1, 0.0), ("over_others", 0.1, 0.05)]
+    formula += [("over_others", 0.9, 0.0), ("toward", 0.1, 0.0), ("toward", 0.1, 0.05), ("toward", 1.0, 0.0)]
+    every_combination("formula", formula)
+    some_shapes("formula", LAYOUTS, [("over_others", 0.15, 0.0), ("toward", 0.15, 0.001)], REDUCTIONS)
+    some_shapes("formula", COUNTS, [("over_others", 0.1, 0.001), ("toward", 0.1, 0.0)], ("mean", "none"))
+    some_shapes("formula", [((2, 300), 1)], [("over_others", 0.1, 0.001), ("toward", 0.1, 0.0)], ("sum",))
+
+
+def stored(value):
+    if value.is_floating_point():
+        return value.to(torch.bfloat16)
+    return value.to(torch.int16)
+
+
+def main():
+    if sys.argv[1:] not in ([], ["--check"]):
+        sys.exit(__doc__)
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    make()
+    tensors = {name: stored(value).contiguous() for name, value in inputs.items()}
+    tensors |= {name: value.contiguous() for name, value in results.items()}
+    tensors |= {name: stored(value).contiguous() for name, value in sizes.items()}
+    # The table is text in a tensor of bytes, because candle's loader hands out tensors and no metadata.
+    tensors["cases"] = torch.frombuffer(bytearray("\n".join(cases.values()).encode()), dtype=torch.uint8)
+    data = save(tensors)
+    tables = [name.split("/")[0] for name in cases]
+    counts = ", ".join(f"{table} {tables.count(table)}" for table in dict.fromkeys(tables))
+    print(f"{len(cases)} cases ({counts}), {len(inputs)} inputs, {len(data)} bytes, torch {torch.__version__}")
+    if not sys.argv[1:]:
+        FILE.write_bytes(data)
+    elif FILE.read_bytes() == data:
+        print("the file is the same to the byte")
+    else:
+        old = load_file(FILE)
+        assert old.keys() == tensors.keys(), f"other tensors: {sorted(old.keys() ^ tensors.keys())[:10]}"
+        for name, value in tensors.items():
+            same = value.dtype == old[name].dtype and value.shape == old[name].shape
+            assert same, f"{name} has another dtype or shape"
+            if name in results:
+                close(name, value, old[name])
+            elif name in sizes:  # which the tolerances are made of: a last place of bf16 is nothing
+                assert torch.allclose(value.double(), old[name].double(), rtol=0.01, atol=0), f"{name} is not the same"
+            else:
+                assert torch.equal(value, old[name]), f"{name} is not the same"
+        print("the file differs in the last bits only (1e-12)")
+
+
+if __name__ == "__main__":
+    main()

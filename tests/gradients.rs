@@ -1,0 +1,163 @@
+//! That the gradient is the derivative of the loss, and that it arrives.
+
+mod common;
+
+use approx::assert_abs_diff_eq;
+use candle_core::{DType, Result, Tensor, Var};
+use candle_label_smoothing::{LabelSmoothingLoss, Reduction, Smoothing};
+use candle_nn::{Linear, Module};
+use common::{CPU, Case, grid, random, random_labels, values, weighted};
+
+/// Central differences in f64, over every combination of options.
+///
+/// With a step of h = 1e-4 the error is h²/6 times the third derivative, which is of the order of
+/// the summed loss's own few units at most, plus the loss's rounding over h: below 1e-7 together.
+#[test]
+fn gradient_is_the_derivative_over_every_combination_of_options() -> Result<()> {
+    let step = 1e-4;
+    for case in [grid(&[3, 4], 1)?, grid(&[2, 3, 2], 1)?].concat() {
+        let (_, gradient) = case.run(DType::F64)?;
+        let gradient = values(&gradient)?;
+        let logits = values(&case.logits)?;
+        for i in 0..logits.len() {
+            let moved = |by: f64| -> Result<f64> {
+                let mut moved = logits.clone();
+                moved[i] += by;
+                let logits = Tensor::from_vec(moved, case.logits.dims(), &CPU)?;
+                weighted(&case.loss.forward(&logits, &case.targets)?)?.to_scalar::<f64>()
+            };
+            let difference = (moved(step)? - moved(-step)?) / (2. * step);
+            assert!(
+                (gradient[i] - difference).abs() < 1e-7,
+                "{}, logit {i}: gradient {}, difference {difference}",
+                case.name,
+                gradient[i]
+            );
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn gradient_reaches_the_variables_behind_a_linear_layer() -> Result<()> {
+    let weight = Var::from_tensor(&random(&[5, 4], 1., 1)?)?;
+    let bias = Var::from_tensor(&random(&[5], 1., 2)?)?;
+    let layer = Linear::new(weight.as_tensor().clone(), Some(bias.as_tensor().clone()));
+    let labels = random_labels(&[6], 5, 3)?;
+    let loss = LabelSmoothingLoss::new(Smoothing::over_others(0.1)?);
+
+    let logits = layer.forward(&random(&[6, 4], 1., 4)?)?;
+    let gradients = loss.forward(&logits, &labels)?.backward()?;
+    let expected =
+        candle_label_smoothing::reference::forward(&loss, &logits, &labels)?.backward()?;
+    for var in [&weight, &bias] {
+        let gradient = gradients.get(var).expect("no gradient arrived");
+        assert_eq!(gradient.dims(), var.dims());
+        let expected = expected.get(var).expect("no gradient by stock ops");
+        for (ours, theirs) in values(gradient)?.iter().zip(values(expected)?) {
+            assert_abs_diff_eq!(*ours, theirs, epsilon = 1e-14);
+            assert!(ours.abs() > 1e-6);
+        }
+    }
+    Ok(())
+}
+
+/// A gradient that is wanted nowhere is not prepared for.
+#[test]
+fn result_is_tracked_only_if_the_logits_are() -> Result<()> {
+    let loss = LabelSmoothingLoss::new(Smoothing::none());
+    let labels = random_labels(&[6], 5, 3)?;
+    let logits = random(&[6, 5], 1., 1)?;
+    assert!(!loss.forward(&logits, &labels)?.track_op());
+    let variable = Var::from_tensor(&logits)?;
+    assert!(loss.forward(&variable, &labels)?.track_op());
+    assert!(!loss.forward(&variable.detach(), &labels)?.track_op());
+    // Targets are constants, even if they come from a network that is being trained.
+    let teacher = Var::from_tensor(&logits)?;
+    let probabilities = candle_nn::ops::softmax(&teacher, 1)?;
+    let gradients = loss.forward(&variable, &probabilities)?.backward()?;
+    assert!(gradients.get(&variable).is_some());
+    assert!(gradients.get(&teacher).is_none());
+    assert!(!loss.forward(&logits, &probabilities)?.track_op());
+    Ok(())
+}
+
+#[test]
+fn upstream_gradient_scales_the_gradient() -> Result<()> {
+    for case in grid(&[3, 4], 1)? {
+        let logits = Var::from_tensor(&case.logits)?;
+        let loss = case.loss.forward(&logits, &case.targets)?;
+        let gradient = |upstream: f64| -> Result<Vec<f64>> {
+            // A tensor, since candle drops the graph behind a multiplication by the number 0.
+            let upstream = Tensor::full(upstream, loss.shape(), &CPU)?;
+            let gradients = (&loss * upstream)?.backward()?;
+            values(gradients.get(&logits).expect("no gradient"))
+        };
+        let once = gradient(1.)?;
+        for (scaled, once) in gradient(-4.)?.iter().zip(&once) {
+            // A power of two scales without rounding.
+            assert_eq!(*scaled, -4. * once, "{}", case.name);
+        }
+        assert!(gradient(0.)?.iter().all(|g| *g == 0.), "{}", case.name);
+    }
+    Ok(())
+}
+
+#[test]
+fn backward_may_be_called_again() -> Result<()> {
+    for case in grid(&[3, 4], 1)? {
+        let logits = Var::from_tensor(&case.logits)?;
+        let loss = weighted(&case.loss.forward(&logits, &case.targets)?)?;
+        let first = values(loss.backward()?.get(&logits).expect("no gradient"))?;
+        let second = values(loss.backward()?.get(&logits).expect("no gradient"))?;
+        assert_eq!(first, second, "{}", case.name);
+    }
+    Ok(())
+}
+
+/// Logits that are used twice collect both gradients.
+#[test]
+fn gradients_of_two_losses_add_up() -> Result<()> {
+    let [first, second] = [Reduction::Sum, Reduction::Mean]
+        .map(|reduction| LabelSmoothingLoss::new(Smoothing::none()).with_reduction(reduction));
+    let labels = random_labels(&[3], 4, 3)?;
+    let logits = Var::from_tensor(&random(&[3, 4], 1., 1)?)?;
+    let gradient = |loss: Tensor| -> Result<Vec<f64>> {
+        values(loss.backward()?.get(&logits).expect("no gradient"))
+    };
+    let (a, b) = (
+        first.forward(&logits, &labels)?,
+        second.forward(&logits, &labels)?,
+    );
+    let both = gradient((&a + &b)?)?;
+    for ((both, a), b) in both.iter().zip(gradient(a)?).zip(gradient(b)?) {
+        assert_abs_diff_eq!(*both, a + b, epsilon = 1e-15);
+    }
+    Ok(())
+}
+
+/// A few steps of gradient descent on the logits themselves reach the smoothed targets: the loss's
+/// minimum is the target distribution's entropy.
+#[test]
+fn descent_ends_at_the_smoothed_targets() -> Result<()> {
+    let case = Case {
+        name: "descent".to_string(),
+        loss: LabelSmoothingLoss::new(Smoothing::over_others(0.1)?),
+        logits: random(&[1, 3], 1., 1)?,
+        targets: Tensor::new(&[1u32], &CPU)?,
+    };
+    let logits = Var::from_tensor(&case.logits)?;
+    for _ in 0..2000 {
+        let gradients = case.loss.forward(&logits, &case.targets)?.backward()?;
+        let gradient = gradients.get(&logits).expect("no gradient");
+        logits.set(&(logits.as_tensor() - gradient)?)?;
+    }
+    let softmax = values(&candle_nn::ops::softmax(&logits, 1)?)?;
+    for (ours, target) in softmax.iter().zip([0.05, 0.9, 0.05]) {
+        assert_abs_diff_eq!(*ours, target, epsilon = 1e-9);
+    }
+    let entropy = -(0.9f64 * 0.9f64.ln() + 2. * 0.05 * 0.05f64.ln());
+    let loss = case.loss.forward(&logits, &case.targets)?;
+    assert_abs_diff_eq!(loss.to_scalar::<f64>()?, entropy, epsilon = 1e-12);
+    Ok(())
+}

@@ -1,0 +1,363 @@
+//! What each option means.
+
+mod common;
+
+use approx::{assert_abs_diff_eq, assert_relative_eq};
+use candle_core::{DType, Result, Tensor};
+use candle_label_smoothing::{
+    LabelSmoothingLoss, Reduction, Smoothing, check_targets, smooth_targets,
+};
+use common::{CPU, grid, random, random_labels, random_probabilities, smoothings, values};
+
+fn assert_close(name: &str, ours: &Tensor, theirs: &Tensor, epsilon: f64) -> Result<()> {
+    assert_eq!(ours.dims(), theirs.dims(), "{name}");
+    assert_eq!(ours.dtype(), theirs.dtype(), "{name}");
+    for (ours, theirs) in values(ours)?.iter().zip(values(theirs)?) {
+        // The mean of no row is NaN, both ways.
+        assert!(
+            (ours - theirs).abs() <= epsilon || ours.is_nan() && theirs.is_nan(),
+            "{name}: {ours} and {theirs} differ by more than {epsilon}"
+        );
+    }
+    Ok(())
+}
+
+/// Two ways to one formula in f64 differ by some roundings of numbers of order ten. In f32 by as
+/// many of f32's; and the gradients of half types by one rounding of the gradient more, half an ulp
+/// on either side, where gradients are at most 1 but for the z-loss, which adds some 5 percent.
+#[test]
+fn every_combination_of_options_agrees_with_stock_ops() -> Result<()> {
+    for (dtype, loss_epsilon, gradient_epsilon) in [
+        (DType::F64, 1e-13, 1e-14),
+        (DType::F32, 4e-6, 4e-7),
+        (DType::F16, 4e-6, 4e-7 + 0.5 / 1024.),
+        (DType::BF16, 4e-6, 4e-7 + 0.5 / 128.),
+    ] {
+        for case in [grid(&[5, 7], 1)?, grid(&[2, 5, 2, 3], 1)?, grid(&[4], 0)?].concat() {
+            let (loss, gradient) = case.run(dtype)?;
+            let (expected, expected_gradient) = case.run_reference(dtype)?;
+            let name = format!("{dtype:?} {}", case.name);
+            assert_close(&name, &loss, &expected, loss_epsilon)?;
+            assert_close(&name, &gradient, &expected_gradient, gradient_epsilon)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn dtypes_of_the_loss_and_the_gradient() -> Result<()> {
+    let case = &grid(&[3, 4], 1)?[0];
+    for (logits, loss) in [
+        (DType::F64, DType::F64),
+        (DType::F32, DType::F32),
+        (DType::F16, DType::F32),
+        (DType::BF16, DType::F32),
+    ] {
+        let (result, gradient) = case.run(logits)?;
+        assert_eq!(result.dtype(), loss);
+        assert_eq!(gradient.dtype(), logits);
+        assert_eq!(gradient.dims(), [3, 4]);
+    }
+    Ok(())
+}
+
+#[test]
+fn shapes_of_the_result() -> Result<()> {
+    let loss = LabelSmoothingLoss::new(Smoothing::none());
+    for (dims, class_dim, rows) in [
+        (&[5][..], None, &[][..]),
+        (&[4, 5], None, &[4]),
+        (&[2, 3, 5], None, &[2, 3]),
+        (&[2, 5, 3, 4], Some(1), &[2, 3, 4]),
+        (&[5, 4], Some(0), &[4]),
+        (&[1, 5, 1], Some(1), &[1, 1]),
+        (&[2, 1, 2, 5, 3, 2], Some(3), &[2, 1, 2, 3, 2]),
+    ] {
+        let loss = class_dim.map_or(loss.clone(), |dim| loss.clone().with_class_dim(dim));
+        let logits = random(dims, 1., 1)?;
+        let labels = random_labels(rows, 5, 2)?;
+        for (reduction, expected) in [
+            (Reduction::None, rows),
+            (Reduction::Sum, &[]),
+            (Reduction::Mean, &[]),
+        ] {
+            let result = loss
+                .clone()
+                .with_reduction(reduction)
+                .forward(&logits, &labels)?;
+            assert_eq!(result.dims(), expected, "{dims:?} {reduction:?}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn without_smoothing_it_is_candles_cross_entropy() -> Result<()> {
+    let logits = random(&[20, 10], 5., 1)?;
+    let labels = random_labels(&[20], 10, 2)?;
+    let theirs = candle_nn::loss::cross_entropy(&logits, &labels)?.to_scalar::<f64>()?;
+    for smoothing in [
+        Smoothing::none(),
+        Smoothing::over_all(0.)?,
+        Smoothing::over_others(0.)?,
+    ] {
+        let ours = LabelSmoothingLoss::new(smoothing)
+            .forward(&logits, &labels)?
+            .to_scalar::<f64>()?;
+        assert_relative_eq!(ours, theirs, epsilon = 1e-14);
+    }
+    Ok(())
+}
+
+#[test]
+fn over_others_is_over_all_with_more() -> Result<()> {
+    let logits = random(&[6, 4], 3., 1)?;
+    let labels = random_labels(&[6], 4, 2)?;
+    let probabilities = random_probabilities(&[6, 4], 1, 3)?;
+    for targets in [&labels, &probabilities] {
+        let loss = |smoothing| -> Result<f64> {
+            LabelSmoothingLoss::new(smoothing)
+                .forward(&logits, targets)?
+                .to_scalar::<f64>()
+        };
+        let others = loss(Smoothing::over_others(0.3)?)?;
+        let all = loss(Smoothing::over_all(0.3 * 4. / 3.)?)?;
+        assert_relative_eq!(others, all, epsilon = 1e-14);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_uniform_prior_is_over_all() -> Result<()> {
+    let logits = random(&[6, 4], 3., 1)?;
+    let labels = random_labels(&[6], 4, 2)?;
+    let prior = Tensor::new(&[0.25f32; 4], &CPU)?;
+    let [all, toward] = [Smoothing::over_all(0.3)?, Smoothing::toward(0.3, &prior)?];
+    let all = LabelSmoothingLoss::new(all).forward(&logits, &labels)?;
+    let toward = LabelSmoothingLoss::new(toward).forward(&logits, &labels)?;
+    assert_relative_eq!(
+        all.to_scalar::<f64>()?,
+        toward.to_scalar::<f64>()?,
+        epsilon = 1e-15
+    );
+    Ok(())
+}
+
+/// A prior may be off by rounding, and is then normalised.
+#[test]
+fn a_prior_is_normalised() -> Result<()> {
+    let prior = Tensor::new(&[0.2501f64, 0.5, 0.25], &CPU)?;
+    let labels = Tensor::new(&[0u32], &CPU)?;
+    let soft = smooth_targets(&labels, 3, &Smoothing::toward(1., &prior)?)?;
+    let sum = 0.2501 + 0.5 + 0.25;
+    let expected = [0.2501 / sum, 0.5 / sum, 0.25 / sum];
+    for (ours, expected) in values(&soft)?.iter().zip(expected) {
+        assert_abs_diff_eq!(*ours, expected, epsilon = 1e-7);
+    }
+    Ok(())
+}
+
+#[test]
+fn labels_of_every_integer_dtype_are_the_same_labels() -> Result<()> {
+    let logits = random(&[6, 4], 3., 1)?;
+    let labels = random_labels(&[6], 4, 2)?;
+    let loss = LabelSmoothingLoss::new(Smoothing::over_others(0.1)?).with_ignore_index(2);
+    let expected = loss.forward(&logits, &labels)?.to_scalar::<f64>()?;
+    for dtype in [DType::U8, DType::U32, DType::I16, DType::I32, DType::I64] {
+        let labels = labels.to_dtype(dtype)?;
+        let ours = loss.forward(&logits, &labels)?.to_scalar::<f64>()?;
+        assert_eq!(ours, expected, "{dtype:?}");
+        check_targets(&labels, 4, None)?;
+        smooth_targets(&labels, 4, &Smoothing::none())?;
+    }
+    Ok(())
+}
+
+/// Hard labels as probabilities, of every dtype, mixed with every dtype of the logits.
+#[test]
+fn one_hot_probabilities_are_labels() -> Result<()> {
+    let logits = random(&[6, 4], 3., 1)?;
+    let labels = random_labels(&[6], 4, 2)?;
+    let weights = Tensor::new(&[0.5f32, 2., 0., 1.], &CPU)?;
+    for (name, smoothing) in smoothings(4)? {
+        let one_hot = smooth_targets(&labels, 4, &Smoothing::none())?;
+        let loss = LabelSmoothingLoss::new(smoothing)
+            .with_reduction(Reduction::None)
+            .with_class_weights(&weights)?;
+        for logits_dtype in [DType::F64, DType::F32, DType::F16, DType::BF16] {
+            let logits = logits.to_dtype(logits_dtype)?;
+            let expected = loss.forward(&logits, &labels)?;
+            for dtype in [
+                DType::F64,
+                DType::F32,
+                DType::F16,
+                DType::BF16,
+                DType::F8E4M3,
+            ] {
+                let ours = loss.forward(&logits, &one_hot.to_dtype(dtype)?)?;
+                // Labels take their own coefficient directly, probabilities as a sum of two.
+                let epsilon = if logits_dtype == DType::F64 {
+                    1e-14
+                } else {
+                    1e-5
+                };
+                assert_close(&format!("{name} {dtype:?}"), &ours, &expected, epsilon)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The targets that `smooth_targets` makes are those that the loss works with.
+#[test]
+fn smoothed_targets_without_smoothing_give_the_same_loss() -> Result<()> {
+    let logits = random(&[2, 3, 4], 3., 1)?;
+    let labels = random_labels(&[2, 3], 4, 2)?;
+    let probabilities = random_probabilities(&[2, 3, 4], 2, 3)?;
+    let plain = LabelSmoothingLoss::new(Smoothing::none());
+    for (name, smoothing) in smoothings(4)? {
+        let loss = LabelSmoothingLoss::new(smoothing.clone());
+        for targets in [&labels, &probabilities] {
+            let soft = smooth_targets(targets, 4, &smoothing)?;
+            assert_eq!(soft.dims(), [2, 3, 4]);
+            assert_eq!(soft.dtype(), DType::F32);
+            for sum in values(&soft.sum(2)?)? {
+                assert_abs_diff_eq!(sum, 1., epsilon = 4e-7);
+            }
+            let ours = loss.forward(&logits, targets)?.to_scalar::<f64>()?;
+            let theirs = plain.forward(&logits, &soft)?.to_scalar::<f64>()?;
+            assert!((ours - theirs).abs() < 1e-6, "{name}: {ours} and {theirs}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn smooth_targets_of_the_tutorial_and_of_odd_shapes() -> Result<()> {
+    let others = Smoothing::over_others(0.1)?;
+    let one = smooth_targets(&Tensor::new(1u8, &CPU)?, 3, &others)?;
+    assert_eq!(one.to_vec1::<f32>()?, [0.05, 0.9, 0.05]);
+
+    let none = Tensor::zeros((2, 0), DType::I64, &CPU)?;
+    assert_eq!(smooth_targets(&none, 3, &others)?.dims(), [2, 0, 3]);
+
+    // A transposed view, probabilities as mixup makes them.
+    let mixed = Tensor::new(&[[0.7f32, 0.5], [0.3, 0.5]], &CPU)?.t()?;
+    let soft = smooth_targets(&mixed, 2, &Smoothing::over_all(0.2)?)?;
+    for (ours, expected) in values(&soft)?.iter().zip([0.66, 0.34, 0.5, 0.5]) {
+        assert_abs_diff_eq!(*ours, expected, epsilon = 1e-7);
+    }
+    Ok(())
+}
+
+/// PyTorch's rule: Σ w_y over the rows that count.
+#[test]
+fn mean_divides_by_the_weights_of_the_targets() -> Result<()> {
+    let logits = random(&[4, 3], 2., 1)?;
+    let labels = Tensor::new(&[0i64, 2, 1, 2], &CPU)?;
+    let weights = Tensor::new(&[0.5f64, 3., 2.], &CPU)?;
+    let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.2)?)
+        .with_class_weights(&weights)?
+        .with_ignore_index(1)
+        .with_z_loss(0.1)?;
+    let sum = loss.clone().with_reduction(Reduction::Sum);
+    let sum = sum.forward(&logits, &labels)?.to_scalar::<f64>()?;
+    let mean = loss.forward(&logits, &labels)?.to_scalar::<f64>()?;
+    assert_relative_eq!(mean, sum / (0.5 + 2. + 2.), epsilon = 1e-15);
+
+    // Probabilities: by the number of rows, whatever the weights.
+    let probabilities = random_probabilities(&[4, 3], 1, 3)?;
+    let loss = LabelSmoothingLoss::new(Smoothing::none()).with_class_weights(&weights)?;
+    let sum = loss.clone().with_reduction(Reduction::Sum);
+    let sum = sum.forward(&logits, &probabilities)?.to_scalar::<f64>()?;
+    let mean = loss.forward(&logits, &probabilities)?.to_scalar::<f64>()?;
+    assert_relative_eq!(mean, sum / 4., epsilon = 1e-15);
+    Ok(())
+}
+
+#[test]
+fn an_ignored_row_is_as_if_it_were_not_there() -> Result<()> {
+    let logits = random(&[3, 4], 2., 1)?;
+    let labels = Tensor::new(&[1i64, -100, 3], &CPU)?;
+    let rest = Tensor::new(&[0u32, 2], &CPU)?;
+    let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?).with_z_loss(0.01)?;
+    let ignoring = loss.clone().with_ignore_index(-100);
+    for reduction in [Reduction::Sum, Reduction::Mean] {
+        let ours = ignoring
+            .clone()
+            .with_reduction(reduction)
+            .forward(&logits, &labels)?;
+        let theirs = loss.clone().with_reduction(reduction).forward(
+            &logits.index_select(&rest, 0)?,
+            &labels.index_select(&rest, 0)?,
+        )?;
+        assert_relative_eq!(
+            ours.to_scalar::<f64>()?,
+            theirs.to_scalar::<f64>()?,
+            epsilon = 1e-15
+        );
+    }
+    Ok(())
+}
+
+/// candle's own comparison of u8 with 300 would match 44.
+#[test]
+fn ignore_index_is_compared_as_i64() -> Result<()> {
+    let logits = random(&[1, 60], 2., 1)?;
+    let labels = Tensor::new(&[44u8], &CPU)?;
+    let loss = LabelSmoothingLoss::new(Smoothing::none());
+    let plain = loss.forward(&logits, &labels)?.to_scalar::<f64>()?;
+    let ignoring = loss.with_ignore_index(300).forward(&logits, &labels)?;
+    assert_eq!(ignoring.to_scalar::<f64>()?, plain);
+
+    // Nor does −1 match the u32 of the same bits.
+    let labels = Tensor::new(&[u32::MAX], &CPU)?;
+    let loss = LabelSmoothingLoss::new(Smoothing::none());
+    let signed = loss.clone().with_ignore_index(-1);
+    assert!(signed.forward(&logits, &labels).is_err());
+    let unsigned = loss.with_ignore_index(u32::MAX.into());
+    let ignored = unsigned.forward(&logits, &labels)?.to_scalar::<f64>()?;
+    assert!(ignored.is_nan());
+    Ok(())
+}
+
+#[test]
+fn z_loss_adds_the_square_of_logsumexp() -> Result<()> {
+    let logits = random(&[4, 3], 2., 1)?;
+    let labels = random_labels(&[4], 3, 2)?;
+    let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?).with_reduction(Reduction::None);
+    let plain = loss.forward(&logits, &labels)?;
+    let with_z = loss.with_z_loss(0.25)?.forward(&logits, &labels)?;
+    let expected = (plain + (logits.log_sum_exp(1)?.sqr()? * 0.25)?)?;
+    assert_close("z-loss", &with_z, &expected, 1e-14)
+}
+
+/// An option set later replaces the earlier one, and a loss keeps no memory of its inputs.
+#[test]
+fn a_loss_may_be_changed_and_used_again() -> Result<()> {
+    let logits = random(&[4, 3], 2., 1)?;
+    let labels = random_labels(&[4], 3, 2)?;
+    let first = Tensor::new(&[1f32, 2., 3.], &CPU)?;
+    let second = Tensor::new(&[3f32, 0., 1.], &CPU)?;
+    let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?);
+    let weighted = loss.clone().with_class_weights(&first)?;
+    let before = weighted.forward(&logits, &labels)?.to_scalar::<f64>()?;
+    let changed = weighted.clone().with_class_weights(&second)?;
+    let fresh = loss.with_class_weights(&second)?;
+    assert_eq!(
+        changed.forward(&logits, &labels)?.to_scalar::<f64>()?,
+        fresh.forward(&logits, &labels)?.to_scalar::<f64>()?
+    );
+    for dtype in [DType::F32, DType::F64, DType::BF16, DType::F64] {
+        let again = weighted.forward(&logits.to_dtype(dtype)?, &labels)?;
+        let again = values(&again)?[0];
+        let epsilon = if dtype == DType::F64 { 0. } else { 0.02 };
+        assert_abs_diff_eq!(again, before, epsilon = epsilon);
+    }
+    Ok(())
+}
+
+#[test]
+fn the_default_reduction_is_mean() {
+    assert_eq!(Reduction::default(), Reduction::Mean);
+}

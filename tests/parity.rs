@@ -1,0 +1,515 @@
+//! The loss and its gradient against PyTorch's numbers, in every dtype.
+//!
+//! `data/parity.safetensors` holds the inputs, losses and gradients of four tables of cases.
+//! `data/parity.py` beside it made it with torch in f64 and says what the tables are; nothing but
+//! the file is needed here. Every input is exact in bf16 and f16 as well, so the one answer in f64
+//! is the reference of every dtype and an error can only be rounding: of the arithmetic, and of the
+//! result.
+//!
+//! `cargo test --test parity -- --nocapture` prints the worst error of each dtype as a share of its
+//! tolerance.
+
+use std::collections::{BTreeSet, HashMap};
+use std::error::Error;
+
+use approx::abs_diff_eq;
+use candle_core::{DType, Device, Tensor, Var};
+use candle_label_smoothing::{LabelSmoothingLoss, Reduction, Smoothing};
+
+type Result<T> = std::result::Result<T, Box<dyn Error>>;
+
+const FLOATS: [DType; 4] = [DType::F64, DType::F32, DType::F16, DType::BF16];
+const INTEGERS: [DType; 5] = [DType::U8, DType::U32, DType::I16, DType::I32, DType::I64];
+
+/// The cases of each table: 3 reductions × (5 options × 4 ranks + 3 options × 5 more shapes) in
+/// PyTorch's ModuleInfo, 11 × 2 - 1 in its OpInfo, and ours.
+const TABLES: [(&str, usize); 4] = [
+    ("moduleinfo", 105),
+    ("opinfo", 21),
+    ("torch", 198),
+    ("formula", 488),
+];
+
+#[test]
+fn moduleinfo() -> Result<()> {
+    run("moduleinfo")
+}
+
+#[test]
+fn opinfo() -> Result<()> {
+    run("opinfo")
+}
+
+#[test]
+fn torch() -> Result<()> {
+    run("torch")
+}
+
+#[test]
+fn formula() -> Result<()> {
+    run("formula")
+}
+
+/// The oracle of the other tests gives torch's numbers too. In f64 only, as the tests use it: half
+/// precision is beside its point.
+#[test]
+fn reference() -> Result<()> {
+    let file = load()?;
+    let mut wrong = Vec::new();
+    for case in cases(&file)? {
+        let targets = &targets(tensor(&file, case.need("targets")?)?)?[0];
+        let (name, worst) = (&case.name, &mut Worst::default());
+        let forward = candle_label_smoothing::reference::forward;
+        match compare(&file, &case, forward, DType::F64, targets, name, worst) {
+            Ok(more) => wrong.extend(more),
+            Err(error) => wrong.push(format!("{name}: {error}")),
+        }
+    }
+    report(&wrong);
+    Ok(())
+}
+
+/// No case and no number of the file goes unread: a table cut short would otherwise pass.
+#[test]
+fn every_case_is_there() -> Result<()> {
+    let file = load()?;
+    let cases = cases(&file)?;
+    for (table, count) in TABLES {
+        let found = cases.iter().filter(|c| c.table() == table).count();
+        assert_eq!(found, count, "cases of the table {table}");
+    }
+    assert_eq!(
+        cases.len(),
+        TABLES.iter().map(|t| t.1).sum::<usize>(),
+        "cases in all"
+    );
+    let names: BTreeSet<_> = cases.iter().map(|c| c.name.as_str()).collect();
+    assert_eq!(names.len(), cases.len(), "case names are unique");
+
+    let mut read = BTreeSet::from(["cases".to_string()]);
+    for case in &cases {
+        read.extend(["loss", "grad", "size"].map(|kind| format!("{kind}/{}", case.name)));
+        for key in ["logits", "targets", "weights", "prior", "upstream"] {
+            read.extend(case.get(key).map(str::to_string));
+        }
+    }
+    let stored: BTreeSet<_> = file.keys().cloned().collect();
+    let odd: Vec<_> = stored.symmetric_difference(&read).collect();
+    assert!(odd.is_empty(), "named or stored, not both: {odd:?}");
+    Ok(())
+}
+
+// What the arithmetic may be off by is so many roundings: multiples of u·size, where u is half the
+// distance from 1 to the next number (2^-24 in f32, in which f16 and bf16 are computed too, and
+// 2^-53 in f64), and the size, frozen in the file, is the sum of the absolute values of the terms
+// that the number is computed from:
+//
+//   a row's loss   Σ_k t_k·(lse - x_k + 1) + z·(lse² + |lse|)
+//   its gradient   softmax_k·(Σ_j t_j + 2z·|lse|)·(1 + lse - x_k) + t_k
+//   with           t_k = |(1-e)·w_k·p_k| + |e·w_k·π_k|
+//
+// times the upstream gradient, or over the divisor of a mean. `lse - x_k` is there because the
+// logarithm and the exponent of a softmax are rounded relative to themselves, `1` because the sum
+// of the exponentials has a relative error, which its logarithm turns into an absolute one.
+//
+// A term of the loss takes up to seven roundings: three for its coefficient, two for lse - x_k or
+// its parts, a product, and its part in the sum. One of the gradient takes as many: two for the
+// exponential, three for its factor, the product and the subtraction. They do not all fall the same
+// way: the worst of all cases on the CPU is 1.9 (loss) and 3.2 (gradient) in f32. In f64 torch's
+// numbers have as many of their own, so twice as much is allowed, and 5.6 and 5.9 are measured.
+const LOSS_ROUNDINGS: f64 = 4.0;
+const GRAD_ROUNDINGS: f64 = 5.0;
+
+/// What f64 must keep to, whatever its arithmetic would be allowed.
+const F64_CEILING: f64 = 1e-9;
+
+/// `size` is zero where nothing is added up at all, at ignored rows above all: the answer is then
+/// exactly zero.
+fn arithmetic(dtype: DType, roundings: f64, size: f64) -> f64 {
+    match dtype {
+        // The reference was computed in f64 as well, so it has as many roundings of its own.
+        DType::F64 => (2.0 * roundings * 2f64.powi(-53) * size).min(F64_CEILING),
+        _ => roundings * 2f64.powi(-24) * size,
+    }
+}
+
+/// Half the distance between two numbers of a dtype around `value`: what rounding to it once more
+/// may add. Rounding to f32 and f64 is part of the arithmetic already.
+fn half_ulp(dtype: DType, value: f64) -> f64 {
+    let (digits, smallest) = match dtype {
+        DType::F16 => (11, -14),
+        DType::BF16 => (8, -126),
+        _ => return 0.0,
+    };
+    if value == 0.0 {
+        return 0.0;
+    }
+    let exponent = ((value.to_bits() >> 52) & 0x7ff) as i32 - 1023;
+    2f64.powi(exponent.max(smallest) - digits)
+}
+
+type File = HashMap<String, Tensor>;
+
+fn load() -> Result<File> {
+    let bytes = include_bytes!("data/parity.safetensors");
+    Ok(candle_core::safetensors::load_buffer(bytes, &Device::Cpu)?)
+}
+
+/// What a line of the table may say of a case: an option that is not read would not be tested.
+const KEYS: [&str; 11] = [
+    "logits",
+    "targets",
+    "reduction",
+    "smoothing",
+    "epsilon",
+    "class_dim",
+    "weights",
+    "ignore",
+    "prior",
+    "upstream",
+    "z",
+];
+
+/// One line of the table: the case's name, then `key=value` with names of tensors and options.
+struct Case {
+    name: String,
+    options: HashMap<String, String>,
+}
+
+fn cases(file: &File) -> Result<Vec<Case>> {
+    let text = String::from_utf8(tensor(file, "cases")?.to_vec1::<u8>()?)?;
+    let case = |line: &str| -> Result<Case> {
+        let mut words = line.split(' ');
+        let name = words.next().unwrap_or_default().to_string();
+        let mut options = HashMap::new();
+        for word in words {
+            let (key, value) = word.split_once('=').ok_or(format!("{name}: {word}"))?;
+            if !KEYS.contains(&key) {
+                return Err(format!("{name}: no option is called {key}").into());
+            }
+            options.insert(key.to_string(), value.to_string());
+        }
+        Ok(Case { name, options })
+    };
+    text.lines().map(case).collect()
+}
+
+fn tensor<'a>(file: &'a File, name: &str) -> Result<&'a Tensor> {
+    Ok(file.get(name).ok_or(format!("no tensor {name}"))?)
+}
+
+impl Case {
+    fn table(&self) -> &str {
+        self.name.split('/').next().unwrap_or_default()
+    }
+
+    fn get(&self, key: &str) -> Option<&str> {
+        self.options.get(key).map(String::as_str)
+    }
+
+    fn need(&self, key: &str) -> Result<&str> {
+        Ok(self.get(key).ok_or(format!("{} has no {key}", self.name))?)
+    }
+
+    fn input<'a>(&self, file: &'a File, key: &str) -> Result<Option<&'a Tensor>> {
+        self.get(key).map(|name| tensor(file, name)).transpose()
+    }
+
+    /// The loss with this case's options; its weights and its prior in `dtype`.
+    fn loss(&self, file: &File, dtype: DType) -> Result<LabelSmoothingLoss> {
+        let epsilon = || -> Result<f64> { Ok(self.need("epsilon")?.parse()?) };
+        let smoothing = match self.need("smoothing")? {
+            "none" => Smoothing::none(),
+            "over_all" => Smoothing::over_all(epsilon()?)?,
+            "over_others" => Smoothing::over_others(epsilon()?)?,
+            "toward" => {
+                let prior = tensor(file, self.need("prior")?)?.to_dtype(dtype)?;
+                Smoothing::toward(epsilon()?, &prior)?
+            }
+            other => return Err(format!("no smoothing is called {other}").into()),
+        };
+        let mut loss = LabelSmoothingLoss::new(smoothing).with_reduction(self.reduction()?);
+        if let Some(weights) = self.input(file, "weights")? {
+            loss = loss.with_class_weights(&weights.to_dtype(dtype)?)?;
+        }
+        if let Some(index) = self.get("ignore") {
+            loss = loss.with_ignore_index(index.parse()?);
+        }
+        if let Some(dim) = self.get("class_dim") {
+            loss = loss.with_class_dim(dim.parse()?);
+        }
+        if let Some(z) = self.get("z") {
+            loss = loss.with_z_loss(z.parse()?)?;
+        }
+        Ok(loss)
+    }
+
+    fn reduction(&self) -> Result<Reduction> {
+        match self.need("reduction")? {
+            "none" => Ok(Reduction::None),
+            "sum" => Ok(Reduction::Sum),
+            "mean" => Ok(Reduction::Mean),
+            other => Err(format!("no reduction is called {other}").into()),
+        }
+    }
+}
+
+/// Class targets in every integer dtype that can hold them, probabilities in every float dtype. All
+/// of them are exact.
+fn targets(stored: &Tensor) -> Result<Vec<Tensor>> {
+    if stored.dtype().is_float() {
+        return Ok(FLOATS
+            .iter()
+            .map(|dtype| stored.to_dtype(*dtype))
+            .collect::<candle_core::Result<_>>()?);
+    }
+    let values = stored.to_dtype(DType::I64)?;
+    let mut all = Vec::new();
+    for dtype in INTEGERS {
+        let cast = values.to_dtype(dtype)?;
+        let back = cast.to_dtype(DType::I64)?.flatten_all()?;
+        if back.to_vec1::<i64>()? == values.flatten_all()?.to_vec1::<i64>()? {
+            all.push(cast);
+        }
+    }
+    Ok(all)
+}
+
+fn numbers(tensor: &Tensor) -> Result<Vec<f64>> {
+    Ok(tensor.to_dtype(DType::F64)?.flatten_all()?.to_vec1()?)
+}
+
+/// The worst error as a share of its tolerance, and where it was.
+#[derive(Default)]
+struct Worst(HashMap<(DType, &'static str), (f64, String)>);
+
+/// What is compared: one tensor of one case, in one dtype.
+struct Comparison<'a> {
+    what: &'static str,
+    label: &'a str,
+    logits: DType,
+    roundings: f64,
+    want: &'a Tensor,
+    sizes: &'a [f64],
+}
+
+impl Comparison<'_> {
+    /// Says what is wrong, if anything is.
+    fn check(&self, got: &Tensor, dtype: DType, worst: &mut Worst) -> Result<Vec<String>> {
+        let Self { what, label, .. } = self;
+        if got.dtype() != dtype || got.dims() != self.want.dims() {
+            let (a, b) = (got.dims(), self.want.dims());
+            let found = got.dtype();
+            return Ok(vec![format!(
+                "{label}: {what} is {found:?} {a:?}, not {dtype:?} {b:?}"
+            )]);
+        }
+        let (got, want) = (numbers(got)?, numbers(self.want)?);
+        assert_eq!(want.len(), self.sizes.len(), "{label}: sizes of the {what}");
+        let mut wrong = Vec::new();
+        for (i, ((got, want), size)) in got.iter().zip(&want).zip(self.sizes).enumerate() {
+            let arithmetic = arithmetic(self.logits, self.roundings, *size);
+            let tolerance = arithmetic + half_ulp(dtype, want.abs() + arithmetic);
+            let error = (got - want).abs();
+            if !abs_diff_eq!(*got, *want, epsilon = tolerance) {
+                wrong.push(format!(
+                    "{label}: {what}[{i}] is {got:e}, not {want:e}: \
+                     off by {error:.2e}, {tolerance:.2e} allowed"
+                ));
+            }
+            let share = if error == 0.0 { 0.0 } else { error / tolerance };
+            let entry = worst.0.entry((self.logits, what)).or_default();
+            if share > entry.0 {
+                *entry = (share, label.to_string());
+            }
+        }
+        Ok(wrong)
+    }
+}
+
+/// Fails if anything is wrong, and shows the first of it.
+fn report(wrong: &[String]) {
+    let shown = &wrong[..wrong.len().min(40)];
+    assert!(
+        wrong.is_empty(),
+        "{} wrong:\n{}",
+        wrong.len(),
+        shown.join("\n")
+    );
+}
+
+/// What is under test.
+type Forward = fn(&LabelSmoothingLoss, &Tensor, &Tensor) -> candle_label_smoothing::Result<Tensor>;
+
+fn fused(
+    loss: &LabelSmoothingLoss,
+    logits: &Tensor,
+    targets: &Tensor,
+) -> candle_label_smoothing::Result<Tensor> {
+    loss.forward(logits, targets)
+}
+
+/// Every case of a table, in every dtype of the logits and of the targets.
+fn run(table: &str) -> Result<()> {
+    let file = load()?;
+    let (mut wrong, mut worst, mut count) = (Vec::new(), Worst::default(), 0);
+    for case in cases(&file)?.iter().filter(|c| c.table() == table) {
+        count += 1;
+        for dtype in FLOATS {
+            for targets in targets(tensor(&file, case.need("targets")?)?)? {
+                let label = format!("{} with {dtype:?} and {:?}", case.name, targets.dtype());
+                match compare(&file, case, fused, dtype, &targets, &label, &mut worst) {
+                    Ok(more) => wrong.extend(more),
+                    Err(error) => wrong.push(format!("{label}: {error}")),
+                }
+            }
+        }
+    }
+    println!("{table}, the worst error as a share of its tolerance:");
+    for dtype in FLOATS {
+        for what in ["loss", "gradient"] {
+            if let Some((share, label)) = worst.0.get(&(dtype, what)) {
+                println!("  {dtype:?} {what} {share:.3}: {label}");
+            }
+        }
+    }
+    let expected = TABLES.iter().find(|t| t.0 == table).map(|t| t.1);
+    assert_eq!(Some(count), expected, "cases of the table {table}");
+    report(&wrong);
+    Ok(())
+}
+
+fn compare(
+    file: &File,
+    case: &Case,
+    forward: Forward,
+    dtype: DType,
+    targets: &Tensor,
+    label: &str,
+    worst: &mut Worst,
+) -> Result<Vec<String>> {
+    let logits = tensor(file, case.need("logits")?)?.to_dtype(dtype)?;
+    let logits = Var::from_tensor(&logits)?;
+    let loss = forward(&case.loss(file, dtype)?, &logits, targets)?;
+    // A half-precision loss would be too coarse to log: it is f32 for all but f64.
+    let of_loss = if dtype == DType::F64 {
+        dtype
+    } else {
+        DType::F32
+    };
+    let arrived = match case.input(file, "upstream")? {
+        Some(upstream) => (&loss * upstream.to_dtype(of_loss)?)?.sum_all()?,
+        None => loss.clone(),
+    };
+    let gradients = arrived.backward()?;
+    let grad = gradients.get(&logits).ok_or("no gradient arrived")?;
+
+    let name = &case.name;
+    let sizes = numbers(tensor(file, &format!("size/{name}"))?)?;
+    let (loss_sizes, grad_sizes) = sizes.split_at(loss.elem_count().min(sizes.len()));
+    let mut wrong = Comparison {
+        what: "loss",
+        label,
+        logits: dtype,
+        roundings: LOSS_ROUNDINGS,
+        want: tensor(file, &format!("loss/{name}"))?,
+        sizes: loss_sizes,
+    }
+    .check(&loss, of_loss, worst)?;
+    let of_grad = Comparison {
+        what: "gradient",
+        label,
+        logits: dtype,
+        roundings: GRAD_ROUNDINGS,
+        want: tensor(file, &format!("grad/{name}"))?,
+        sizes: grad_sizes,
+    };
+    wrong.extend(of_grad.check(grad, dtype, worst)?);
+    Ok(wrong)
+}
+
+/// Figures that other libraries print in their own tests, to the digits that they print.
+mod literals {
+    use super::*;
+
+    /// candle-nn 0.11 (MIT or Apache-2.0), tests/loss.rs, which compares four decimals.
+    #[test]
+    fn candle_nn() -> Result<()> {
+        let logits = Tensor::new(
+            &[
+                [1.1050f64, 0.3013, -1.5394, -2.1528, -0.8634],
+                [1.0730, -0.9419, -0.1670, -0.6582, 0.5061],
+                [0.8318, 1.1154, -0.3610, 0.5351, 1.0830],
+            ],
+            &Device::Cpu,
+        )?;
+        let targets = Tensor::new(&[1u32, 0, 4], &Device::Cpu)?;
+        for smoothing in [
+            Smoothing::none(),
+            Smoothing::over_all(0.0)?,
+            Smoothing::over_others(0.0)?,
+        ] {
+            let loss = LabelSmoothingLoss::new(smoothing).forward(&logits, &targets)?;
+            let loss = loss.to_scalar::<f64>()?;
+            assert!(abs_diff_eq!(loss, 1.1312, epsilon = 0.5e-4), "{loss}");
+        }
+        Ok(())
+    }
+
+    /// dfdx (MIT or Apache-2.0), the test of its cross-entropy with soft targets. The loss was
+    /// added up in f32 there, so its last digits may be off by a few places of f32; the gradients
+    /// are given to the seventh decimal.
+    #[test]
+    fn dfdx_soft_targets() -> Result<()> {
+        let logits = Tensor::new(
+            &[
+                [0.01322946f64, 0.7367754, -0.8874471, 0.6997109, 0.98312855],
+                [-0.19822043, 1.192167, -0.7495395, -1.5733303, -1.4898887],
+            ],
+            &Device::Cpu,
+        )?;
+        let targets = Tensor::new(
+            &[
+                [0.3180433f64, 0.15164024, 0.2352255, 0.08821669, 0.20687431],
+                [0.15627657, 0.29779273, 0.10897867, 0.2879545, 0.14899758],
+            ],
+            &Device::Cpu,
+        )?;
+        let want = [
+            [-0.0972354, 0.0515665, -0.09250933, 0.07864318, 0.05953507],
+            [0.0035581, 0.1792296, -0.0074167, -0.1233234, -0.0520476],
+        ];
+        let logits = Var::from_tensor(&logits)?;
+        let loss = LabelSmoothingLoss::new(Smoothing::none()).forward(&logits, &targets)?;
+        let gradients = loss.backward()?;
+        let loss = loss.to_scalar::<f64>()?;
+        assert!(
+            abs_diff_eq!(loss, 1.9889611, epsilon = 2.0 * f64::from(f32::EPSILON)),
+            "{loss}"
+        );
+        let grad = gradients.get(&logits).ok_or("no gradient")?;
+        for (got, want) in numbers(grad)?.iter().zip(want.as_flattened()) {
+            assert!(abs_diff_eq!(*got, *want, epsilon = 1e-7), "{got} {want}");
+        }
+        Ok(())
+    }
+
+    /// Burn (MIT or Apache-2.0), the test of the `logits` flag: seven digits of f32.
+    #[test]
+    fn burn() -> Result<()> {
+        let logits = Tensor::new(
+            &[
+                [0.1f64, 0.2, 0.7, 0.0, 0.0],
+                [0.7, 0.1, 0.1, 0.1, 0.0],
+                [0.2, 0.2, 0.2, 0.2, 0.2],
+                [0.0, 0.3, 0.3, 0.2, 0.2],
+            ],
+            &Device::Cpu,
+        )?;
+        let targets = Tensor::new(&[2u32, 0, 4, 1], &Device::Cpu)?;
+        let loss = LabelSmoothingLoss::new(Smoothing::none()).forward(&logits, &targets)?;
+        let loss = loss.to_scalar::<f64>()?;
+        assert!(abs_diff_eq!(loss, 1.354197, epsilon = 0.5e-6), "{loss}");
+        Ok(())
+    }
+}
