@@ -198,7 +198,7 @@ pub enum Error {
     },
 
     /// A class target that is no class.
-    #[error("target {target} of row {row} is no class: expected 0 to {}{}", num_classes - 1, ignoring(*target))]
+    #[error("target {target} of row {row} is no class: expected at least 0 and less than {num_classes}{}", ignoring(*target))]
     TargetOutOfRange {
         /// The row, counted over all dimensions but the classes' in row-major order.
         row: usize,

@@ -88,7 +88,7 @@ impl Smoothing {
     /// That its length is K is checked when the smoothing is used.
     pub fn toward(epsilon: f64, prior: &Tensor) -> Result<Self> {
         let mut prior = vector("prior probabilities", prior)?;
-        let sum: f64 = prior.iter().sum();
+        let sum = prior.iter().fold(0., |sum, p| sum + p);
         if (sum - 1.).abs() > 1e-3 {
             return Err(Error::PriorSum { sum });
         }

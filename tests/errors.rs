@@ -1,0 +1,393 @@
+//! Bad input: each kind gets a message that says what was given and what was expected.
+
+mod common;
+
+use candle_core::{DType, DeviceLocation, Result, Shape, Storage, Tensor, Var};
+use candle_label_smoothing::{
+    Error, LabelSmoothingLoss, Reduction, Smoothing, check_targets, smooth_targets,
+};
+use common::{CPU, random};
+
+/// Checks the message, and that the error survives a way through candle's `Result` and back.
+#[track_caller]
+fn assert_error<T>(result: candle_label_smoothing::Result<T>, parts: &[&str]) {
+    let Err(error) = result else {
+        panic!("no error, but expected one that says {parts:?}");
+    };
+    let message = error.to_string();
+    for part in parts {
+        assert!(message.contains(part), "{message:?} does not say {part:?}");
+    }
+    let kind = std::mem::discriminant(&error);
+    let candles = candle_core::Error::from(error);
+    assert!(candles.to_string().contains(&message), "{candles}");
+    let back = Error::from(candles);
+    assert_eq!(std::mem::discriminant(&back), kind);
+    assert_eq!(back.to_string(), message);
+}
+
+fn loss() -> LabelSmoothingLoss {
+    LabelSmoothingLoss::new(Smoothing::none())
+}
+
+fn zeros(dims: &[usize], dtype: DType) -> Result<Tensor> {
+    Tensor::zeros(dims, dtype, &CPU)
+}
+
+#[test]
+fn epsilon() -> Result<()> {
+    let prior = Tensor::new(&[0.5f32, 0.5], &CPU)?;
+    for (epsilon, given) in [
+        (-0.1, "-0.1"),
+        (1.1, "1.1"),
+        (10., "10"),
+        (f64::NAN, "NaN"),
+        (f64::INFINITY, "inf"),
+    ] {
+        for smoothing in [
+            Smoothing::over_all(epsilon),
+            Smoothing::over_others(epsilon),
+            Smoothing::toward(epsilon, &prior),
+        ] {
+            assert_error(smoothing, &["epsilon", given, "0 to 1"]);
+        }
+    }
+    for epsilon in [0., 1., -0.] {
+        assert!(Smoothing::over_all(epsilon).is_ok());
+        assert!(Smoothing::over_others(epsilon).is_ok());
+    }
+    Ok(())
+}
+
+#[test]
+fn z_loss() {
+    for (coefficient, given) in [(-1., "-1"), (f64::NAN, "NaN"), (f64::INFINITY, "inf")] {
+        assert_error(loss().with_z_loss(coefficient), &["z-loss", given, ">= 0"]);
+    }
+}
+
+#[test]
+fn class_weights() -> Result<()> {
+    let given = |weights: &Tensor| loss().with_class_weights(weights);
+    assert_error(
+        given(&zeros(&[2, 3], DType::F32)?),
+        &["class weights", "[2, 3]", "[num_classes]"],
+    );
+    assert_error(given(&zeros(&[], DType::F32)?), &["class weights", "[]"]);
+    assert_error(
+        given(&zeros(&[3], DType::U32)?),
+        &["class weights", "U32", "floating-point"],
+    );
+    let bad = |value: f32| Tensor::new(&[1., value, 1.], &CPU);
+    assert_error(given(&bad(-1.)?), &["class weights", "-1", "class 1"]);
+    assert_error(given(&bad(f32::NAN)?), &["class weights", "NaN"]);
+    assert_error(given(&bad(f32::INFINITY)?), &["class weights", "inf"]);
+
+    let loss = given(&bad(1.)?)?;
+    let targets = zeros(&[2], DType::U32)?;
+    let result = loss.forward(&zeros(&[2, 4], DType::F32)?, &targets);
+    assert_error(result, &["3 class weights", "4 classes"]);
+    Ok(())
+}
+
+#[test]
+fn priors() -> Result<()> {
+    let toward = |prior: &Tensor| Smoothing::toward(0.1, prior);
+    let prior = |values: [f32; 3]| Tensor::new(&values, &CPU);
+    assert_error(toward(&zeros(&[1, 3], DType::F32)?), &["prior", "[1, 3]"]);
+    assert_error(toward(&zeros(&[3], DType::I64)?), &["prior", "I64"]);
+    assert_error(
+        toward(&prior([0.5, -0.5, 1.])?),
+        &["prior", "-0.5", "class 1"],
+    );
+    assert_error(toward(&prior([0.5, 0.5, f32::NAN])?), &["prior", "NaN"]);
+    assert_error(toward(&prior([2., 3., 5.])?), &["prior", "sum to 10"]);
+    assert_error(toward(&zeros(&[0], DType::F32)?), &["prior", "sum to 0"]);
+    let halves = toward(&Tensor::new(&[0.5f32, 0.5], &CPU)?)?;
+    let labels = zeros(&[2], DType::U32)?;
+    let result = LabelSmoothingLoss::new(halves.clone()).forward(&random(&[2, 3], 1., 1)?, &labels);
+    assert_error(result, &["2 prior probabilities", "3 classes"]);
+    assert_error(
+        smooth_targets(&labels, 3, &halves),
+        &["2 prior", "3 classes"],
+    );
+    Ok(())
+}
+
+#[test]
+fn shapes() -> Result<()> {
+    let forward = |loss: LabelSmoothingLoss, logits: &[usize], targets: &[usize], dtype| {
+        loss.forward(&zeros(logits, DType::F32)?, &zeros(targets, dtype)?)
+    };
+    let labels = DType::U32;
+    assert_error(forward(loss(), &[], &[], labels), &["scalar"]);
+    assert_error(
+        forward(loss(), &[3, 0], &[3], labels),
+        &["no classes", "[3, 0]"],
+    );
+    assert_error(
+        forward(loss().with_class_dim(2), &[3, 4], &[3], labels),
+        &["class dimension is 2", "[3, 4]", "0 to 1"],
+    );
+    assert!(forward(loss().with_class_dim(0), &[4], &[], labels).is_ok());
+    assert_error(
+        forward(loss().with_class_dim(1), &[4], &[], labels),
+        &["class dimension is 1", "[4]"],
+    );
+    // Labels of another length, flattened, one-hot, or for another class dimension.
+    assert_error(
+        forward(loss(), &[3, 4], &[2], labels),
+        &["[2]", "[3]", "[3, 4]"],
+    );
+    assert_error(
+        forward(loss(), &[2, 3, 4], &[6], labels),
+        &["[6]", "[2, 3]", "[2, 3, 4]"],
+    );
+    assert_error(
+        forward(loss(), &[3, 4], &[3, 4], labels),
+        &["[3, 4]", "[3]"],
+    );
+    assert_error(
+        forward(loss(), &[2, 5, 3, 4], &[2, 3, 4], labels),
+        &["[2, 3, 4]", "[2, 5, 3]", "class dimension 3"],
+    );
+    // Floats are probabilities.
+    assert_error(
+        forward(loss(), &[3, 4], &[3], DType::F32),
+        &["F32", "probabilities", "[3]", "[3, 4]", "integer dtype"],
+    );
+    assert_error(
+        forward(loss(), &[3, 4], &[4, 3], DType::F32),
+        &["[4, 3]", "[3, 4]"],
+    );
+    Ok(())
+}
+
+#[test]
+fn dtypes() -> Result<()> {
+    let labels = zeros(&[2], DType::U32)?;
+    for dtype in [DType::U8, DType::U32, DType::I64, DType::F8E4M3] {
+        let result = loss().forward(&zeros(&[2, 3], dtype)?, &labels);
+        assert_error(result, &["logits", &format!("{dtype:?}"), "F32"]);
+    }
+    Ok(())
+}
+
+#[test]
+fn ignore_index_with_probabilities() -> Result<()> {
+    let logits = zeros(&[2, 3], DType::F32)?;
+    let result = loss().with_ignore_index(-100).forward(&logits, &logits);
+    assert_error(result, &["ignore_index -100", "probabilities"]);
+    Ok(())
+}
+
+#[test]
+fn one_class_has_no_others() -> Result<()> {
+    let others = Smoothing::over_others(0.1)?;
+    let labels = zeros(&[2], DType::U32)?;
+    let logits = zeros(&[2, 1], DType::F32)?;
+    let result = LabelSmoothingLoss::new(others.clone()).forward(&logits, &labels);
+    assert_error(result, &["at least two classes", "over_all"]);
+    assert_error(
+        smooth_targets(&labels, 1, &others),
+        &["at least two classes"],
+    );
+    Ok(())
+}
+
+#[test]
+fn targets_out_of_range() -> Result<()> {
+    let logits = zeros(&[3, 5], DType::F32)?;
+    let targets = |values: [i64; 3]| Tensor::new(&values, &CPU);
+    let forward = |values| loss().forward(&logits, &targets(values)?);
+    assert_error(forward([0, 5, 9]), &["target 5", "row 1", "less than 5"]);
+    assert_error(
+        forward([0, 4, -100]),
+        &["target -100", "row 2", "with_ignore_index(-100)"],
+    );
+    assert_error(
+        forward([i64::MIN, 0, 0]),
+        &["target -9223372036854775808", "row 0"],
+    );
+    let padded = targets([0, 1, -100])?.to_dtype(DType::U32)?;
+    assert_error(
+        loss().forward(&logits, &padded),
+        &["target 4294967196", "-100 stored as u32", "i64"],
+    );
+    // The ignored index may lie outside, others may not.
+    let ignoring = loss().with_ignore_index(-1);
+    assert!(ignoring.forward(&logits, &targets([0, -1, 4])?).is_ok());
+    assert_error(
+        ignoring.forward(&logits, &targets([0, -1, -2])?),
+        &["target -2", "row 2"],
+    );
+    // Rows are counted in row-major order over all the other dimensions.
+    let image = zeros(&[2, 5, 2, 2], DType::F32)?;
+    let labels = Tensor::new(&[[[0u8, 1], [2, 3]], [[4, 0], [7, 0]]], &CPU)?;
+    let result = loss().with_class_dim(1).forward(&image, &labels);
+    assert_error(result, &["target 7", "row 6", "less than 5"]);
+
+    assert_error(
+        smooth_targets(&targets([0, 1, 3])?, 3, &Smoothing::none()),
+        &["target 3", "row 2", "less than 3"],
+    );
+    Ok(())
+}
+
+#[test]
+fn checking_targets() -> Result<()> {
+    let targets = Tensor::new(&[[0i64, 2], [-100, 3]], &CPU)?;
+    assert_error(check_targets(&targets, 4, None), &["target -100", "row 2"]);
+    assert_error(
+        check_targets(&targets, 3, Some(-100)),
+        &["target 3", "row 3"],
+    );
+    assert!(check_targets(&targets, 4, Some(-100)).is_ok());
+    assert!(check_targets(&targets.narrow(0, 0, 1)?.t()?, 3, None).is_ok());
+    assert!(check_targets(&zeros(&[0], DType::U8)?, 0, None).is_ok());
+    let probabilities = zeros(&[2, 3], DType::F32)?;
+    assert_error(
+        check_targets(&probabilities, 3, None),
+        &["F32", "integer dtype"],
+    );
+    let result = check_targets(&zeros(&[1], DType::U8)?, 0, None);
+    assert_error(result, &["target 0", "less than 0"]);
+    Ok(())
+}
+
+#[test]
+fn smoothing_targets() -> Result<()> {
+    let none = Smoothing::none();
+    let labels = zeros(&[2], DType::U32)?;
+    assert_error(smooth_targets(&labels, 0, &none), &["no classes", "[2, 0]"]);
+    let probabilities = zeros(&[2, 3], DType::F32)?;
+    assert_error(
+        smooth_targets(&probabilities, 4, &none),
+        &["F32", "num_classes = 4", "[2, 3]"],
+    );
+    let scalar = zeros(&[], DType::F32)?;
+    assert_error(
+        smooth_targets(&scalar, 4, &none),
+        &["num_classes = 4", "[]"],
+    );
+    assert_error(smooth_targets(&labels, usize::MAX, &none), &["too large"]);
+    Ok(())
+}
+
+/// A view can be far larger than the memory behind it; what it would take to answer is not.
+#[test]
+fn sizes_beyond_memory() -> Result<()> {
+    let one = zeros(&[1, 1], DType::F32)?;
+    let labels = zeros(&[1], DType::U32)?;
+    let dims = (1 << 30, 1 << 31);
+    let result = loss().forward(&one.broadcast_as(dims)?, &labels.broadcast_as(1 << 30)?);
+    assert_error(result, &["logits", "[1073741824, 2147483648]", "too large"]);
+    let many = labels.broadcast_as(1 << 59)?;
+    assert_error(smooth_targets(&many, 8, &Smoothing::none()), &["too large"]);
+    assert_error(check_targets(&many, 8, None), &["too large"]);
+    let one = one.broadcast_as((1 << 59, 1))?;
+    assert_error(loss().forward(&one, &many), &["too large"]);
+    Ok(())
+}
+
+/// candle's unchecked constructor makes tensors whose layout reaches beyond their storage.
+#[test]
+fn layouts_beyond_their_storage() -> Result<()> {
+    let lying = |storage: Storage| {
+        let none = candle_core::op::BackpropOp::none();
+        Tensor::from_storage(storage, Shape::from((2, 3)), none, false)
+    };
+    let logits = lying(Storage::Cpu(candle_core::CpuStorage::F32(vec![0.; 5])));
+    let labels = zeros(&[2], DType::U32)?;
+    let expected = ["[2, 3]", "beyond its storage of 5"];
+    assert_error(loss().forward(&logits, &labels), &expected);
+    assert_error(smooth_targets(&logits, 3, &Smoothing::none()), &expected);
+    let labels = lying(Storage::Cpu(candle_core::CpuStorage::U8(vec![0; 5])));
+    let logits = zeros(&[2, 3, 4], DType::F32)?;
+    assert_error(loss().forward(&logits, &labels), &expected);
+    assert_error(check_targets(&labels, 4, None), &expected);
+    Ok(())
+}
+
+/// A tensor's numbers can be changed between forward and backward.
+#[test]
+fn targets_that_change_before_backward() -> Result<()> {
+    let targets = Var::from_tensor(&Tensor::new(&[0i64, 1], &CPU)?)?;
+    let logits = Var::from_tensor(&random(&[2, 3], 1., 1)?)?;
+    let result = loss().forward(&logits, &targets)?;
+    targets.set(&Tensor::new(&[0i64, 3], &CPU)?)?;
+    let error = result.backward().expect_err("no error from backward");
+    assert_error(Err::<(), _>(Error::from(error)), &["target 3", "row 1"]);
+    Ok(())
+}
+
+/// `?` in both directions, without a layer for each.
+#[test]
+fn errors_cross_candles_result_and_come_back() -> Result<()> {
+    fn model(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
+        let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?);
+        Ok(loss
+            .with_reduction(Reduction::Sum)
+            .forward(logits, targets)?)
+    }
+    fn again(logits: &Tensor, targets: &Tensor) -> candle_label_smoothing::Result<Tensor> {
+        Ok(model(logits, targets)?)
+    }
+    let logits = random(&[2, 3], 1., 1)?;
+    let targets = Tensor::new(&[0u32, 3], &CPU)?;
+    let error = again(&logits, &targets).expect_err("no error");
+    assert!(
+        matches!(
+            error,
+            Error::TargetOutOfRange {
+                row: 1,
+                target: 3,
+                num_classes: 3,
+                ..
+            }
+        ),
+        "{error}"
+    );
+
+    // candle's own errors stay what they are.
+    let theirs = logits.reshape((7, 7)).expect_err("no error from candle");
+    let message = theirs.to_string();
+    let back = candle_core::Error::from(Error::from(theirs));
+    assert_eq!(back.to_string(), message);
+    let theirs = Error::from(candle_core::Error::WrappedContext {
+        wrapped: Box::new(std::io::Error::other("elsewhere")),
+        context: "foreign".to_string(),
+    });
+    assert!(theirs.to_string().contains("elsewhere"));
+    assert!(
+        candle_core::Error::from(theirs)
+            .to_string()
+            .contains("foreign")
+    );
+    Ok(())
+}
+
+/// Losses can be shared between threads, errors can leave them.
+#[test]
+fn everything_is_send_and_sync() {
+    fn check<T: Send + Sync + std::fmt::Debug>() {}
+    check::<LabelSmoothingLoss>();
+    check::<Smoothing>();
+    check::<Reduction>();
+    check::<Error>();
+}
+
+/// Without the devices themselves, all that can be seen here is what the messages say.
+#[test]
+fn devices_are_named() {
+    let missing = Error::MissingBackend { backend: "Metal" };
+    assert_error(Err::<(), _>(missing), &["no Metal backend", "to_device"]);
+    let mismatch = Error::DeviceMismatch {
+        logits: DeviceLocation::Cuda { gpu_id: 0 },
+        targets: DeviceLocation::Cpu,
+    };
+    assert_error(
+        Err::<(), _>(mismatch),
+        &["logits", "Cuda", "targets", "Cpu"],
+    );
+}
