@@ -1,0 +1,61 @@
+//! What the loss allocates: a few numbers a row, and the gradient.
+
+mod common;
+
+use candle_core::{DType, Result, Tensor, Var};
+use candle_label_smoothing::{LabelSmoothingLoss, Smoothing};
+use common::{random, random_labels, random_probabilities};
+use peak_alloc::PeakAlloc;
+
+#[global_allocator]
+static ALLOCATOR: PeakAlloc = PeakAlloc;
+
+/// The bytes that `f` held at most, beyond those that were held before.
+fn peak<T>(f: impl FnOnce() -> Result<T>) -> Result<(T, usize)> {
+    let before = ALLOCATOR.current_usage();
+    ALLOCATOR.reset_peak_usage();
+    let result = f()?;
+    Ok((result, ALLOCATOR.peak_usage() - before))
+}
+
+/// One test, since the allocator counts for the whole process.
+#[test]
+fn nothing_of_the_logits_size_is_allocated_but_the_gradient() -> Result<()> {
+    const ROWS: usize = 32;
+    const CLASSES: usize = 16_384;
+    // A row keeps a label and four statistics, and the thread pool some blocks.
+    const SMALL: usize = ROWS * 256 + 256 * 1024;
+
+    let base = random(&[ROWS, CLASSES], 3., 1)?;
+    let labels = random_labels(&[ROWS], CLASSES, 2)?;
+    let probabilities = random_probabilities(&[ROWS, CLASSES], 1, 3)?.to_dtype(DType::F16)?;
+    // The thread pool's own allocations come with its first use.
+    let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?);
+    loss.forward(&base, &labels)?;
+
+    for dtype in [DType::F32, DType::F16, DType::BF16, DType::F64] {
+        let size = ROWS * CLASSES * dtype.size_in_bytes();
+        let logits = Var::from_tensor(&base.to_dtype(dtype)?)?;
+        let views: [(Tensor, Tensor); 2] = [
+            (logits.as_tensor().clone(), probabilities.clone()),
+            (logits.t()?, probabilities.t()?),
+        ];
+        for (class_dim, (view, probabilities)) in [1, 0].into_iter().zip(&views) {
+            let loss = loss.clone().with_class_dim(class_dim);
+            for targets in [&labels, probabilities] {
+                let (result, forward) = peak(|| Ok(loss.forward(view, targets)?))?;
+                assert!(forward < SMALL, "{dtype:?} forward: {forward} bytes");
+
+                // candle makes a tensor of zeros for each gradient and a third for their sum; the
+                // gradient through a transposed view is added up once more.
+                let gradients = if class_dim == 1 { 3 } else { 5 };
+                let (_, backward) = peak(|| result.backward())?;
+                assert!(
+                    backward < gradients * size + SMALL,
+                    "{dtype:?} backward: {backward} bytes, of {size} a gradient"
+                );
+            }
+        }
+    }
+    Ok(())
+}
