@@ -63,3 +63,8 @@ mod smoothing;
 pub use error::{Error, Result};
 pub use loss::{LabelSmoothingLoss, Reduction, check_targets};
 pub use smoothing::{Smoothing, smooth_targets};
+
+/// The README's program, compiled and run with the documentation's examples.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
