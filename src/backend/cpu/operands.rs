@@ -1,0 +1,331 @@
+//! What the kernels read: logits, targets and coefficients, of any dtype and layout.
+
+use super::element::Real;
+use super::parallel::reserve;
+use crate::backend::{Coefficient, Coefficients, Problem, Rows};
+use crate::error::{Error, Result};
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, DeviceLocation, Layout, Storage, StorageRef};
+use half::{bf16, f16};
+
+/// A tensor's numbers and where they lie.
+pub(super) type Operand<'a> = (&'a CpuStorage, &'a Layout);
+
+/// A stretch of elements along one dimension, from the given row and class on.
+#[derive(Clone, Copy)]
+pub(super) struct Line {
+    pub row: usize,
+    pub class: usize,
+    pub along: Along,
+}
+
+#[derive(Clone, Copy)]
+pub(super) enum Along {
+    Classes,
+    Rows,
+}
+
+impl Line {
+    pub(super) fn row(self, i: usize) -> usize {
+        match self.along {
+            Along::Classes => self.row,
+            Along::Rows => self.row + i,
+        }
+    }
+
+    pub(super) fn class(self, i: usize) -> usize {
+        match self.along {
+            Along::Classes => self.class + i,
+            Along::Rows => self.class,
+        }
+    }
+}
+
+/// The numbers of a tensor by row and class.
+pub(super) struct View<'a> {
+    values: Values<'a>,
+    rows: Rows,
+    pub num_rows: usize,
+    class_stride: usize,
+}
+
+enum Values<'a> {
+    BF16(&'a [bf16]),
+    F16(&'a [f16]),
+    F32(&'a [f32]),
+    F64(&'a [f64]),
+}
+
+impl<'a> View<'a> {
+    /// With `class_dim` beyond the dimensions, each element is a row of its own.
+    pub(super) fn new((storage, layout): Operand<'a>, class_dim: usize) -> Result<Self> {
+        let (values, len) = match storage {
+            CpuStorage::BF16(values) => (Values::BF16(values), values.len()),
+            CpuStorage::F16(values) => (Values::F16(values), values.len()),
+            CpuStorage::F32(values) => (Values::F32(values), values.len()),
+            CpuStorage::F64(values) => (Values::F64(values), values.len()),
+            _ => {
+                return Err(Error::TargetsDType {
+                    dtype: storage.dtype(),
+                    expected: "F16, BF16, F32 or F64",
+                });
+            }
+        };
+        check_layout(layout, len)?;
+        let others = layout.dims().iter().enumerate();
+        Ok(Self {
+            values,
+            rows: Rows::new(layout, Some(class_dim)),
+            num_rows: others
+                .filter(|(dim, _)| *dim != class_dim)
+                .map(|(_, len)| len)
+                .product(),
+            class_stride: layout.stride().get(class_dim).copied().unwrap_or(0),
+        })
+    }
+
+    /// Fills `out` from the line's start on.
+    pub(super) fn load<A: Real>(&self, line: Line, out: &mut [A]) {
+        let mut filled = 0;
+        while filled < out.len() {
+            let run = self.rows.run(line.row(filled));
+            let (stride, len) = match line.along {
+                Along::Classes => (self.class_stride, out.len()),
+                Along::Rows => (run.stride, run.len.min(out.len() - filled)),
+            };
+            let start = run.offset + line.class * self.class_stride;
+            let out = &mut out[filled..filled + len];
+            match self.values {
+                Values::BF16(values) => {
+                    copy(values, start, stride, out, |v| A::from_f32(v.to_f32()))
+                }
+                Values::F16(values) => {
+                    copy(values, start, stride, out, |v| A::from_f32(v.to_f32()))
+                }
+                Values::F32(values) => copy(values, start, stride, out, A::from_f32),
+                Values::F64(values) => copy(values, start, stride, out, A::from_f64),
+            }
+            filled += len;
+        }
+    }
+}
+
+fn copy<T: Copy, A>(values: &[T], start: usize, stride: usize, out: &mut [A], f: impl Fn(T) -> A) {
+    if stride == 1 {
+        for (out, &value) in out.iter_mut().zip(&values[start..]) {
+            *out = f(value);
+        }
+    } else {
+        for (i, out) in out.iter_mut().enumerate() {
+            *out = f(values[start + i * stride]);
+        }
+    }
+}
+
+/// Checks that a layout stays inside its storage: the kernels index by it.
+fn check_layout(layout: &Layout, len: usize) -> Result<()> {
+    let dims = || layout.dims().iter().zip(layout.stride());
+    let last = dims().try_fold(layout.start_offset(), |last, (&len, &stride)| {
+        last.checked_add(len.saturating_sub(1).checked_mul(stride)?)
+    });
+    if dims().all(|(&len, _)| len > 0) && last.is_none_or(|last| last >= len) {
+        return Err(Error::Layout {
+            shape: layout.dims().to_vec(),
+            stride: layout.stride().to_vec(),
+            offset: layout.start_offset(),
+            len,
+        });
+    }
+    Ok(())
+}
+
+/// The targets and their coefficients r.
+pub(super) struct Targets<'a, A> {
+    columns: Columns<'a, A>,
+    given: Given<'a>,
+}
+
+enum Given<'a> {
+    Classes(Vec<usize>),
+    Probabilities(View<'a>),
+}
+
+impl<'a, A: Real> Targets<'a, A> {
+    pub(super) fn new(
+        problem: &Problem,
+        columns: Columns<'a, A>,
+        targets: Operand<'a>,
+    ) -> Result<Self> {
+        let given = match targets.0.dtype().is_int() {
+            true => Given::Classes(labels(targets, problem.num_classes, problem.ignore_index)?),
+            false => Given::Probabilities(View::new(targets, problem.class_dim)?),
+        };
+        Ok(Self { columns, given })
+    }
+
+    pub(super) fn is_ignored(&self, row: usize) -> bool {
+        matches!(&self.given, Given::Classes(labels) if labels[row] == IGNORED)
+    }
+
+    /// What the row adds to the denominator of a mean.
+    pub(super) fn weight(&self, row: usize) -> A {
+        match &self.given {
+            Given::Classes(labels) if labels[row] == IGNORED => A::ZERO,
+            Given::Classes(labels) => self.columns.weight.at(labels[row]),
+            Given::Probabilities(_) => A::one(),
+        }
+    }
+
+    /// Fills `out` with r: the formula at the head of the `backend` module.
+    pub(super) fn coefficients(&self, line: Line, out: &mut [A]) {
+        let columns = &self.columns;
+        match &self.given {
+            Given::Classes(labels) => {
+                for (i, r) in out.iter_mut().enumerate() {
+                    let class = line.class(i);
+                    *r = match labels[line.row(i)] == class {
+                        true => columns.own.at(class),
+                        false => columns.spread.at(class),
+                    };
+                }
+            }
+            Given::Probabilities(view) => {
+                view.load(line, out);
+                for (i, r) in out.iter_mut().enumerate() {
+                    let class = line.class(i);
+                    *r = columns.scale.at(class) * *r + columns.spread.at(class);
+                }
+            }
+        }
+    }
+}
+
+/// The coefficients, lent by their tensor.
+pub(super) enum Table<'a> {
+    Uniform(Coefficient),
+    PerClass(StorageRef<'a>),
+}
+
+pub(super) struct Columns<'a, A> {
+    scale: Column<'a, A>,
+    spread: Column<'a, A>,
+    own: Column<'a, A>,
+    weight: Column<'a, A>,
+}
+
+pub(super) enum Column<'a, A> {
+    Uniform(A),
+    PerClass(&'a [A]),
+}
+
+impl<'a> Table<'a> {
+    pub(super) fn new(coefficients: &'a Coefficients) -> Self {
+        match coefficients {
+            Coefficients::Uniform(coefficient) => Self::Uniform(*coefficient),
+            Coefficients::PerClass(table) => Self::PerClass(table.storage_and_layout().0),
+        }
+    }
+
+    pub(super) fn columns<A: Real>(&self) -> Result<Columns<'_, A>> {
+        Ok(match self {
+            Self::Uniform(coefficient) => {
+                let column = |value| Column::Uniform(A::from_f64(value));
+                Columns {
+                    scale: column(coefficient.scale),
+                    spread: column(coefficient.spread),
+                    own: column(coefficient.own),
+                    weight: column(coefficient.weight),
+                }
+            }
+            Self::PerClass(storage) => {
+                let table = A::cpu_storage_as_slice(host(storage)?)?;
+                let num_classes = table.len() / 4;
+                let column = |i| Column::PerClass(&table[i * num_classes..(i + 1) * num_classes]);
+                Columns {
+                    scale: column(0),
+                    spread: column(1),
+                    own: column(2),
+                    weight: column(3),
+                }
+            }
+        })
+    }
+}
+
+impl<A: Real> Column<'_, A> {
+    fn at(&self, class: usize) -> A {
+        match self {
+            Self::Uniform(value) => *value,
+            Self::PerClass(values) => values[class],
+        }
+    }
+}
+
+/// Marks an ignored row among the labels; no class has this index.
+const IGNORED: usize = usize::MAX;
+
+/// Checks class targets.
+pub(crate) fn check_labels(
+    targets: Operand,
+    num_classes: usize,
+    ignore_index: Option<i64>,
+) -> Result<()> {
+    labels(targets, num_classes, ignore_index).map(|_| ())
+}
+
+/// Class targets as indices, each checked; [`IGNORED`] where they equal `ignore_index`.
+fn labels(
+    (targets, layout): Operand,
+    num_classes: usize,
+    ignore_index: Option<i64>,
+) -> Result<Vec<usize>> {
+    match targets {
+        CpuStorage::U8(values) => labels_of(values, layout, num_classes, ignore_index),
+        CpuStorage::U32(values) => labels_of(values, layout, num_classes, ignore_index),
+        CpuStorage::I64(values) => labels_of(values, layout, num_classes, ignore_index),
+        _ => Err(Error::TargetsDType {
+            dtype: targets.dtype(),
+            expected: "U8, U32 or I64",
+        }),
+    }
+}
+
+fn labels_of<T: Copy + Into<i64>>(
+    values: &[T],
+    layout: &Layout,
+    num_classes: usize,
+    ignore_index: Option<i64>,
+) -> Result<Vec<usize>> {
+    check_layout(layout, values.len())?;
+    let rows = Rows::new(layout, None);
+    let num_rows = layout.shape().elem_count();
+    let mut labels = reserve(num_rows)?;
+    while labels.len() < num_rows {
+        let run = rows.run(labels.len());
+        for i in 0..run.len {
+            let target = values[run.offset + i * run.stride].into();
+            labels.push(match usize::try_from(target) {
+                _ if Some(target) == ignore_index => IGNORED,
+                Ok(class) if class < num_classes => class,
+                _ => {
+                    return Err(Error::TargetOutOfRange {
+                        row: labels.len(),
+                        target,
+                        num_classes,
+                    });
+                }
+            });
+        }
+    }
+    Ok(labels)
+}
+
+pub(super) fn host(storage: &Storage) -> Result<&CpuStorage> {
+    match storage {
+        Storage::Cpu(storage) => Ok(storage),
+        other => Err(Error::DeviceMismatch {
+            logits: DeviceLocation::Cpu,
+            targets: other.device().location(),
+        }),
+    }
+}
