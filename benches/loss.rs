@@ -14,28 +14,17 @@ type Loss<'a> = &'a dyn Fn(&Tensor, &Tensor) -> Result<Tensor>;
 
 fn inputs(rows: usize, num_classes: usize, dtype: DType) -> Result<(Var, Tensor)> {
     let mut rng = StdRng::seed_from_u64(0);
-    let logits: Vec<f32> = (0..rows * num_classes)
-        .map(|_| rng.random_range(-8f32..8.))
-        .collect();
-    let labels: Vec<u32> = (0..rows)
-        .map(|_| rng.random_range(0..num_classes as u32))
-        .collect();
+    let logits: Vec<f32> = (0..rows * num_classes).map(|_| rng.random_range(-8f32..8.)).collect();
+    let labels: Vec<u32> = (0..rows).map(|_| rng.random_range(0..num_classes as u32)).collect();
     let logits = Tensor::from_vec(logits, (rows, num_classes), &Device::Cpu)?.to_dtype(dtype)?;
-    Ok((
-        Var::from_tensor(&logits)?,
-        Tensor::from_vec(labels, rows, &Device::Cpu)?,
-    ))
+    Ok((Var::from_tensor(&logits)?, Tensor::from_vec(labels, rows, &Device::Cpu)?))
 }
 
 fn bench(criterion: &mut Criterion) {
     let fused = LabelSmoothingLoss::new(Smoothing::over_all(0.1).expect("a valid epsilon"));
     let ways: [(&str, Loss); 3] = [
-        ("fused", &|logits, targets| {
-            Ok(fused.forward(logits, targets)?)
-        }),
-        ("stock ops", &|logits, targets| {
-            Ok(reference::forward(&fused, logits, targets)?)
-        }),
+        ("fused", &|logits, targets| Ok(fused.forward(logits, targets)?)),
+        ("stock ops", &|logits, targets| Ok(reference::forward(&fused, logits, targets)?)),
         // Without smoothing, which it does not have.
         ("candle-nn", &candle_nn::loss::cross_entropy),
     ];

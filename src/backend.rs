@@ -64,16 +64,11 @@ pub(crate) fn check_device(device: &Device) -> Result<()> {
 pub(crate) fn check_size(what: &'static str, shape: &[usize]) -> Result<()> {
     const LARGEST: usize = isize::MAX as usize / size_of::<f64>();
     // An empty tensor may have other dimensions of any length, which are multiplied all the same.
-    let size = shape
-        .iter()
-        .filter(|&&len| len != 0)
-        .try_fold(1usize, |size, &len| size.checked_mul(len));
+    let size =
+        shape.iter().filter(|&&len| len != 0).try_fold(1usize, |size, &len| size.checked_mul(len));
     match size {
         Some(size) if size <= LARGEST => Ok(()),
-        _ => Err(Error::TooLarge {
-            what,
-            shape: shape.to_vec(),
-        }),
+        _ => Err(Error::TooLarge { what, shape: shape.to_vec() }),
     }
 }
 
@@ -129,20 +124,13 @@ impl Rows {
             }
             match outer.last_mut() {
                 Some(last) if last.stride == stride * len => {
-                    *last = Dim {
-                        len: last.len * len,
-                        stride,
-                    }
+                    *last = Dim { len: last.len * len, stride }
                 }
                 _ => outer.push(Dim { len, stride }),
             }
         }
         let inner = outer.pop().unwrap_or(Dim { len: 1, stride: 0 });
-        Self {
-            start: layout.start_offset(),
-            outer,
-            inner,
-        }
+        Self { start: layout.start_offset(), outer, inner }
     }
 
     /// The longest run that begins at `row`.
@@ -156,11 +144,7 @@ impl Rows {
             offset += rest % dim.len * dim.stride;
             rest /= dim.len;
         }
-        Run {
-            offset,
-            stride: self.inner.stride,
-            len: self.inner.len - index,
-        }
+        Run { offset, stride: self.inner.stride, len: self.inner.len - index }
     }
 }
 
@@ -173,10 +157,8 @@ mod tests {
         let mut offsets = vec![layout.start_offset()];
         for (dim, (&len, &stride)) in layout.dims().iter().zip(layout.stride()).enumerate() {
             if Some(dim) != class_dim {
-                offsets = offsets
-                    .iter()
-                    .flat_map(|o| (0..len).map(move |i| o + i * stride))
-                    .collect();
+                offsets =
+                    offsets.iter().flat_map(|o| (0..len).map(move |i| o + i * stride)).collect();
             }
         }
         offsets

@@ -167,19 +167,14 @@ impl LabelSmoothingLoss {
         };
         let result = match &reduced {
             Reduced::No => rows.losses,
-            Reduced::By(divisor) => divisor
-                .divide(&sum(&rows.losses)?)?
-                .to_dtype(rows.losses.dtype())?,
+            Reduced::By(divisor) => {
+                divisor.divide(&sum(&rows.losses)?)?.to_dtype(rows.losses.dtype())?
+            }
         };
         match rows.statistics {
             None => Ok(result),
             Some(statistics) => {
-                let node = op::Loss {
-                    problem,
-                    targets,
-                    statistics,
-                    reduced,
-                };
+                let node = op::Loss { problem, targets, statistics, reduced };
                 Ok(logits.apply_op2(&result, node)?)
             }
         }
@@ -190,17 +185,10 @@ impl LabelSmoothingLoss {
         let class_dim = self.class_dim(logits)?;
         let num_classes = logits.dims()[class_dim];
         if num_classes == 0 {
-            return Err(Error::NoClasses {
-                shape: logits.dims().to_vec(),
-            });
+            return Err(Error::NoClasses { shape: logits.dims().to_vec() });
         }
-        if !matches!(
-            logits.dtype(),
-            DType::F16 | DType::BF16 | DType::F32 | DType::F64
-        ) {
-            return Err(Error::LogitsDType {
-                dtype: logits.dtype(),
-            });
+        if !matches!(logits.dtype(), DType::F16 | DType::BF16 | DType::F32 | DType::F64) {
+            return Err(Error::LogitsDType { dtype: logits.dtype() });
         }
         backend::check_size("logits", logits.dims())?;
         if let Some(weights) = &self.class_weights {
@@ -210,10 +198,7 @@ impl LabelSmoothingLoss {
 
         let (on, targets_on) = (logits.device().location(), targets.device().location());
         if on != targets_on {
-            return Err(Error::DeviceMismatch {
-                logits: on,
-                targets: targets_on,
-            });
+            return Err(Error::DeviceMismatch { logits: on, targets: targets_on });
         }
         backend::check_device(logits.device())?;
         self.check_targets_type(logits, targets, class_dim)?;
@@ -237,10 +222,9 @@ impl LabelSmoothingLoss {
             return Err(Error::LogitsRank);
         };
         match self.class_dim {
-            Some(class_dim) if class_dim > last => Err(Error::ClassDim {
-                class_dim,
-                shape: logits.dims().to_vec(),
-            }),
+            Some(class_dim) if class_dim > last => {
+                Err(Error::ClassDim { class_dim, shape: logits.dims().to_vec() })
+            }
             class_dim => Ok(class_dim.unwrap_or(last)),
         }
     }
@@ -254,10 +238,7 @@ impl LabelSmoothingLoss {
         let dtype = targets.dtype();
         if dtype.is_float() {
             if let Some(ignore_index) = self.ignore_index {
-                return Err(Error::IgnoreIndexWithProbabilities {
-                    ignore_index,
-                    dtype,
-                });
+                return Err(Error::IgnoreIndexWithProbabilities { ignore_index, dtype });
             }
             if targets.dims() != logits.dims() {
                 return Err(Error::ProbabilityTargetsShape {
@@ -294,9 +275,7 @@ impl LabelSmoothingLoss {
             return Ok(Coefficients::PerClass(table.clone()));
         }
         let weights = self.class_weights.as_deref();
-        let coefficients = self
-            .smoothing
-            .coefficients(weights, num_classes, dtype, device)?;
+        let coefficients = self.smoothing.coefficients(weights, num_classes, dtype, device)?;
         if let Coefficients::PerClass(table) = &coefficients {
             tables.push(table.clone());
         }

@@ -103,10 +103,9 @@ impl Divisor {
     pub fn divide(&self, tensor: &Tensor) -> candle_core::Result<Tensor> {
         match self {
             Self::Number(number) => tensor / *number,
-            Self::Tensor(divisor) => tensor
-                .to_dtype(divisor.dtype())?
-                .div(divisor)?
-                .to_dtype(tensor.dtype()),
+            Self::Tensor(divisor) => {
+                tensor.to_dtype(divisor.dtype())?.div(divisor)?.to_dtype(tensor.dtype())
+            }
         }
     }
 }
@@ -150,10 +149,7 @@ impl CustomOp2 for Loss {
                 divisor.divide(gradient)?.broadcast_as(shape)?
             }
         };
-        let backward = Backward {
-            problem: &self.problem,
-            statistics: &self.statistics,
-        };
+        let backward = Backward { problem: &self.problem, statistics: &self.statistics };
         let gradient = logits.apply_op3_no_bwd(&self.targets, &upstream, &backward)?;
         Ok((Some(gradient), None))
     }

@@ -19,10 +19,7 @@ pub fn forward(loss: &LabelSmoothingLoss, logits: &Tensor, targets: &Tensor) -> 
     let by_row = |t: &Tensor| -> candle_core::Result<Tensor> {
         let mut dims: Vec<usize> = (0..t.rank()).filter(|d| *d != problem.class_dim).collect();
         dims.push(problem.class_dim);
-        t.permute(dims)?
-            .contiguous()?
-            .reshape(((), problem.num_classes))?
-            .to_dtype(dtype)
+        t.permute(dims)?.contiguous()?.reshape(((), problem.num_classes))?.to_dtype(dtype)
     };
     let mut x = by_row(logits)?;
 
@@ -34,9 +31,7 @@ pub fn forward(loss: &LabelSmoothingLoss, logits: &Tensor, targets: &Tensor) -> 
         let index = Tensor::full(index, labels.shape(), labels.device())?;
         let mask = labels.ne(&index)?;
         labels = mask.where_cond(&labels, &labels.zeros_like()?)?;
-        x = mask
-            .broadcast_as(x.shape())?
-            .where_cond(&x, &x.zeros_like()?)?;
+        x = mask.broadcast_as(x.shape())?.where_cond(&x, &x.zeros_like()?)?;
         counts = Some(mask.to_dtype(dtype)?);
     }
 
@@ -48,19 +43,13 @@ pub fn forward(loss: &LabelSmoothingLoss, logits: &Tensor, targets: &Tensor) -> 
 
     // Σ r·log softmax, and the rows' weights, (N, 1) both.
     let of_label = |values: Tensor| {
-        values
-            .flatten_all()?
-            .index_select(&labels.flatten_all()?, 0)?
-            .unsqueeze(1)
+        values.flatten_all()?.index_select(&labels.flatten_all()?, 0)?.unsqueeze(1)
     };
     let is_class = targets.dtype().is_int();
     let (weighted, weights) = match &problem.coefficients {
         Coefficients::Uniform(c) if is_class => {
             let own = (log_softmax.gather(&labels, 1)? * (c.own - c.spread))?;
-            (
-                (own + (log_softmax.sum_keepdim(1)? * c.spread)?)?,
-                lse.ones_like()?,
-            )
+            ((own + (log_softmax.sum_keepdim(1)? * c.spread)?)?, lse.ones_like()?)
         }
         Coefficients::Uniform(c) => {
             let r = by_row(&targets)?.affine(c.scale, c.spread)?;
@@ -74,9 +63,7 @@ pub fn forward(loss: &LabelSmoothingLoss, logits: &Tensor, targets: &Tensor) -> 
                 let spread = log_softmax.broadcast_mul(&spread)?.sum_keepdim(1)?;
                 ((own + spread)?, of_label(weight?)?)
             } else {
-                let r = by_row(&targets)?
-                    .broadcast_mul(&scale?)?
-                    .broadcast_add(&spread)?;
+                let r = by_row(&targets)?.broadcast_mul(&scale?)?.broadcast_add(&spread)?;
                 ((log_softmax * r)?.sum_keepdim(1)?, lse.ones_like()?)
             }
         }

@@ -46,10 +46,7 @@ enum Spread {
 impl Smoothing {
     /// No smoothing: plain cross-entropy.
     pub fn none() -> Self {
-        Self {
-            epsilon: 0.,
-            spread: Spread::All,
-        }
+        Self { epsilon: 0., spread: Spread::All }
     }
 
     /// ε is spread evenly over all K classes, the label's own included: q = (1−ε)·p + ε/K.
@@ -134,10 +131,7 @@ impl Smoothing {
             |c: &Coefficient| c.own,
             |c: &Coefficient| c.weight,
         ];
-        let table: Vec<f64> = fields
-            .iter()
-            .flat_map(|field| of_class.iter().map(field))
-            .collect();
+        let table: Vec<f64> = fields.iter().flat_map(|field| of_class.iter().map(field)).collect();
         // To the device last: Metal has no f64.
         let table = Tensor::from_vec(table, (fields.len(), num_classes), &Device::Cpu)?
             .to_dtype(dtype)?
@@ -181,16 +175,9 @@ pub(crate) fn vector(what: &'static str, tensor: &Tensor) -> Result<Vec<f64>> {
         });
     }
     // To the host first: Metal has no f64.
-    let values = tensor
-        .to_device(&Device::Cpu)?
-        .to_dtype(DType::F64)?
-        .to_vec1::<f64>()?;
+    let values = tensor.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.to_vec1::<f64>()?;
     match values.iter().position(|v| !(v.is_finite() && *v >= 0.)) {
-        Some(class) => Err(Error::VectorValue {
-            what,
-            class,
-            value: values[class],
-        }),
+        Some(class) => Err(Error::VectorValue { what, class, value: values[class] }),
         None => Ok(values),
     }
 }
@@ -198,11 +185,7 @@ pub(crate) fn vector(what: &'static str, tensor: &Tensor) -> Result<Vec<f64>> {
 /// Checks that class weights or a prior are as many as the classes.
 pub(crate) fn check_length(what: &'static str, values: &[f64], num_classes: usize) -> Result<()> {
     if values.len() != num_classes {
-        return Err(Error::VectorLength {
-            what,
-            len: values.len(),
-            num_classes,
-        });
+        return Err(Error::VectorLength { what, len: values.len(), num_classes });
     }
     Ok(())
 }
@@ -239,9 +222,7 @@ pub fn smooth_targets(
     smoothing: &Smoothing,
 ) -> Result<Tensor> {
     if num_classes == 0 {
-        return Err(Error::NoClasses {
-            shape: [labels.dims(), &[0]].concat(),
-        });
+        return Err(Error::NoClasses { shape: [labels.dims(), &[0]].concat() });
     }
     smoothing.check(num_classes)?;
     backend::check_device(labels.device())?;

@@ -37,13 +37,9 @@ fn zeros(dims: &[usize], dtype: DType) -> Result<Tensor> {
 #[test]
 fn epsilon() -> Result<()> {
     let prior = Tensor::new(&[0.5f32, 0.5], &CPU)?;
-    for (epsilon, given) in [
-        (-0.1, "-0.1"),
-        (1.1, "1.1"),
-        (10., "10"),
-        (f64::NAN, "NaN"),
-        (f64::INFINITY, "inf"),
-    ] {
+    for (epsilon, given) in
+        [(-0.1, "-0.1"), (1.1, "1.1"), (10., "10"), (f64::NAN, "NaN"), (f64::INFINITY, "inf")]
+    {
         for smoothing in [
             Smoothing::over_all(epsilon),
             Smoothing::over_others(epsilon),
@@ -74,10 +70,7 @@ fn class_weights() -> Result<()> {
         &["class weights", "[2, 3]", "[num_classes]"],
     );
     assert_error(given(&zeros(&[], DType::F32)?), &["class weights", "[]"]);
-    assert_error(
-        given(&zeros(&[3], DType::U32)?),
-        &["class weights", "U32", "floating-point"],
-    );
+    assert_error(given(&zeros(&[3], DType::U32)?), &["class weights", "U32", "floating-point"]);
     let bad = |value: f32| Tensor::new(&[1., value, 1.], &CPU);
     assert_error(given(&bad(-1.)?), &["class weights", "-1", "class 1"]);
     assert_error(given(&bad(f32::NAN)?), &["class weights", "NaN"]);
@@ -96,10 +89,7 @@ fn priors() -> Result<()> {
     let prior = |values: [f32; 3]| Tensor::new(&values, &CPU);
     assert_error(toward(&zeros(&[1, 3], DType::F32)?), &["prior", "[1, 3]"]);
     assert_error(toward(&zeros(&[3], DType::I64)?), &["prior", "I64"]);
-    assert_error(
-        toward(&prior([0.5, -0.5, 1.])?),
-        &["prior", "-0.5", "class 1"],
-    );
+    assert_error(toward(&prior([0.5, -0.5, 1.])?), &["prior", "-0.5", "class 1"]);
     assert_error(toward(&prior([0.5, 0.5, f32::NAN])?), &["prior", "NaN"]);
     assert_error(toward(&prior([2., 3., 5.])?), &["prior", "sum to 10"]);
     assert_error(toward(&zeros(&[0], DType::F32)?), &["prior", "sum to 0"]);
@@ -107,10 +97,7 @@ fn priors() -> Result<()> {
     let labels = zeros(&[2], DType::U32)?;
     let result = LabelSmoothingLoss::new(halves.clone()).forward(&random(&[2, 3], 1., 1)?, &labels);
     assert_error(result, &["2 prior probabilities", "3 classes"]);
-    assert_error(
-        smooth_targets(&labels, 3, &halves),
-        &["2 prior", "3 classes"],
-    );
+    assert_error(smooth_targets(&labels, 3, &halves), &["2 prior", "3 classes"]);
     Ok(())
 }
 
@@ -121,10 +108,7 @@ fn shapes() -> Result<()> {
     };
     let labels = DType::U32;
     assert_error(forward(loss(), &[], &[], labels), &["scalar"]);
-    assert_error(
-        forward(loss(), &[3, 0], &[3], labels),
-        &["no classes", "[3, 0]"],
-    );
+    assert_error(forward(loss(), &[3, 0], &[3], labels), &["no classes", "[3, 0]"]);
     assert_error(
         forward(loss().with_class_dim(2), &[3, 4], &[3], labels),
         &["class dimension is 2", "[3, 4]", "0 to 1"],
@@ -135,18 +119,9 @@ fn shapes() -> Result<()> {
         &["class dimension is 1", "[4]"],
     );
     // Labels of another length, flattened, one-hot, or for another class dimension.
-    assert_error(
-        forward(loss(), &[3, 4], &[2], labels),
-        &["[2]", "[3]", "[3, 4]"],
-    );
-    assert_error(
-        forward(loss(), &[2, 3, 4], &[6], labels),
-        &["[6]", "[2, 3]", "[2, 3, 4]"],
-    );
-    assert_error(
-        forward(loss(), &[3, 4], &[3, 4], labels),
-        &["[3, 4]", "[3]"],
-    );
+    assert_error(forward(loss(), &[3, 4], &[2], labels), &["[2]", "[3]", "[3, 4]"]);
+    assert_error(forward(loss(), &[2, 3, 4], &[6], labels), &["[6]", "[2, 3]", "[2, 3, 4]"]);
+    assert_error(forward(loss(), &[3, 4], &[3, 4], labels), &["[3, 4]", "[3]"]);
     assert_error(
         forward(loss(), &[2, 5, 3, 4], &[2, 3, 4], labels),
         &["[2, 3, 4]", "[2, 5, 3]", "class dimension 3"],
@@ -156,10 +131,7 @@ fn shapes() -> Result<()> {
         forward(loss(), &[3, 4], &[3], DType::F32),
         &["F32", "probabilities", "[3]", "[3, 4]", "integer dtype"],
     );
-    assert_error(
-        forward(loss(), &[3, 4], &[4, 3], DType::F32),
-        &["[4, 3]", "[3, 4]"],
-    );
+    assert_error(forward(loss(), &[3, 4], &[4, 3], DType::F32), &["[4, 3]", "[3, 4]"]);
     Ok(())
 }
 
@@ -188,10 +160,7 @@ fn one_class_has_no_others() -> Result<()> {
     let logits = zeros(&[2, 1], DType::F32)?;
     let result = LabelSmoothingLoss::new(others.clone()).forward(&logits, &labels);
     assert_error(result, &["at least two classes", "over_all"]);
-    assert_error(
-        smooth_targets(&labels, 1, &others),
-        &["at least two classes"],
-    );
+    assert_error(smooth_targets(&labels, 1, &others), &["at least two classes"]);
     Ok(())
 }
 
@@ -201,14 +170,8 @@ fn targets_out_of_range() -> Result<()> {
     let targets = |values: [i64; 3]| Tensor::new(&values, &CPU);
     let forward = |values| loss().forward(&logits, &targets(values)?);
     assert_error(forward([0, 5, 9]), &["target 5", "row 1", "less than 5"]);
-    assert_error(
-        forward([0, 4, -100]),
-        &["target -100", "row 2", "with_ignore_index(-100)"],
-    );
-    assert_error(
-        forward([i64::MIN, 0, 0]),
-        &["target -9223372036854775808", "row 0"],
-    );
+    assert_error(forward([0, 4, -100]), &["target -100", "row 2", "with_ignore_index(-100)"]);
+    assert_error(forward([i64::MIN, 0, 0]), &["target -9223372036854775808", "row 0"]);
     let padded = targets([0, 1, -100])?.to_dtype(DType::U32)?;
     assert_error(
         loss().forward(&logits, &padded),
@@ -217,10 +180,7 @@ fn targets_out_of_range() -> Result<()> {
     // The ignored index may lie outside, others may not.
     let ignoring = loss().with_ignore_index(-1);
     assert!(ignoring.forward(&logits, &targets([0, -1, 4])?).is_ok());
-    assert_error(
-        ignoring.forward(&logits, &targets([0, -1, -2])?),
-        &["target -2", "row 2"],
-    );
+    assert_error(ignoring.forward(&logits, &targets([0, -1, -2])?), &["target -2", "row 2"]);
     // Rows are counted in row-major order over all the other dimensions.
     let image = zeros(&[2, 5, 2, 2], DType::F32)?;
     let labels = Tensor::new(&[[[0u8, 1], [2, 3]], [[4, 0], [7, 0]]], &CPU)?;
@@ -238,18 +198,12 @@ fn targets_out_of_range() -> Result<()> {
 fn checking_targets() -> Result<()> {
     let targets = Tensor::new(&[[0i64, 2], [-100, 3]], &CPU)?;
     assert_error(check_targets(&targets, 4, None), &["target -100", "row 2"]);
-    assert_error(
-        check_targets(&targets, 3, Some(-100)),
-        &["target 3", "row 3"],
-    );
+    assert_error(check_targets(&targets, 3, Some(-100)), &["target 3", "row 3"]);
     assert!(check_targets(&targets, 4, Some(-100)).is_ok());
     assert!(check_targets(&targets.narrow(0, 0, 1)?.t()?, 3, None).is_ok());
     assert!(check_targets(&zeros(&[0], DType::U8)?, 0, None).is_ok());
     let probabilities = zeros(&[2, 3], DType::F32)?;
-    assert_error(
-        check_targets(&probabilities, 3, None),
-        &["F32", "integer dtype"],
-    );
+    assert_error(check_targets(&probabilities, 3, None), &["F32", "integer dtype"]);
     let result = check_targets(&zeros(&[1], DType::U8)?, 0, None);
     assert_error(result, &["target 0", "less than 0"]);
     Ok(())
@@ -261,15 +215,9 @@ fn smoothing_targets() -> Result<()> {
     let labels = zeros(&[2], DType::U32)?;
     assert_error(smooth_targets(&labels, 0, &none), &["no classes", "[2, 0]"]);
     let probabilities = zeros(&[2, 3], DType::F32)?;
-    assert_error(
-        smooth_targets(&probabilities, 4, &none),
-        &["F32", "num_classes = 4", "[2, 3]"],
-    );
+    assert_error(smooth_targets(&probabilities, 4, &none), &["F32", "num_classes = 4", "[2, 3]"]);
     let scalar = zeros(&[], DType::F32)?;
-    assert_error(
-        smooth_targets(&scalar, 4, &none),
-        &["num_classes = 4", "[]"],
-    );
+    assert_error(smooth_targets(&scalar, 4, &none), &["num_classes = 4", "[]"]);
     assert_error(smooth_targets(&labels, usize::MAX, &none), &["too large"]);
     Ok(())
 }
@@ -326,9 +274,7 @@ fn targets_that_change_before_backward() -> Result<()> {
 fn errors_cross_candles_result_and_come_back() -> Result<()> {
     fn model(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
         let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?);
-        Ok(loss
-            .with_reduction(Reduction::Sum)
-            .forward(logits, targets)?)
+        Ok(loss.with_reduction(Reduction::Sum).forward(logits, targets)?)
     }
     fn again(logits: &Tensor, targets: &Tensor) -> candle_label_smoothing::Result<Tensor> {
         Ok(model(logits, targets)?)
@@ -337,15 +283,7 @@ fn errors_cross_candles_result_and_come_back() -> Result<()> {
     let targets = Tensor::new(&[0u32, 3], &CPU)?;
     let error = again(&logits, &targets).expect_err("no error");
     assert!(
-        matches!(
-            error,
-            Error::TargetOutOfRange {
-                row: 1,
-                target: 3,
-                num_classes: 3,
-                ..
-            }
-        ),
+        matches!(error, Error::TargetOutOfRange { row: 1, target: 3, num_classes: 3, .. }),
         "{error}"
     );
 
@@ -359,11 +297,7 @@ fn errors_cross_candles_result_and_come_back() -> Result<()> {
         context: "foreign".to_string(),
     });
     assert!(theirs.to_string().contains("elsewhere"));
-    assert!(
-        candle_core::Error::from(theirs)
-            .to_string()
-            .contains("foreign")
-    );
+    assert!(candle_core::Error::from(theirs).to_string().contains("foreign"));
     Ok(())
 }
 
@@ -386,8 +320,5 @@ fn devices_are_named() {
         logits: DeviceLocation::Cuda { gpu_id: 0 },
         targets: DeviceLocation::Cpu,
     };
-    assert_error(
-        Err::<(), _>(mismatch),
-        &["logits", "Cuda", "targets", "Cpu"],
-    );
+    assert_error(Err::<(), _>(mismatch), &["logits", "Cuda", "targets", "Cpu"]);
 }

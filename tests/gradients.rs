@@ -125,10 +125,7 @@ fn gradients_of_two_losses_add_up() -> Result<()> {
     let gradient = |loss: Tensor| -> Result<Vec<f64>> {
         values(loss.backward()?.get(&logits).expect("no gradient"))
     };
-    let (a, b) = (
-        first.forward(&logits, &labels)?,
-        second.forward(&logits, &labels)?,
-    );
+    let (a, b) = (first.forward(&logits, &labels)?, second.forward(&logits, &labels)?);
     let both = gradient((&a + &b)?)?;
     for ((both, a), b) in both.iter().zip(gradient(a)?).zip(gradient(b)?) {
         assert_abs_diff_eq!(*both, a + b, epsilon = 1e-15);

@@ -30,14 +30,8 @@ fn rows(smoothing: Smoothing) -> LabelSmoothingLoss {
 
 #[test]
 fn huge_logits() -> Result<()> {
-    let logits = Tensor::new(
-        &[
-            [1e30f32, -1e30, 0.],
-            [-1e30, -1e30, -1e30],
-            [1e30, 1e30, 1e30],
-        ],
-        &CPU,
-    )?;
+    let logits =
+        Tensor::new(&[[1e30f32, -1e30, 0.], [-1e30, -1e30, -1e30], [1e30, 1e30, 1e30]], &CPU)?;
     let labels = Tensor::new(&[0u32, 1, 2], &CPU)?;
     let (loss, gradient) = run(&rows(Smoothing::none()), &logits, &labels)?;
     let third = f64::from(3f32.ln());
@@ -63,10 +57,7 @@ fn huge_logits() -> Result<()> {
     assert_eq!(gradient, [0.; 3]);
     // Blocks whose maxima lie further apart than the largest number.
     let logits = Tensor::cat(
-        &[
-            Tensor::full(-1.5e308, (1, 300), &CPU)?,
-            Tensor::full(1.5e308, (1, 300), &CPU)?,
-        ],
+        &[Tensor::full(-1.5e308, (1, 300), &CPU)?, Tensor::full(1.5e308, (1, 300), &CPU)?],
         1,
     )?;
     let label = Tensor::new(&[599u32], &CPU)?;
@@ -79,9 +70,7 @@ fn huge_logits() -> Result<()> {
 /// A common offset is not seen at all: all differences are exact, so the bits are the same.
 #[test]
 fn a_common_offset_costs_no_digits() -> Result<()> {
-    let base = (random(&[4, 300], 8., 1)? * 16.)?
-        .round()?
-        .affine(1. / 16., 0.)?;
+    let base = (random(&[4, 300], 8., 1)? * 16.)?.round()?.affine(1. / 16., 0.)?;
     let labels = random_labels(&[4], 300, 2)?;
     let probabilities = random_probabilities(&[4, 300], 1, 3)?;
     for (name, smoothing) in smoothings(300)? {
@@ -152,16 +141,10 @@ fn masked_blocks() -> Result<()> {
     let kept = random(&[1, 10], 2., 1)?;
     let masked = Tensor::full(-INF, (1, 40_000), &CPU)?;
     let logits = Tensor::cat(&[&masked, &kept, &masked], 1)?;
-    let (loss, gradient) = run(
-        &rows(Smoothing::none()),
-        &logits,
-        &Tensor::new(&[40_003u32], &CPU)?,
-    )?;
-    let (expected, expected_gradient) = run(
-        &rows(Smoothing::none()),
-        &kept,
-        &Tensor::new(&[3u32], &CPU)?,
-    )?;
+    let (loss, gradient) =
+        run(&rows(Smoothing::none()), &logits, &Tensor::new(&[40_003u32], &CPU)?)?;
+    let (expected, expected_gradient) =
+        run(&rows(Smoothing::none()), &kept, &Tensor::new(&[3u32], &CPU)?)?;
     assert_relative_eq!(loss[0], expected[0], max_relative = 1e-14);
     for (ours, theirs) in gradient[40_000..40_010].iter().zip(expected_gradient) {
         assert_abs_diff_eq!(*ours, theirs, epsilon = 1e-15);
@@ -187,10 +170,7 @@ fn rows_without_a_meaning_are_nan() -> Result<()> {
             for smoothing in [Smoothing::none(), Smoothing::over_all(0.1)?] {
                 let (loss, gradient) = run(&rows(smoothing), &logits, &labels)?;
                 assert!(loss[0].is_nan(), "{row:?}: {loss:?}");
-                assert!(
-                    gradient[..3].iter().all(|g| g.is_nan()),
-                    "{row:?}: {gradient:?}"
-                );
+                assert!(gradient[..3].iter().all(|g| g.is_nan()), "{row:?}: {gradient:?}");
                 // Its neighbour is none the worse.
                 assert!(loss[1].is_finite() && gradient[3..].iter().all(|g| g.is_finite()));
             }
@@ -238,10 +218,7 @@ fn all_rows_ignored() -> Result<()> {
             .with_ignore_index(7)
             .with_reduction(reduction);
         let (loss, gradient) = run(&loss, &logits, &labels)?;
-        assert!(
-            loss == expected || loss[0].is_nan() && expected[0].is_nan(),
-            "{loss:?}"
-        );
+        assert!(loss == expected || loss[0].is_nan() && expected[0].is_nan(), "{loss:?}");
         assert_eq!(gradient, [0.; 6]);
     }
     Ok(())
@@ -300,10 +277,7 @@ fn epsilon_of_zero_and_of_one() -> Result<()> {
     for smoothing in [Smoothing::over_all, Smoothing::over_others] {
         assert_eq!(run(&rows(smoothing(0.)?), &logits, &labels)?, plain);
     }
-    assert_eq!(
-        run(&rows(Smoothing::toward(0., &prior)?), &logits, &labels)?,
-        plain
-    );
+    assert_eq!(run(&rows(Smoothing::toward(0., &prior)?), &logits, &labels)?, plain);
     for smoothing in [Smoothing::over_all(1.)?, Smoothing::toward(1., &prior)?] {
         assert_eq!(
             run(&rows(smoothing.clone()), &logits, &labels)?,
@@ -331,14 +305,8 @@ fn probabilities_with_everything() -> Result<()> {
     let (epsilon, z) = (0.25, 0.01);
     let tensor = |v: &[f64; 3]| Tensor::new(v, &CPU);
     let spreads: [(Smoothing, [f64; 3]); 3] = [
-        (
-            Smoothing::over_all(epsilon)?,
-            p.map(|p| (1. - epsilon) * p + epsilon / 3.),
-        ),
-        (
-            Smoothing::over_others(epsilon)?,
-            p.map(|p| (1. - epsilon) * p + epsilon * (1. - p) / 2.),
-        ),
+        (Smoothing::over_all(epsilon)?, p.map(|p| (1. - epsilon) * p + epsilon / 3.)),
+        (Smoothing::over_others(epsilon)?, p.map(|p| (1. - epsilon) * p + epsilon * (1. - p) / 2.)),
         (
             Smoothing::toward(epsilon, &tensor(&prior)?)?,
             std::array::from_fn(|k| (1. - epsilon) * p[k] + epsilon * prior[k]),
@@ -347,9 +315,8 @@ fn probabilities_with_everything() -> Result<()> {
     let lse = x.iter().map(|x| x.exp()).sum::<f64>().ln();
     for (smoothing, q) in spreads {
         let expected: f64 = (0..3).map(|k| w[k] * q[k] * (lse - x[k])).sum::<f64>() + z * lse * lse;
-        let loss = LabelSmoothingLoss::new(smoothing)
-            .with_class_weights(&tensor(&w)?)?
-            .with_z_loss(z)?;
+        let loss =
+            LabelSmoothingLoss::new(smoothing).with_class_weights(&tensor(&w)?)?.with_z_loss(z)?;
         let ours = loss.forward(&tensor(&x)?, &tensor(&p)?)?;
         assert_relative_eq!(ours.to_scalar::<f64>()?, expected, max_relative = 1e-14);
         let stock = reference::forward(&loss, &tensor(&x)?, &tensor(&p)?)?;
@@ -365,11 +332,7 @@ fn a_confident_correct_prediction_keeps_its_gradient_in_half_types() -> Result<(
         let logits = Tensor::new(&[[10f64, 0., 1., 0.5]], &CPU)?.to_dtype(dtype)?;
         let label = Tensor::new(&[0u32], &CPU)?;
         let (_, gradient) = run(&rows(Smoothing::none()), &logits, &label)?;
-        let (_, exact) = run(
-            &rows(Smoothing::none()),
-            &logits.to_dtype(DType::F64)?,
-            &label,
-        )?;
+        let (_, exact) = run(&rows(Smoothing::none()), &logits.to_dtype(DType::F64)?, &label)?;
         let digits = if dtype == DType::BF16 { 256. } else { 2048. };
         for (ours, exact) in gradient.iter().zip(exact) {
             // Half an ulp of the result; f32 leaves 6e-8 of the label's 1 − 0.99976.
@@ -395,7 +358,8 @@ fn small_gradients_in_f16() -> Result<()> {
     Ok(())
 }
 
-/// A vocabulary of 200 000: block by block, the sums keep f32's digits.
+/// A vocabulary of 200 000: a block of 256 numbers is added up in f32, no more than twenty additions
+/// deep, and the blocks in f64, so the number of classes costs no digits.
 #[test]
 fn many_classes() -> Result<()> {
     let num_classes = 200_000;
@@ -406,27 +370,18 @@ fn many_classes() -> Result<()> {
             let logits = Var::from_tensor(&logits.to_dtype(DType::F32)?.to_dtype(DType::F64)?)?;
             let loss = reference::forward(&rows(smoothing.clone()), &logits, &labels)?;
             let gradients = loss.sum_all()?.backward()?;
-            (
-                values(&loss)?,
-                values(gradients.get(&logits).expect("no gradient"))?,
-            )
+            (values(&loss)?, values(gradients.get(&logits).expect("no gradient"))?)
         };
-        for (dtype, epsilon) in [(DType::F64, 1e-11), (DType::F32, 1e-7)] {
+        for (dtype, epsilon) in [(DType::F64, 1e-11), (DType::F32, 20. * 2f64.powi(-24))] {
             let logits = logits.to_dtype(DType::F32)?.to_dtype(dtype)?;
             let (loss, gradient) = run(&rows(smoothing.clone()), &logits, &labels)?;
             for (ours, exact) in loss.iter().zip(&exact.0) {
-                assert!(
-                    (ours - exact).abs() < epsilon * exact,
-                    "{name}: {ours} and {exact}"
-                );
+                assert!((ours - exact).abs() < epsilon * exact, "{name}: {ours} and {exact}");
             }
             for (ours, exact) in gradient.iter().zip(&exact.1) {
                 // Some roundings of its own magnitude; where two terms nearly cancel, of theirs.
                 let terms = exact.abs() + 2e-5;
-                assert!(
-                    (ours - exact).abs() < 4. * epsilon * terms,
-                    "{name}: {ours} and {exact}"
-                );
+                assert!((ours - exact).abs() < epsilon * terms, "{name}: {ours} and {exact}");
             }
         }
     }
@@ -442,11 +397,7 @@ fn many_rows() -> Result<()> {
     for loss in [loss.clone(), loss.with_ignore_index(1)] {
         let ours = loss.forward(&logits, &labels)?.to_scalar::<f32>()?;
         let exact = reference::forward(&loss, &logits.to_dtype(DType::F64)?, &labels)?;
-        assert_relative_eq!(
-            f64::from(ours),
-            exact.to_scalar::<f64>()?,
-            max_relative = 1e-7
-        );
+        assert_relative_eq!(f64::from(ours), exact.to_scalar::<f64>()?, max_relative = 1e-7);
     }
     Ok(())
 }

@@ -76,15 +76,10 @@ fn shapes_of_the_result() -> Result<()> {
         let loss = class_dim.map_or(loss.clone(), |dim| loss.clone().with_class_dim(dim));
         let logits = random(dims, 1., 1)?;
         let labels = random_labels(rows, 5, 2)?;
-        for (reduction, expected) in [
-            (Reduction::None, rows),
-            (Reduction::Sum, &[]),
-            (Reduction::Mean, &[]),
-        ] {
-            let result = loss
-                .clone()
-                .with_reduction(reduction)
-                .forward(&logits, &labels)?;
+        for (reduction, expected) in
+            [(Reduction::None, rows), (Reduction::Sum, &[]), (Reduction::Mean, &[])]
+        {
+            let result = loss.clone().with_reduction(reduction).forward(&logits, &labels)?;
             assert_eq!(result.dims(), expected, "{dims:?} {reduction:?}");
         }
     }
@@ -96,14 +91,9 @@ fn without_smoothing_it_is_candles_cross_entropy() -> Result<()> {
     let logits = random(&[20, 10], 5., 1)?;
     let labels = random_labels(&[20], 10, 2)?;
     let theirs = candle_nn::loss::cross_entropy(&logits, &labels)?.to_scalar::<f64>()?;
-    for smoothing in [
-        Smoothing::none(),
-        Smoothing::over_all(0.)?,
-        Smoothing::over_others(0.)?,
-    ] {
-        let ours = LabelSmoothingLoss::new(smoothing)
-            .forward(&logits, &labels)?
-            .to_scalar::<f64>()?;
+    for smoothing in [Smoothing::none(), Smoothing::over_all(0.)?, Smoothing::over_others(0.)?] {
+        let ours =
+            LabelSmoothingLoss::new(smoothing).forward(&logits, &labels)?.to_scalar::<f64>()?;
         assert_relative_eq!(ours, theirs, epsilon = 1e-14);
     }
     Ok(())
@@ -116,9 +106,7 @@ fn over_others_is_over_all_with_more() -> Result<()> {
     let probabilities = random_probabilities(&[6, 4], 1, 3)?;
     for targets in [&labels, &probabilities] {
         let loss = |smoothing| -> Result<f64> {
-            LabelSmoothingLoss::new(smoothing)
-                .forward(&logits, targets)?
-                .to_scalar::<f64>()
+            LabelSmoothingLoss::new(smoothing).forward(&logits, targets)?.to_scalar::<f64>()
         };
         let others = loss(Smoothing::over_others(0.3)?)?;
         let all = loss(Smoothing::over_all(0.3 * 4. / 3.)?)?;
@@ -135,11 +123,7 @@ fn a_uniform_prior_is_over_all() -> Result<()> {
     let [all, toward] = [Smoothing::over_all(0.3)?, Smoothing::toward(0.3, &prior)?];
     let all = LabelSmoothingLoss::new(all).forward(&logits, &labels)?;
     let toward = LabelSmoothingLoss::new(toward).forward(&logits, &labels)?;
-    assert_relative_eq!(
-        all.to_scalar::<f64>()?,
-        toward.to_scalar::<f64>()?,
-        epsilon = 1e-15
-    );
+    assert_relative_eq!(all.to_scalar::<f64>()?, toward.to_scalar::<f64>()?, epsilon = 1e-15);
     Ok(())
 }
 
@@ -187,20 +171,10 @@ fn one_hot_probabilities_are_labels() -> Result<()> {
         for logits_dtype in [DType::F64, DType::F32, DType::F16, DType::BF16] {
             let logits = logits.to_dtype(logits_dtype)?;
             let expected = loss.forward(&logits, &labels)?;
-            for dtype in [
-                DType::F64,
-                DType::F32,
-                DType::F16,
-                DType::BF16,
-                DType::F8E4M3,
-            ] {
+            for dtype in [DType::F64, DType::F32, DType::F16, DType::BF16, DType::F8E4M3] {
                 let ours = loss.forward(&logits, &one_hot.to_dtype(dtype)?)?;
                 // Labels take their own coefficient directly, probabilities as a sum of two.
-                let epsilon = if logits_dtype == DType::F64 {
-                    1e-14
-                } else {
-                    1e-5
-                };
+                let epsilon = if logits_dtype == DType::F64 { 1e-14 } else { 1e-5 };
                 assert_close(&format!("{name} {dtype:?}"), &ours, &expected, epsilon)?;
             }
         }
@@ -283,19 +257,12 @@ fn an_ignored_row_is_as_if_it_were_not_there() -> Result<()> {
     let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?).with_z_loss(0.01)?;
     let ignoring = loss.clone().with_ignore_index(-100);
     for reduction in [Reduction::Sum, Reduction::Mean] {
-        let ours = ignoring
+        let ours = ignoring.clone().with_reduction(reduction).forward(&logits, &labels)?;
+        let theirs = loss
             .clone()
             .with_reduction(reduction)
-            .forward(&logits, &labels)?;
-        let theirs = loss.clone().with_reduction(reduction).forward(
-            &logits.index_select(&rest, 0)?,
-            &labels.index_select(&rest, 0)?,
-        )?;
-        assert_relative_eq!(
-            ours.to_scalar::<f64>()?,
-            theirs.to_scalar::<f64>()?,
-            epsilon = 1e-15
-        );
+            .forward(&logits.index_select(&rest, 0)?, &labels.index_select(&rest, 0)?)?;
+        assert_relative_eq!(ours.to_scalar::<f64>()?, theirs.to_scalar::<f64>()?, epsilon = 1e-15);
     }
     Ok(())
 }

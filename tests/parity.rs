@@ -23,12 +23,8 @@ const INTEGERS: [DType; 5] = [DType::U8, DType::U32, DType::I16, DType::I32, DTy
 
 /// The cases of each table: 3 reductions × (5 options × 4 ranks + 3 options × 5 more shapes) in
 /// PyTorch's ModuleInfo, 11 × 2 - 1 in its OpInfo, and ours.
-const TABLES: [(&str, usize); 4] = [
-    ("moduleinfo", 105),
-    ("opinfo", 21),
-    ("torch", 198),
-    ("formula", 488),
-];
+const TABLES: [(&str, usize); 4] =
+    [("moduleinfo", 105), ("opinfo", 21), ("torch", 198), ("formula", 488)];
 
 #[test]
 fn moduleinfo() -> Result<()> {
@@ -78,11 +74,7 @@ fn every_case_is_there() -> Result<()> {
         let found = cases.iter().filter(|c| c.table() == table).count();
         assert_eq!(found, count, "cases of the table {table}");
     }
-    assert_eq!(
-        cases.len(),
-        TABLES.iter().map(|t| t.1).sum::<usize>(),
-        "cases in all"
-    );
+    assert_eq!(cases.len(), TABLES.iter().map(|t| t.1).sum::<usize>(), "cases in all");
     let names: BTreeSet<_> = cases.iter().map(|c| c.name.as_str()).collect();
     assert_eq!(names.len(), cases.len(), "case names are unique");
 
@@ -300,9 +292,7 @@ impl Comparison<'_> {
         if got.dtype() != dtype || got.dims() != self.want.dims() {
             let (a, b) = (got.dims(), self.want.dims());
             let found = got.dtype();
-            return Ok(vec![format!(
-                "{label}: {what} is {found:?} {a:?}, not {dtype:?} {b:?}"
-            )]);
+            return Ok(vec![format!("{label}: {what} is {found:?} {a:?}, not {dtype:?} {b:?}")]);
         }
         let (got, want) = (numbers(got)?, numbers(self.want)?);
         assert_eq!(want.len(), self.sizes.len(), "{label}: sizes of the {what}");
@@ -330,12 +320,7 @@ impl Comparison<'_> {
 /// Fails if anything is wrong, and shows the first of it.
 fn report(wrong: &[String]) {
     let shown = &wrong[..wrong.len().min(40)];
-    assert!(
-        wrong.is_empty(),
-        "{} wrong:\n{}",
-        wrong.len(),
-        shown.join("\n")
-    );
+    assert!(wrong.is_empty(), "{} wrong:\n{}", wrong.len(), shown.join("\n"));
 }
 
 /// What is under test.
@@ -392,11 +377,7 @@ fn compare(
     let logits = Var::from_tensor(&logits)?;
     let loss = forward(&case.loss(file, dtype)?, &logits, targets)?;
     // A half-precision loss would be too coarse to log: it is f32 for all but f64.
-    let of_loss = if dtype == DType::F64 {
-        dtype
-    } else {
-        DType::F32
-    };
+    let of_loss = if dtype == DType::F64 { dtype } else { DType::F32 };
     let arrived = match case.input(file, "upstream")? {
         Some(upstream) => (&loss * upstream.to_dtype(of_loss)?)?.sum_all()?,
         None => loss.clone(),
@@ -444,11 +425,9 @@ mod literals {
             &Device::Cpu,
         )?;
         let targets = Tensor::new(&[1u32, 0, 4], &Device::Cpu)?;
-        for smoothing in [
-            Smoothing::none(),
-            Smoothing::over_all(0.0)?,
-            Smoothing::over_others(0.0)?,
-        ] {
+        for smoothing in
+            [Smoothing::none(), Smoothing::over_all(0.0)?, Smoothing::over_others(0.0)?]
+        {
             let loss = LabelSmoothingLoss::new(smoothing).forward(&logits, &targets)?;
             let loss = loss.to_scalar::<f64>()?;
             assert!(abs_diff_eq!(loss, 1.1312, epsilon = 0.5e-4), "{loss}");
@@ -483,10 +462,7 @@ mod literals {
         let loss = LabelSmoothingLoss::new(Smoothing::none()).forward(&logits, &targets)?;
         let gradients = loss.backward()?;
         let loss = loss.to_scalar::<f64>()?;
-        assert!(
-            abs_diff_eq!(loss, 1.9889611, epsilon = 2.0 * f64::from(f32::EPSILON)),
-            "{loss}"
-        );
+        assert!(abs_diff_eq!(loss, 1.9889611, epsilon = 2.0 * f64::from(f32::EPSILON)), "{loss}");
         let grad = gradients.get(&logits).ok_or("no gradient")?;
         for (got, want) in numbers(grad)?.iter().zip(want.as_flattened()) {
             assert!(abs_diff_eq!(*got, *want, epsilon = 1e-7), "{got} {want}");

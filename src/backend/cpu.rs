@@ -1,13 +1,15 @@
 //! The kernels on the CPU.
 //!
 //! Work comes in blocks of [`BLOCK`] elements along one dimension. A block's logits and coefficients
-//! r are brought to the stack in the dtype of the arithmetic, whatever their own dtype and strides,
-//! so that one loop serves every input. What a block of classes says of its row is a [`Partial`],
-//! and two of them merge; that is also how several threads share one long row. Blocks and segments
-//! have a fixed size and merge in a fixed order, so the result has the same bits for every number of
-//! threads.
+//! r are brought to the stack in the dtype of the arithmetic, whatever their own dtype and strides
+//! (`operands`), so that one vectorised loop serves every input (`block`, `exp`). What a block of
+//! classes says of its row is a [`Partial`], and two of them merge; that is also how several threads
+//! share one long row. Blocks and segments have a fixed size and merge in a fixed order, so the result
+//! has the same bits for every number of threads (`parallel`).
 
+mod block;
 mod element;
+mod exp;
 mod operands;
 mod parallel;
 
@@ -15,12 +17,14 @@ pub(crate) use operands::check_labels;
 
 use super::Problem;
 use crate::error::{Error, Result};
+use block::{LANES, RowGradient, Sums};
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, DType, Tensor, WithDType};
 use element::{Element, Real};
 use half::{bf16, f16};
 use operands::{Along, Line, Operand, Table, Targets, View, host};
 use parallel::{BLOCK, SEGMENT, build, map, reserve};
+use pulp::Arch;
 use std::ops::Range;
 
 /// What the forward kernel gives; `op::RowLosses` says what each is.
@@ -55,40 +59,27 @@ fn forward_in<A: Real>(
     let table = Table::new(&problem.coefficients);
     let targets = Targets::<A>::new(problem, table.columns()?, targets)?;
 
+    let arch = Arch::new();
     let (num_rows, num_classes) = (logits.num_rows, problem.num_classes);
     let segments = num_classes.div_ceil(SEGMENT);
     let partials = map(num_rows * segments, num_classes.min(SEGMENT), |i| {
         let (row, first) = (i / segments, i % segments * SEGMENT);
         match targets.is_ignored(row) {
             true => Partial::EMPTY,
-            false => segment(
-                &logits,
-                &targets,
-                row,
-                first..num_classes.min(first + SEGMENT),
-            ),
+            false => segment(arch, &logits, &targets, row, first..num_classes.min(first + SEGMENT)),
         }
     })?;
     let rows = map(num_rows, segments, |row| {
         let partials = &partials[row * segments..(row + 1) * segments];
-        let Partial {
-            max,
-            sum,
-            total,
-            shortfall,
-        } = partials.iter().fold(Partial::EMPTY, Partial::merge);
+        let Partial { max, sum, total, shortfall } =
+            partials.iter().fold(Partial::EMPTY, Partial::merge);
         let log_sum = sum.ln();
         let lse = max + log_sum;
         let loss = match targets.is_ignored(row) {
             true => 0.,
             false => total * log_sum - shortfall + problem.z_loss * lse * lse,
         };
-        Row {
-            loss,
-            max,
-            sum,
-            total,
-        }
+        Row { loss, max, sum, total }
     })?;
 
     let columns = |fields: &[fn(&Row) -> f64]| -> Result<CpuStorage> {
@@ -101,9 +92,7 @@ fn forward_in<A: Real>(
     Ok(Forward {
         losses: columns(&[|row| row.loss])?,
         weights: match weights {
-            true => Some(A::to_cpu_storage_owned(map(num_rows, 1, |row| {
-                targets.weight(row)
-            })?)),
+            true => Some(A::to_cpu_storage_owned(map(num_rows, 1, |row| targets.weight(row))?)),
             false => None,
         },
         statistics: match statistics {
@@ -136,37 +125,7 @@ struct Partial {
 }
 
 impl Partial {
-    const EMPTY: Self = Self {
-        max: f64::NEG_INFINITY,
-        sum: 0.,
-        total: 0.,
-        shortfall: 0.,
-    };
-
-    fn of_block<A: Real>(logits: &[A], coefficients: &[A]) -> Self {
-        // `maximum` passes over NaN, which comes back through the sum of exponentials.
-        let max = logits
-            .iter()
-            .fold(A::NEG_INFINITY, |max, &x| max.maximum(x));
-        // −inf − −inf is NaN; relative to 0 instead, the exponentials are 0 and T is −inf.
-        let base = if max == A::NEG_INFINITY { A::ZERO } else { max };
-        let (mut sum, mut total, mut shortfall) = (0., 0., 0.);
-        for (&x, &r) in logits.iter().zip(coefficients) {
-            let x = x - base;
-            sum += x.exp().to_f64();
-            total += r.to_f64();
-            // 0·∞ is 0 here: what has no weight has no say.
-            if r != A::ZERO {
-                shortfall += (r * x).to_f64();
-            }
-        }
-        Self {
-            max: max.to_f64(),
-            sum,
-            total,
-            shortfall,
-        }
-    }
+    const EMPTY: Self = Self { max: f64::NEG_INFINITY, sum: 0., total: 0., shortfall: 0. };
 
     /// Two ranges of one row as one: sums move to the common maximum.
     fn merge(self, other: &Self) -> Self {
@@ -176,11 +135,7 @@ impl Partial {
                 (part.sum, part.shortfall)
             } else {
                 let by = part.max - max;
-                let moved = if part.total == 0. {
-                    0.
-                } else {
-                    part.total * by
-                };
+                let moved = if part.total == 0. { 0. } else { part.total * by };
                 (part.sum * by.exp(), part.shortfall + moved)
             }
         };
@@ -194,27 +149,37 @@ impl Partial {
     }
 }
 
+impl<A: Real> From<Sums<A>> for Partial {
+    fn from(sums: Sums<A>) -> Self {
+        Self {
+            max: sums.max.to_f64(),
+            sum: sums.sum.to_f64(),
+            total: sums.total.to_f64(),
+            shortfall: sums.shortfall.to_f64(),
+        }
+    }
+}
+
 /// Reads a range of one row's classes once.
 fn segment<A: Real>(
+    arch: Arch,
     logits: &View,
     targets: &Targets<A>,
     row: usize,
     classes: Range<usize>,
 ) -> Partial {
-    let mut x = [A::ZERO; BLOCK];
+    let mut x = [A::NEG_INFINITY; BLOCK];
     let mut r = [A::ZERO; BLOCK];
     let mut whole = Partial::EMPTY;
     for class in classes.clone().step_by(BLOCK) {
         let len = BLOCK.min(classes.end - class);
-        let (x, r) = (&mut x[..len], &mut r[..len]);
-        let line = Line {
-            row,
-            class,
-            along: Along::Classes,
-        };
-        logits.load(line, x);
-        targets.coefficients(line, r);
-        whole = whole.merge(&Partial::of_block(x, r));
+        let padded = len.next_multiple_of(LANES);
+        let line = Line { row, class, along: Along::Classes };
+        logits.load(line, &mut x[..len]);
+        targets.coefficients(line, &mut r[..len]);
+        x[len..padded].fill(A::NEG_INFINITY);
+        r[len..padded].fill(A::ZERO);
+        whole = whole.merge(&block::sums(arch, &x[..padded], &r[..padded]).into());
     }
     whole
 }
@@ -255,85 +220,60 @@ fn backward_to<T: Element<Real = A>, A: Real>(
     let logits = View::new(logits, problem.class_dim)?;
     let table = Table::new(&problem.coefficients);
     let targets = Targets::<A>::new(problem, table.columns()?, targets)?;
-    let rows = row_gradients(problem, &targets, logits.num_rows, upstream, statistics)?;
+    let rows = row_gradients(problem, logits.num_rows, upstream, statistics)?;
+    let arch = Arch::new();
 
-    let gradient = build(
-        logits.num_rows * problem.num_classes,
-        line_len,
-        |line, start, out| {
-            let line = match along {
-                Along::Classes => Line {
-                    row: line,
-                    class: start,
-                    along,
-                },
-                Along::Rows => Line {
-                    row: line / problem.num_classes * positions + start,
-                    class: line % problem.num_classes,
-                    along,
-                },
-            };
-            let mut x = [A::ZERO; BLOCK];
-            let mut r = [A::ZERO; BLOCK];
-            let (x, r) = (&mut x[..out.len()], &mut r[..out.len()]);
-            logits.load(line, x);
-            targets.coefficients(line, r);
-            for (i, out) in out.iter_mut().enumerate() {
-                *out = match &rows[line.row(i)] {
-                    Some(row) => {
-                        T::from_real((x[i] - row.max).exp() * row.scale - r[i] * row.upstream)
-                    }
-                    None => T::ZERO,
-                };
+    let gradient = build(logits.num_rows * problem.num_classes, line_len, |line, start, out| {
+        let line = match along {
+            Along::Classes => Line { row: line, class: start, along },
+            Along::Rows => Line {
+                row: line / problem.num_classes * positions + start,
+                class: line % problem.num_classes,
+                along,
+            },
+        };
+        if matches!(along, Along::Classes) && targets.is_ignored(line.row) {
+            out.fill(T::ZERO);
+            return;
+        }
+        let mut x = [A::ZERO; BLOCK];
+        let mut r = [A::ZERO; BLOCK];
+        let (x, r) = (&mut x[..out.len()], &mut r[..out.len()]);
+        logits.load(line, x);
+        targets.coefficients(line, r);
+        let last = line.row(out.len() - 1);
+        block::gradient(arch, x, r, &rows[line.row..=last]);
+        T::from_reals(x, out);
+        // Even 0·NaN would spoil an ignored row.
+        for (i, out) in out.iter_mut().enumerate() {
+            if matches!(along, Along::Rows) && targets.is_ignored(line.row + i) {
+                *out = T::ZERO;
             }
-        },
-    )?;
+        }
+    })?;
     Ok(T::to_cpu_storage_owned(gradient))
 }
 
-/// What the gradient of a row's logits needs: exp(x − max)·scale − r·upstream.
-struct RowGradient<A> {
-    max: A,
-    /// upstream·(S + 2·z·lse) / Σ exp(x − max).
-    scale: A,
-    upstream: A,
-}
-
-/// Every row's [`RowGradient`]; `None` where the row is ignored, since even 0·NaN would spoil it.
+/// What the gradient of each row needs, with scale = upstream·(S + 2·z·lse) / Σ exp(x − max).
 fn row_gradients<A: Real>(
     problem: &Problem,
-    targets: &Targets<A>,
     num_rows: usize,
     upstream: Operand,
     statistics: &Tensor,
-) -> Result<Vec<Option<RowGradient<A>>>> {
+) -> Result<Vec<RowGradient<A>>> {
     let upstream = View::new(upstream, upstream.1.shape().rank())?;
     let statistics = statistics.storage_and_layout().0;
     let statistics = A::cpu_storage_as_slice(host(&statistics)?)?;
     let (max, rest) = statistics.split_at(num_rows);
     let (sum, total) = rest.split_at(num_rows);
     map(num_rows, 1, |row| {
-        if targets.is_ignored(row) {
-            return None;
-        }
         let mut gradient = [A::ZERO];
-        upstream.load(
-            Line {
-                row,
-                class: 0,
-                along: Along::Rows,
-            },
-            &mut gradient,
-        );
+        upstream.load(Line { row, class: 0, along: Along::Rows }, &mut gradient);
         let [upstream] = gradient;
         let (max, sum) = (max[row], sum[row].to_f64());
         let lse = max.to_f64() + sum.ln();
         let pull = total[row].to_f64() + 2. * problem.z_loss * lse;
-        Some(RowGradient {
-            max,
-            scale: A::from_f64(upstream.to_f64() * pull / sum),
-            upstream,
-        })
+        RowGradient { max, scale: A::from_f64(upstream.to_f64() * pull / sum), upstream }
     })
 }
 
@@ -347,14 +287,7 @@ pub(crate) fn smooth(problem: &Problem, labels: Operand) -> Result<CpuStorage> {
     let targets = Targets::<f32>::new(problem, table.columns()?, labels)?;
     let num_classes = problem.num_classes;
     let soft = build(num_rows * num_classes, num_classes, |row, class, out| {
-        targets.coefficients(
-            Line {
-                row,
-                class,
-                along: Along::Classes,
-            },
-            out,
-        );
+        targets.coefficients(Line { row, class, along: Along::Classes }, out);
     })?;
     Ok(f32::to_cpu_storage_owned(soft))
 }

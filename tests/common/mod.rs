@@ -11,18 +11,16 @@ pub const CPU: Device = Device::Cpu;
 /// Uniform numbers from −`range` to `range`, f64.
 pub fn random(dims: &[usize], range: f64, seed: u64) -> Result<Tensor> {
     let mut rng = StdRng::seed_from_u64(seed);
-    let values: Vec<f64> = (0..dims.iter().product())
-        .map(|_| rng.random_range(-range..=range))
-        .collect();
+    let values: Vec<f64> =
+        (0..dims.iter().product()).map(|_| rng.random_range(-range..=range)).collect();
     Tensor::from_vec(values, dims, &CPU)
 }
 
 /// Uniform class indices, i64.
 pub fn random_labels(dims: &[usize], num_classes: usize, seed: u64) -> Result<Tensor> {
     let mut rng = StdRng::seed_from_u64(seed);
-    let labels: Vec<i64> = (0..dims.iter().product())
-        .map(|_| rng.random_range(0..num_classes as i64))
-        .collect();
+    let labels: Vec<i64> =
+        (0..dims.iter().product()).map(|_| rng.random_range(0..num_classes as i64)).collect();
     Tensor::from_vec(labels, dims, &CPU)
 }
 
@@ -48,9 +46,7 @@ pub struct Case {
 impl Case {
     /// The scalar Σ u·loss with fixed upstream gradients u, and the gradient of the logits.
     pub fn run(&self, dtype: DType) -> Result<(Tensor, Tensor)> {
-        self.run_with(dtype, |logits, targets| {
-            Ok(self.loss.forward(logits, targets)?)
-        })
+        self.run_with(dtype, |logits, targets| Ok(self.loss.forward(logits, targets)?))
     }
 
     /// The same by stock ops.

@@ -1,7 +1,7 @@
 //! What the kernels read: logits, targets and coefficients, of any dtype and layout.
 
-use super::element::Real;
-use super::parallel::reserve;
+use super::element::{Element, Real};
+use super::parallel::{BLOCK, reserve};
 use crate::backend::{Coefficient, Coefficients, Problem, Rows};
 use crate::error::{Error, Result};
 use candle_core::backend::BackendStorage;
@@ -76,15 +76,12 @@ impl<'a> View<'a> {
         Ok(Self {
             values,
             rows: Rows::new(layout, Some(class_dim)),
-            num_rows: others
-                .filter(|(dim, _)| *dim != class_dim)
-                .map(|(_, len)| len)
-                .product(),
+            num_rows: others.filter(|(dim, _)| *dim != class_dim).map(|(_, len)| len).product(),
             class_stride: layout.stride().get(class_dim).copied().unwrap_or(0),
         })
     }
 
-    /// Fills `out` from the line's start on.
+    /// Fills `out`, at most a block, from the line's start on.
     pub(super) fn load<A: Real>(&self, line: Line, out: &mut [A]) {
         let mut filled = 0;
         while filled < out.len() {
@@ -96,29 +93,33 @@ impl<'a> View<'a> {
             let start = run.offset + line.class * self.class_stride;
             let out = &mut out[filled..filled + len];
             match self.values {
-                Values::BF16(values) => {
-                    copy(values, start, stride, out, |v| A::from_f32(v.to_f32()))
-                }
-                Values::F16(values) => {
-                    copy(values, start, stride, out, |v| A::from_f32(v.to_f32()))
-                }
-                Values::F32(values) => copy(values, start, stride, out, A::from_f32),
-                Values::F64(values) => copy(values, start, stride, out, A::from_f64),
+                Values::BF16(values) => copy(values, start, stride, out, A::from_bf16s),
+                Values::F16(values) => copy(values, start, stride, out, A::from_f16s),
+                Values::F32(values) => copy(values, start, stride, out, A::from_f32s),
+                Values::F64(values) => copy(values, start, stride, out, A::from_f64s),
             }
             filled += len;
         }
     }
 }
 
-fn copy<T: Copy, A>(values: &[T], start: usize, stride: usize, out: &mut [A], f: impl Fn(T) -> A) {
+/// Values at a stride, at most a block of them, in the dtype of the arithmetic.
+fn copy<T: Element, A>(
+    values: &[T],
+    start: usize,
+    stride: usize,
+    out: &mut [A],
+    convert: impl Fn(&[T], &mut [A]),
+) {
     if stride == 1 {
-        for (out, &value) in out.iter_mut().zip(&values[start..]) {
-            *out = f(value);
-        }
+        convert(&values[start..start + out.len()], out);
     } else {
-        for (i, out) in out.iter_mut().enumerate() {
-            *out = f(values[start + i * stride]);
+        let mut block = [T::ZERO; BLOCK];
+        let block = &mut block[..out.len()];
+        for (i, value) in block.iter_mut().enumerate() {
+            *value = values[start + i * stride];
         }
+        convert(block, out);
     }
 }
 
@@ -180,15 +181,22 @@ impl<'a, A: Real> Targets<'a, A> {
     pub(super) fn coefficients(&self, line: Line, out: &mut [A]) {
         let columns = &self.columns;
         match &self.given {
-            Given::Classes(labels) => {
-                for (i, r) in out.iter_mut().enumerate() {
-                    let class = line.class(i);
-                    *r = match labels[line.row(i)] == class {
-                        true => columns.own.at(class),
-                        false => columns.spread.at(class),
-                    };
+            Given::Classes(labels) => match line.along {
+                Along::Classes => {
+                    columns.spread.copy(line.class, out);
+                    let label = labels[line.row];
+                    let here = label.checked_sub(line.class);
+                    if let Some(r) = here.and_then(|i| out.get_mut(i)) {
+                        *r = columns.own.at(label);
+                    }
                 }
-            }
+                Along::Rows => {
+                    let (own, spread) = (columns.own.at(line.class), columns.spread.at(line.class));
+                    for (r, label) in out.iter_mut().zip(&labels[line.row..]) {
+                        *r = if *label == line.class { own } else { spread };
+                    }
+                }
+            },
             Given::Probabilities(view) => {
                 view.load(line, out);
                 for (i, r) in out.iter_mut().enumerate() {
@@ -241,18 +249,21 @@ impl<'a> Table<'a> {
                 let table = A::cpu_storage_as_slice(host(storage)?)?;
                 let num_classes = table.len() / 4;
                 let column = |i| Column::PerClass(&table[i * num_classes..(i + 1) * num_classes]);
-                Columns {
-                    scale: column(0),
-                    spread: column(1),
-                    own: column(2),
-                    weight: column(3),
-                }
+                Columns { scale: column(0), spread: column(1), own: column(2), weight: column(3) }
             }
         })
     }
 }
 
 impl<A: Real> Column<'_, A> {
+    /// The values from `class` on.
+    fn copy(&self, class: usize, out: &mut [A]) {
+        match self {
+            Self::Uniform(value) => out.fill(*value),
+            Self::PerClass(values) => out.copy_from_slice(&values[class..class + out.len()]),
+        }
+    }
+
     fn at(&self, class: usize) -> A {
         match self {
             Self::Uniform(value) => *value,
@@ -283,10 +294,7 @@ fn labels(
         CpuStorage::U8(values) => labels_of(values, layout, num_classes, ignore_index),
         CpuStorage::U32(values) => labels_of(values, layout, num_classes, ignore_index),
         CpuStorage::I64(values) => labels_of(values, layout, num_classes, ignore_index),
-        _ => Err(Error::TargetsDType {
-            dtype: targets.dtype(),
-            expected: "U8, U32 or I64",
-        }),
+        _ => Err(Error::TargetsDType { dtype: targets.dtype(), expected: "U8, U32 or I64" }),
     }
 }
 
@@ -308,11 +316,7 @@ fn labels_of<T: Copy + Into<i64>>(
                 _ if Some(target) == ignore_index => IGNORED,
                 Ok(class) if class < num_classes => class,
                 _ => {
-                    return Err(Error::TargetOutOfRange {
-                        row: labels.len(),
-                        target,
-                        num_classes,
-                    });
+                    return Err(Error::TargetOutOfRange { row: labels.len(), target, num_classes });
                 }
             });
         }

@@ -19,10 +19,7 @@ pub(super) fn reserve<T>(len: usize) -> Result<Vec<T>> {
     let mut vec = Vec::new();
     match vec.try_reserve_exact(len) {
         Ok(()) => Ok(vec),
-        Err(_) => Err(Error::TooLarge {
-            what: "a result",
-            shape: vec![len],
-        }),
+        Err(_) => Err(Error::TooLarge { what: "a result", shape: vec![len] }),
     }
 }
 
