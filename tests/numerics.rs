@@ -10,8 +10,46 @@ use common::{CPU, random, random_labels, random_probabilities, smoothings, value
 const INF: f64 = f64::INFINITY;
 const DTYPES: [DType; 4] = [DType::F64, DType::F32, DType::F16, DType::BF16];
 
-/// The loss and the gradient of these logits.
+/// The loss and the gradient of these logits (N, K); and that the other way through memory, with
+/// the classes first, leads to the same.
 fn run(
+    loss: &LabelSmoothingLoss,
+    logits: &Tensor,
+    targets: &Tensor,
+) -> Result<(Vec<f64>, Vec<f64>)> {
+    let (losses, gradient) = run_once(loss, logits, targets)?;
+    let turned = |t: &Tensor| t.t()?.contiguous();
+    let turned_targets = if targets.rank() == 2 { turned(targets)? } else { targets.clone() };
+    let turned_loss = loss.clone().with_class_dim(0);
+    let (turned_losses, turned_gradient) =
+        run_once(&turned_loss, &turned(logits)?, &turned_targets)?;
+
+    // Sums in another order: 20 roundings within a block, and of f64 one for each block. A half type is
+    // rounded once more at the end, and the two results may fall to either side.
+    let blocks = logits.dim(1)? as f64 / 32.;
+    let (roundings, ulp) = match logits.dtype() {
+        DType::F64 => ((20. + blocks) * 2f64.powi(-53), 0.),
+        DType::F16 => (20. * 2f64.powi(-24), 2f64.powi(-10)),
+        DType::BF16 => (20. * 2f64.powi(-24), 2f64.powi(-7)),
+        _ => (20. * 2f64.powi(-24), 0.),
+    };
+    let close = |a: f64, b: f64, ulp: f64| {
+        a == b
+            || a.is_nan() && b.is_nan()
+            || (a - b).abs() <= roundings * a.abs().max(1.) + ulp * a.abs()
+    };
+    for (a, b) in losses.iter().zip(&turned_losses) {
+        assert!(close(*a, *b, 0.), "loss {a}, classes first {b}");
+    }
+    let num_rows = logits.dim(0)?;
+    for (i, b) in turned_gradient.iter().enumerate() {
+        let a = gradient[i % num_rows * logits.dim(1)? + i / num_rows];
+        assert!(close(a, *b, ulp), "gradient {a}, classes first {b}");
+    }
+    Ok((losses, gradient))
+}
+
+fn run_once(
     loss: &LabelSmoothingLoss,
     logits: &Tensor,
     targets: &Tensor,

@@ -17,7 +17,7 @@ pub(crate) use operands::check_labels;
 
 use super::Problem;
 use crate::error::{Error, Result};
-use block::{LANES, RowGradient, Sums};
+use block::{LANES, ROWS, RowGradient, Sums};
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, DType, Tensor, WithDType};
 use element::{Element, Real};
@@ -55,24 +55,23 @@ fn forward_in<A: Real>(
     weights: bool,
     statistics: bool,
 ) -> Result<Forward> {
+    let dims = logits.1.dims();
     let logits = View::new(logits, problem.class_dim)?;
     let table = Table::new(&problem.coefficients);
     let targets = Targets::<A>::new(problem, table.columns()?, targets)?;
 
     let arch = Arch::new();
-    let (num_rows, num_classes) = (logits.num_rows, problem.num_classes);
-    let segments = num_classes.div_ceil(SEGMENT);
-    let partials = map(num_rows * segments, num_classes.min(SEGMENT), |i| {
-        let (row, first) = (i / segments, i % segments * SEGMENT);
-        match targets.is_ignored(row) {
-            true => Partial::EMPTY,
-            false => segment(arch, &logits, &targets, row, first..num_classes.min(first + SEGMENT)),
-        }
-    })?;
-    let rows = map(num_rows, segments, |row| {
-        let partials = &partials[row * segments..(row + 1) * segments];
-        let Partial { max, sum, total, shortfall } =
-            partials.iter().fold(Partial::EMPTY, Partial::merge);
+    let num_rows = logits.num_rows;
+    let rows = match Along::of(problem, dims) {
+        Along::Classes => reduce(num_rows, problem.num_classes, |row, classes| {
+            [row_segment(arch, &logits, &targets, row, classes)]
+        }),
+        Along::Rows => reduce(num_rows, problem.num_classes, |row, classes| {
+            rows_segment(arch, &logits, &targets, row, classes)
+        }),
+    }?;
+    let rows = map(num_rows, 1, |row| {
+        let Partial { max, sum, total, shortfall } = rows[row];
         let log_sum = sum.ln();
         let lse = max + log_sum;
         let loss = match targets.is_ignored(row) {
@@ -147,30 +146,52 @@ impl Partial {
             shortfall: ours.1 + theirs.1,
         }
     }
-}
 
-impl<A: Real> From<Sums<A>> for Partial {
-    fn from(sums: Sums<A>) -> Self {
+    /// One lane of a block's sums.
+    fn of_block<A: Real, const N: usize>(sums: &Sums<A, N>, lane: usize) -> Self {
         Self {
-            max: sums.max.to_f64(),
-            sum: sums.sum.to_f64(),
-            total: sums.total.to_f64(),
-            shortfall: sums.shortfall.to_f64(),
+            max: sums.max[lane].to_f64(),
+            sum: sums.sum[lane].to_f64(),
+            total: sums.total[lane].to_f64(),
+            shortfall: sums.shortfall[lane].to_f64(),
         }
     }
 }
 
+/// What all classes say of each row, from what `segment` finds out of `N` rows from the given one on
+/// and a range of their classes. The ranges are as many as it takes to occupy several threads with one
+/// row.
+fn reduce<const N: usize>(
+    num_rows: usize,
+    num_classes: usize,
+    segment: impl Fn(usize, Range<usize>) -> [Partial; N] + Sync + Send,
+) -> Result<Vec<Partial>> {
+    let len = SEGMENT / N;
+    let segments = num_classes.div_ceil(len);
+    let parts = map(num_rows.div_ceil(N) * segments, N * num_classes.min(len), |i| {
+        let first = i % segments * len;
+        segment(i / segments * N, first..num_classes.min(first + len))
+    })?;
+    map(num_rows, segments, |row| {
+        let parts = &parts[row / N * segments..][..segments];
+        parts.iter().fold(Partial::EMPTY, |whole, part| whole.merge(&part[row % N]))
+    })
+}
+
 /// Reads a range of one row's classes once.
-fn segment<A: Real>(
+fn row_segment<A: Real>(
     arch: Arch,
     logits: &View,
     targets: &Targets<A>,
     row: usize,
     classes: Range<usize>,
 ) -> Partial {
+    let mut whole = Partial::EMPTY;
+    if targets.is_ignored(row) {
+        return whole;
+    }
     let mut x = [A::NEG_INFINITY; BLOCK];
     let mut r = [A::ZERO; BLOCK];
-    let mut whole = Partial::EMPTY;
     for class in classes.clone().step_by(BLOCK) {
         let len = BLOCK.min(classes.end - class);
         let padded = len.next_multiple_of(LANES);
@@ -179,7 +200,37 @@ fn segment<A: Real>(
         targets.coefficients(line, &mut r[..len]);
         x[len..padded].fill(A::NEG_INFINITY);
         r[len..padded].fill(A::ZERO);
-        whole = whole.merge(&block::sums(arch, &x[..padded], &r[..padded]).into());
+        let sums = block::sums_of_row(arch, &x[..padded], &r[..padded]);
+        whole = whole.merge(&Partial::of_block(&sums, 0));
+    }
+    whole
+}
+
+/// Reads a range of the classes of many rows once. Ignored rows are read too, for nothing.
+fn rows_segment<A: Real>(
+    arch: Arch,
+    logits: &View,
+    targets: &Targets<A>,
+    row: usize,
+    classes: Range<usize>,
+) -> [Partial; ROWS] {
+    const CLASSES: usize = 32;
+    let len = ROWS.min(logits.num_rows - row);
+    let mut whole = [Partial::EMPTY; ROWS];
+    let mut x = [[A::NEG_INFINITY; ROWS]; CLASSES];
+    let mut r = [[A::ZERO; ROWS]; CLASSES];
+    for first in classes.clone().step_by(CLASSES) {
+        let classes = first..classes.end.min(first + CLASSES);
+        let count = classes.len();
+        for (class, (x, r)) in classes.zip(x.iter_mut().zip(&mut r)) {
+            let line = Line { row, class, along: Along::Rows };
+            logits.load(line, &mut x[..len]);
+            targets.coefficients(line, &mut r[..len]);
+        }
+        let sums = block::sums_of_rows(arch, &x[..count], &r[..count]);
+        for (lane, whole) in whole.iter_mut().enumerate().take(len) {
+            *whole = whole.merge(&Partial::of_block(&sums, lane));
+        }
     }
     whole
 }
@@ -208,13 +259,12 @@ fn backward_to<T: Element<Real = A>, A: Real>(
     upstream: Operand,
     statistics: &Tensor,
 ) -> Result<CpuStorage> {
-    // The line of the gradient's memory: the classes of a row, or the rows of a class if the class
-    // dimension is followed by others.
     let dims = logits.1.dims();
     let positions: usize = dims[problem.class_dim + 1..].iter().product();
-    let (along, line_len) = match positions {
-        1 => (Along::Classes, problem.num_classes),
-        _ => (Along::Rows, positions),
+    let along = Along::of(problem, dims);
+    let line_len = match along {
+        Along::Classes => problem.num_classes,
+        Along::Rows => positions,
     };
 
     let logits = View::new(logits, problem.class_dim)?;

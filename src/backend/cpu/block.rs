@@ -7,39 +7,51 @@
 use super::element::Real;
 use pulp::{Arch, Simd, WithSimd};
 
-/// Elements that are worked on side by side. Blocks are padded to a multiple of it.
+/// Classes of one row that are worked on side by side. Blocks are padded to a multiple of it.
 pub(super) const LANES: usize = 16;
 
-/// What a block of classes says of its row.
-pub(super) struct Sums<A> {
+/// Rows that are worked on side by side where the classes are not next to each other.
+pub(super) const ROWS: usize = 64;
+
+/// What a block of classes says of its row, or of each of its rows.
+pub(super) struct Sums<A, const N: usize> {
     /// The largest logit x; −inf if there is none.
-    pub max: A,
+    pub max: [A; N],
     /// Σ exp(x − max).
-    pub sum: A,
+    pub sum: [A; N],
     /// S = Σ r.
-    pub total: A,
+    pub total: [A; N],
     /// T = Σ r·(x − max).
-    pub shortfall: A,
+    pub shortfall: [A; N],
 }
 
-/// The sums of a block of logits and coefficients, which are padded to whole lanes with −inf and 0.
-pub(super) fn sums<A: Real>(arch: Arch, logits: &[A], coefficients: &[A]) -> Sums<A> {
-    arch.dispatch(Forward {
-        logits: logits.as_chunks().0,
-        coefficients: coefficients.as_chunks().0,
-    })
+/// The sums of a block of logits and coefficients of one row, padded to whole lanes with −inf and 0.
+pub(super) fn sums_of_row<A: Real>(arch: Arch, logits: &[A], coefficients: &[A]) -> Sums<A, 1> {
+    let (logits, coefficients) = (logits.as_chunks::<LANES>().0, coefficients.as_chunks().0);
+    arch.dispatch(Forward { logits, coefficients, common: true }).reduce()
 }
 
-struct Forward<'a, A> {
-    logits: &'a [[A; LANES]],
-    coefficients: &'a [[A; LANES]],
+/// The sums of a block of classes of many rows: a line of rows for each class.
+pub(super) fn sums_of_rows<A: Real>(
+    arch: Arch,
+    logits: &[[A; ROWS]],
+    coefficients: &[[A; ROWS]],
+) -> Sums<A, ROWS> {
+    arch.dispatch(Forward { logits, coefficients, common: false })
 }
 
-impl<A: Real> WithSimd for Forward<'_, A> {
-    type Output = Sums<A>;
+struct Forward<'a, A, const N: usize> {
+    logits: &'a [[A; N]],
+    coefficients: &'a [[A; N]],
+    /// Whether all lanes belong to one row and so have one maximum.
+    common: bool,
+}
+
+impl<A: Real, const N: usize> WithSimd for Forward<'_, A, N> {
+    type Output = Sums<A, N>;
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) -> Sums<A> {
+    fn with_simd<S: Simd>(self, _: S) -> Sums<A, N> {
         match fused::<S>() {
             true => self.run::<true>(),
             false => self.run::<false>(),
@@ -47,48 +59,60 @@ impl<A: Real> WithSimd for Forward<'_, A> {
     }
 }
 
-impl<A: Real> Forward<'_, A> {
+impl<A: Real, const N: usize> Forward<'_, A, N> {
     #[inline(always)]
-    fn run<const FUSED: bool>(self) -> Sums<A> {
-        // Passes over NaN, which comes back through the sum of exponentials.
-        let larger = |a, b| if b > a { b } else { a };
-        let add = |a, b| a + b;
-
-        let mut max = [A::NEG_INFINITY; LANES];
+    fn run<const FUSED: bool>(self) -> Sums<A, N> {
+        let mut max = [A::NEG_INFINITY; N];
         for x in self.logits {
-            for i in 0..LANES {
+            for i in 0..N {
                 max[i] = larger(max[i], x[i]);
             }
         }
-        let max = reduce(max, larger);
+        if self.common {
+            max = [reduce(max, larger); N];
+        }
         // −inf − −inf is NaN; relative to 0 instead, the exponentials are 0 and T is −inf.
-        let base = if max == A::NEG_INFINITY { A::ZERO } else { max };
+        let base = max.map(|max| if max == A::NEG_INFINITY { A::ZERO } else { max });
 
-        let mut sum = [A::ZERO; LANES];
-        let mut total = [A::ZERO; LANES];
-        let mut shortfall = [A::ZERO; LANES];
+        let mut sum = [A::ZERO; N];
+        let mut total = [A::ZERO; N];
+        let mut shortfall = [A::ZERO; N];
         for (x, r) in self.logits.iter().zip(self.coefficients) {
-            for i in 0..LANES {
-                let x = x[i] - base;
+            for i in 0..N {
+                let x = x[i] - base[i];
                 sum[i] += x.exp::<FUSED>();
                 total[i] += r[i];
                 // 0·∞ is 0 here: what has no weight has no say.
                 shortfall[i] += if r[i] == A::ZERO { A::ZERO } else { r[i] * x };
             }
         }
+        Sums { max, sum, total, shortfall }
+    }
+}
+
+impl<A: Real, const N: usize> Sums<A, N> {
+    /// The lanes of one row as one.
+    fn reduce(self) -> Sums<A, 1> {
+        let add = |a, b| a + b;
         Sums {
-            max,
-            sum: reduce(sum, add),
-            total: reduce(total, add),
-            shortfall: reduce(shortfall, add),
+            max: [reduce(self.max, larger)],
+            sum: [reduce(self.sum, add)],
+            total: [reduce(self.total, add)],
+            shortfall: [reduce(self.shortfall, add)],
         }
     }
 }
 
+/// The larger number. Passes over NaN, which comes back through the sum of exponentials.
+#[inline(always)]
+fn larger<A: Real>(a: A, b: A) -> A {
+    if b > a { b } else { a }
+}
+
 /// All lanes as one, in pairs.
 #[inline(always)]
-fn reduce<A: Real>(mut lanes: [A; LANES], f: impl Fn(A, A) -> A) -> A {
-    let mut len = LANES;
+fn reduce<A: Real, const N: usize>(mut lanes: [A; N], f: impl Fn(A, A) -> A) -> A {
+    let mut len = N;
     while len > 1 {
         len /= 2;
         for i in 0..len {

@@ -25,6 +25,18 @@ pub(super) enum Along {
     Rows,
 }
 
+impl Along {
+    /// The direction in which contiguous logits and their gradient lie in memory: the classes of a
+    /// row, or the rows of a class if other dimensions follow the class dimension. A matter of the shape
+    /// alone, so that a view gives the bits of its contiguous copy.
+    pub(super) fn of(problem: &Problem, dims: &[usize]) -> Self {
+        match dims[problem.class_dim + 1..].iter().product() {
+            1 => Self::Classes,
+            _ => Self::Rows,
+        }
+    }
+}
+
 impl Line {
     pub(super) fn row(self, i: usize) -> usize {
         match self.along {
