@@ -412,7 +412,7 @@ fn many_classes() -> Result<()> {
         };
         for (dtype, epsilon) in [(DType::F64, 1e-11), (DType::F32, 20. * 2f64.powi(-24))] {
             let logits = logits.to_dtype(DType::F32)?.to_dtype(dtype)?;
-            let (loss, gradient) = run(&rows(smoothing.clone()), &logits, &labels)?;
+            let (loss, gradient) = run_once(&rows(smoothing.clone()), &logits, &labels)?;
             for (ours, exact) in loss.iter().zip(&exact.0) {
                 assert!((ours - exact).abs() < epsilon * exact, "{name}: {ours} and {exact}");
             }
