@@ -12,32 +12,53 @@ use rand::{Rng, SeedableRng};
 /// A way to a loss from logits and targets.
 type Loss<'a> = &'a dyn Fn(&Tensor, &Tensor) -> Result<Tensor>;
 
-fn inputs(rows: usize, num_classes: usize, dtype: DType) -> Result<(Var, Tensor)> {
+/// Logits of the shape and labels for its rows.
+fn inputs(shape: &[usize], class_dim: usize, dtype: DType) -> Result<(Var, Tensor)> {
+    let mut rows = shape.to_vec();
+    let num_classes = rows.remove(class_dim);
     let mut rng = StdRng::seed_from_u64(0);
-    let logits: Vec<f32> = (0..rows * num_classes).map(|_| rng.random_range(-8f32..8.)).collect();
-    let labels: Vec<u32> = (0..rows).map(|_| rng.random_range(0..num_classes as u32)).collect();
-    let logits = Tensor::from_vec(logits, (rows, num_classes), &Device::Cpu)?.to_dtype(dtype)?;
+    let mut logit = || rng.random_range(-8f32..8.);
+    let logits: Vec<f32> = (0..shape.iter().product()).map(|_| logit()).collect();
+    let mut label = || rng.random_range(0..num_classes as u32);
+    let labels: Vec<u32> = (0..rows.iter().product()).map(|_| label()).collect();
+    let logits = Tensor::from_vec(logits, shape, &Device::Cpu)?.to_dtype(dtype)?;
     Ok((Var::from_tensor(&logits)?, Tensor::from_vec(labels, rows, &Device::Cpu)?))
 }
 
+/// The shapes, and where the classes are: a toy, a small classifier, ImageNet, two vocabularies, a
+/// token at a time, and a batch of images to segment.
+const SHAPES: [(&[usize], usize); 7] = [
+    (&[32, 3], 1),
+    (&[128, 10], 1),
+    (&[4096, 1000], 1),
+    (&[1024, 32_000], 1),
+    (&[256, 128_256], 1),
+    (&[1, 128_256], 1),
+    (&[8, 21, 256, 256], 1),
+];
+
 fn bench(criterion: &mut Criterion) {
     let fused = LabelSmoothingLoss::new(Smoothing::over_all(0.1).expect("a valid epsilon"));
-    let ways: [(&str, Loss); 3] = [
-        ("fused", &|logits, targets| Ok(fused.forward(logits, targets)?)),
-        ("stock ops", &|logits, targets| Ok(reference::forward(&fused, logits, targets)?)),
-        // Without smoothing, which it does not have.
-        ("candle-nn", &candle_nn::loss::cross_entropy),
-    ];
-    for (rows, num_classes) in [(32, 3), (4096, 1000), (1024, 32_000)] {
+    for (shape, class_dim) in SHAPES {
+        let fused = fused.clone().with_class_dim(class_dim);
+        let ours = |logits: &Tensor, targets: &Tensor| Ok(fused.forward(logits, targets)?);
+        let stock =
+            |logits: &Tensor, targets: &Tensor| Ok(reference::forward(&fused, logits, targets)?);
+        let mut ways: Vec<(&str, Loss)> = vec![("fused", &ours), ("stock ops", &stock)];
+        if shape.len() == 2 {
+            // Without smoothing, which it does not have.
+            ways.push(("candle-nn", &candle_nn::loss::cross_entropy));
+        }
         for dtype in [DType::F32, DType::BF16] {
-            let (logits, targets) = inputs(rows, num_classes, dtype).expect("inputs");
-            let bytes = (rows * num_classes * dtype.size_in_bytes()) as u64;
-            let shape = format!("{rows}x{num_classes} {}", dtype.as_str());
+            let (logits, targets) = inputs(shape, class_dim, dtype).expect("inputs");
+            let bytes = (logits.elem_count() * dtype.size_in_bytes()) as u64;
+            let dims: Vec<String> = shape.iter().map(usize::to_string).collect();
+            let name = format!("{} {}", dims.join("x"), dtype.as_str());
 
             let mut group = criterion.benchmark_group("forward");
             group.sample_size(10).throughput(Throughput::Bytes(bytes));
-            for (name, loss) in ways {
-                group.bench_function(BenchmarkId::new(name, &shape), |b| {
+            for (way, loss) in &ways {
+                group.bench_function(BenchmarkId::new(*way, &name), |b| {
                     b.iter(|| loss(&logits, &targets).expect("a loss"))
                 });
             }
@@ -45,8 +66,8 @@ fn bench(criterion: &mut Criterion) {
 
             let mut group = criterion.benchmark_group("forward and backward");
             group.sample_size(10).throughput(Throughput::Bytes(bytes));
-            for (name, loss) in ways {
-                group.bench_function(BenchmarkId::new(name, &shape), |b| {
+            for (way, loss) in &ways {
+                group.bench_function(BenchmarkId::new(*way, &name), |b| {
                     b.iter(|| {
                         let loss = loss(&logits, &targets).expect("a loss");
                         loss.backward().expect("gradients")
