@@ -23,9 +23,12 @@ use candle_core::{CpuStorage, DType, Tensor, WithDType};
 use element::{Element, Real};
 use half::{bf16, f16};
 use operands::{Along, Line, Operand, Table, Targets, View, host};
-use parallel::{BLOCK, SEGMENT, build, map, reserve};
+use parallel::{BLOCK, SEGMENT, build, map};
 use pulp::Arch;
 use std::ops::Range;
+
+/// Up to so many classes, several rows are worked on side by side.
+const FEW_CLASSES: usize = 32;
 
 /// What the forward kernel gives; `op::RowLosses` says what each is.
 pub(crate) struct Forward {
@@ -62,16 +65,8 @@ fn forward_in<A: Real>(
 
     let arch = Arch::new();
     let num_rows = logits.num_rows;
-    let rows = match Along::of(problem, dims) {
-        Along::Classes => reduce(num_rows, problem.num_classes, |row, classes| {
-            [row_segment(arch, &logits, &targets, row, classes)]
-        }),
-        Along::Rows => reduce(num_rows, problem.num_classes, |row, classes| {
-            rows_segment(arch, &logits, &targets, row, classes)
-        }),
-    }?;
-    let rows = map(num_rows, 1, |row| {
-        let Partial { max, sum, total, shortfall } = rows[row];
+    let finish = |row, whole: Partial| {
+        let Partial { max, sum, total, shortfall } = whole;
         let log_sum = sum.ln();
         let lse = max + log_sum;
         let loss = match targets.is_ignored(row) {
@@ -79,14 +74,25 @@ fn forward_in<A: Real>(
             false => total * log_sum - shortfall + problem.z_loss * lse * lse,
         };
         Row { loss, max, sum, total }
-    })?;
+    };
+    // With few classes a row is too short to work on alone.
+    let along = match problem.num_classes {
+        ..=FEW_CLASSES => Along::Rows,
+        _ => Along::of(problem, dims),
+    };
+    let num_classes = problem.num_classes;
+    let rows = match along {
+        Along::Classes => reduce(num_rows, num_classes, finish, |row, classes| {
+            [row_segment(arch, &logits, &targets, row, classes)]
+        }),
+        Along::Rows => reduce(num_rows, num_classes, finish, |row, classes| {
+            rows_segment(arch, &logits, &targets, row, classes)
+        }),
+    }?;
 
     let columns = |fields: &[fn(&Row) -> f64]| -> Result<CpuStorage> {
-        let mut values = reserve::<A>(fields.len() * num_rows)?;
-        for field in fields {
-            values.extend(rows.iter().map(|row| A::from_f64(field(row))));
-        }
-        Ok(A::to_cpu_storage_owned(values))
+        let value = |i: usize| A::from_f64(fields[i / num_rows](&rows[i % num_rows]));
+        Ok(A::to_cpu_storage_owned(map(fields.len() * num_rows, 1, value)?))
     };
     Ok(Forward {
         losses: columns(&[|row| row.loss])?,
@@ -158,14 +164,15 @@ impl Partial {
     }
 }
 
-/// What all classes say of each row, from what `segment` finds out of `N` rows from the given one on
-/// and a range of their classes. The ranges are as many as it takes to occupy several threads with one
-/// row.
+/// Every row, from what `segment` finds out of `N` rows from the given one on and a range of their
+/// classes, and `finish` makes of it. The ranges are as many as it takes to occupy several threads with
+/// one row.
 fn reduce<const N: usize>(
     num_rows: usize,
     num_classes: usize,
+    finish: impl Fn(usize, Partial) -> Row + Sync + Send,
     segment: impl Fn(usize, Range<usize>) -> [Partial; N] + Sync + Send,
-) -> Result<Vec<Partial>> {
+) -> Result<Vec<Row>> {
     let len = SEGMENT / N;
     let segments = num_classes.div_ceil(len);
     let parts = map(num_rows.div_ceil(N) * segments, N * num_classes.min(len), |i| {
@@ -173,8 +180,8 @@ fn reduce<const N: usize>(
         segment(i / segments * N, first..num_classes.min(first + len))
     })?;
     map(num_rows, segments, |row| {
-        let parts = &parts[row / N * segments..][..segments];
-        parts.iter().fold(Partial::EMPTY, |whole, part| whole.merge(&part[row % N]))
+        let parts = parts[row / N * segments..][..segments].iter();
+        finish(row, parts.fold(Partial::EMPTY, |whole, part| whole.merge(&part[row % N])))
     })
 }
 
@@ -214,7 +221,7 @@ fn rows_segment<A: Real>(
     row: usize,
     classes: Range<usize>,
 ) -> [Partial; ROWS] {
-    const CLASSES: usize = 32;
+    const CLASSES: usize = FEW_CLASSES;
     let len = ROWS.min(logits.num_rows - row);
     let mut whole = [Partial::EMPTY; ROWS];
     let mut x = [[A::NEG_INFINITY; ROWS]; CLASSES];
