@@ -165,17 +165,16 @@ impl Smoothing {
     }
 }
 
-/// Reads class weights or a prior to the host and checks each value.
+/// Reads class weights or a prior to the host, where there is an f64, and checks each value.
 pub(crate) fn vector(what: &'static str, tensor: &Tensor) -> Result<Vec<f64>> {
-    if tensor.rank() != 1 || !tensor.dtype().is_float() {
-        return Err(Error::VectorType {
-            what,
-            dtype: tensor.dtype(),
-            shape: tensor.dims().to_vec(),
-        });
-    }
-    // To the host first: Metal has no f64.
-    let values = tensor.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.to_vec1::<f64>()?;
+    let host = tensor.to_device(&Device::Cpu)?;
+    let host = match tensor.dtype() {
+        DType::BF16 | DType::F16 | DType::F32 | DType::F64 if tensor.rank() == 1 => host,
+        // candle 0.11.1 overflows the stack on its way from f8 to f64.
+        DType::F8E4M3 if tensor.rank() == 1 => host.to_dtype(DType::F32)?,
+        dtype => return Err(Error::VectorType { what, dtype, shape: tensor.dims().to_vec() }),
+    };
+    let values = host.to_dtype(DType::F64)?.to_vec1::<f64>()?;
     match values.iter().position(|v| !(v.is_finite() && *v >= 0.)) {
         Some(class) => Err(Error::VectorValue { what, class, value: values[class] }),
         None => Ok(values),

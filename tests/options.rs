@@ -224,6 +224,27 @@ fn smooth_targets_of_the_tutorial_and_of_odd_shapes() -> Result<()> {
     Ok(())
 }
 
+/// Class weights and priors of every float dtype, and views of them.
+#[test]
+fn weights_and_priors_of_every_dtype_and_layout() -> Result<()> {
+    let logits = random(&[4, 4], 2., 1)?;
+    let labels = random_labels(&[4], 4, 2)?;
+    // Exact in every dtype, and every other column of something else.
+    let table = Tensor::new(&[[0.5f32, -7.], [0.25, -7.], [0.125, -7.], [0.125, -7.]], &CPU)?;
+    let run = |vector: &Tensor| -> Result<f64> {
+        LabelSmoothingLoss::new(Smoothing::toward(0.3, vector)?)
+            .with_class_weights(vector)?
+            .forward(&logits, &labels)?
+            .to_scalar::<f64>()
+    };
+    let expected = run(&Tensor::new(&[0.5f32, 0.25, 0.125, 0.125], &CPU)?)?;
+    for dtype in [DType::F64, DType::F32, DType::F16, DType::BF16, DType::F8E4M3] {
+        let vector = table.to_dtype(dtype)?.narrow(1, 0, 1)?.squeeze(1)?;
+        assert_eq!(run(&vector)?, expected, "{dtype:?}");
+    }
+    Ok(())
+}
+
 /// PyTorch's rule: Σ w_y over the rows that count.
 #[test]
 fn mean_divides_by_the_weights_of_the_targets() -> Result<()> {
