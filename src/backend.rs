@@ -76,11 +76,16 @@ pub(crate) fn check_size(what: &'static str, shape: &[usize]) -> Result<()> {
 /// are unless they are f8.
 pub(crate) fn readable_targets(targets: &Tensor) -> Result<Tensor> {
     let targets = targets.detach();
+    let cast = |dtype| match targets.elem_count() {
+        // candle's conversion of an empty view looks beyond its storage.
+        0 => Tensor::zeros(targets.shape(), dtype, targets.device()),
+        _ => targets.to_dtype(dtype),
+    };
     match targets.dtype() {
+        DType::I16 | DType::I32 => Ok(cast(DType::I64)?),
+        DType::F8E4M3 => Ok(cast(DType::BF16)?),
         DType::U8 | DType::U32 | DType::I64 => Ok(targets),
-        DType::I16 | DType::I32 => Ok(targets.to_dtype(DType::I64)?),
         DType::BF16 | DType::F16 | DType::F32 | DType::F64 => Ok(targets),
-        DType::F8E4M3 => Ok(targets.to_dtype(DType::BF16)?),
         dtype => Err(Error::TargetsDType {
             dtype,
             expected: "an integer dtype (class indices) or F8E4M3, F16, BF16, F32 or F64 (probabilities)",

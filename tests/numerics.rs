@@ -4,7 +4,9 @@ mod common;
 
 use approx::{assert_abs_diff_eq, assert_relative_eq};
 use candle_core::{DType, Result, Tensor, Var};
-use candle_label_smoothing::{LabelSmoothingLoss, Reduction, Smoothing, reference};
+use candle_label_smoothing::{
+    LabelSmoothingLoss, Reduction, Smoothing, check_targets, reference, smooth_targets,
+};
 use common::{CPU, random, random_labels, random_probabilities, smoothings, values};
 
 const INF: f64 = f64::INFINITY;
@@ -285,6 +287,32 @@ fn no_rows() -> Result<()> {
             }
         }
     }
+    Ok(())
+}
+
+/// An empty view may begin beyond the end of its storage.
+#[test]
+fn empty_views() -> Result<()> {
+    let empty = |dtype| Tensor::zeros((0, 3), dtype, &CPU)?.narrow(1, 1, 2);
+    let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?);
+    for dtype in DTYPES {
+        let base = Var::from_tensor(&Tensor::zeros((0, 3), dtype, &CPU)?)?;
+        let logits = base.narrow(1, 1, 2)?;
+        for targets in [DType::U8, DType::I16, DType::I32, DType::F8E4M3, DType::F64] {
+            let mut targets = empty(targets)?;
+            if targets.dtype().is_int() {
+                targets = targets.narrow(1, 1, 1)?.squeeze(1)?;
+                check_targets(&targets, 2, None)?;
+            }
+            smooth_targets(&targets, 2, &Smoothing::none())?;
+            let loss = loss.forward(&logits, &targets)?;
+            assert!(values(&loss)?[0].is_nan());
+            assert!(loss.backward()?.get(&base).is_some());
+        }
+    }
+    let weights = Tensor::zeros((3, 0), DType::F32, &CPU)?.narrow(0, 1, 1)?.squeeze(0)?;
+    assert!(loss.clone().with_class_weights(&weights).is_ok());
+    assert!(Smoothing::toward(0.1, &weights).is_err());
     Ok(())
 }
 
