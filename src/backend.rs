@@ -72,25 +72,23 @@ pub(crate) fn check_size(what: &'static str, shape: &[usize]) -> Result<()> {
     }
 }
 
-/// Targets as the kernels read them: detached, classes as u8, u32 or i64, probabilities as they
-/// are unless they are f8.
+/// Targets as the kernels read them: constants, of any dtype that is a class index or a probability.
 pub(crate) fn readable_targets(targets: &Tensor) -> Result<Tensor> {
-    let targets = targets.detach();
-    let cast = |dtype| match targets.elem_count() {
-        // candle's conversion of an empty view looks beyond its storage.
-        0 => Tensor::zeros(targets.shape(), dtype, targets.device()),
-        _ => targets.to_dtype(dtype),
-    };
     match targets.dtype() {
-        DType::I16 | DType::I32 => Ok(cast(DType::I64)?),
-        DType::F8E4M3 => Ok(cast(DType::BF16)?),
-        DType::U8 | DType::U32 | DType::I64 => Ok(targets),
-        DType::BF16 | DType::F16 | DType::F32 | DType::F64 => Ok(targets),
+        DType::U8 | DType::U32 | DType::I16 | DType::I32 | DType::I64 => Ok(targets.detach()),
+        DType::F8E4M3 | DType::BF16 | DType::F16 | DType::F32 | DType::F64 => Ok(targets.detach()),
         dtype => Err(Error::TargetsDType {
             dtype,
             expected: "an integer dtype (class indices) or F8E4M3, F16, BF16, F32 or F64 (probabilities)",
         }),
     }
+}
+
+/// The shape of the rows: the logits' without the class dimension.
+pub(crate) fn row_shape(logits: &[usize], class_dim: usize) -> Vec<usize> {
+    let mut rows = logits.to_vec();
+    rows.remove(class_dim);
+    rows
 }
 
 /// The rows of a tensor: all positions of its dimensions but the class dimension, in row-major

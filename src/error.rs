@@ -9,8 +9,8 @@ pub type Result<T> = std::result::Result<T, Error>;
 /// What was given, and what was expected instead.
 ///
 /// The error converts into [`candle_core::Error`] and back without loss, so `?` works in a function
-/// that returns candle's `Result`, and `Error::from` gives the very error back. `Debug` prints the
-/// message, as candle's own error does.
+/// that returns candle's `Result`, and `Error::from` gives the very error back, unless candle's
+/// `context` was wrapped around it on the way. `Debug` prints the message, as candle's own error does.
 #[derive(thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -54,7 +54,7 @@ pub enum Error {
 
     /// A prior that is no probability distribution.
     #[error(
-        "the prior probabilities sum to {sum}, expected 1 (within 0.001): divide counts by their sum first"
+        "the prior probabilities sum to {sum}, expected 1 (within 0.001): divide counts by their sum first, in f32 or f64 since half types round by more"
     )]
     PriorSum {
         /// The sum found.
@@ -77,7 +77,7 @@ pub enum Error {
     LogitsRank,
 
     /// The class dimension does not exist.
-    #[error("the class dimension is {class_dim}, but logits of shape {shape:?} have dimensions 0 to {}", shape.len() - 1)]
+    #[error("the class dimension is {class_dim}, but logits of shape {shape:?} have dimensions 0 to {}", shape.len().saturating_sub(1))]
     ClassDim {
         /// The dimension given to `with_class_dim`.
         class_dim: usize,

@@ -35,8 +35,9 @@ pub enum Reduction {
 /// which for w = 1 and z = 0 is the cross-entropy −Σ q_k·log softmax(x)_k, and agrees with
 /// PyTorch's `CrossEntropyLoss` option by option.
 ///
-/// The loss is a builder: each `with_` method takes it and gives it back. It holds no state, may be
-/// cloned and shared between threads, and is meant to be built once and used at every step.
+/// The loss is a builder: each `with_` method takes it and gives it back. It remembers nothing of what
+/// it is used on, may be cloned and shared between threads, and is meant to be built once and used at
+/// every step.
 ///
 /// ```
 /// use candle_core::{Device, Tensor, Var};
@@ -91,6 +92,7 @@ impl LabelSmoothingLoss {
     ///
     /// As in PyTorch, the weight w_k stands at each class's term of the sum, so with smoothing the
     /// other classes' weights count too; [`Reduction::Mean`] divides by the weights of the targets.
+    /// The weights are rounded to the dtype of the arithmetic, f32 unless the logits are f64.
     ///
     /// # Errors
     /// More or fewer dimensions than one, an integer dtype, and values that are negative or not
@@ -143,12 +145,14 @@ impl LabelSmoothingLoss {
     /// The result is f64 for f64 logits and f32 otherwise: a scalar, or with [`Reduction::None`] a
     /// loss a row. The arithmetic runs in the result's dtype. The gradient has the logits' dtype;
     /// only first-order gradients exist, as everywhere in candle. The logits are read once here and
-    /// once more by `backward`, and nothing of their size is allocated but the gradient.
+    /// once more by `backward`, and nothing of their size is allocated but the gradient; beside it there
+    /// are some numbers a row.
     ///
     /// # Errors
-    /// Shapes, dtypes or devices that do not fit together, K = 0, class weights or a prior of
-    /// another length than K, `ignore_index` with probabilities, and a class target that is neither
-    /// in 0 to K−1 nor the ignored index.
+    /// Shapes, dtypes or devices that do not fit together or are not supported, a class dimension
+    /// that does not exist, K = 0, K = 1 with [`Smoothing::over_others`], class weights or a prior of
+    /// another length than K, `ignore_index` with probabilities, a class target that is neither in 0
+    /// to K−1 nor the ignored index, and sizes beyond the memory.
     pub fn forward(&self, logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
         let (problem, targets) = self.problem(logits, targets)?;
         let counted = self.reduction == Reduction::Mean
@@ -248,8 +252,7 @@ impl LabelSmoothingLoss {
                 });
             }
         } else {
-            let mut expected = logits.dims().to_vec();
-            expected.remove(class_dim);
+            let expected = backend::row_shape(logits.dims(), class_dim);
             if targets.dims() != expected {
                 return Err(Error::ClassTargetsShape {
                     dtype,

@@ -3,7 +3,7 @@
 //! The loss is computed first, by kernels that know nothing of a graph, and then handed to the
 //! graph as the result of one node whose backward asks the backend for the gradient.
 
-use crate::backend::{Problem, cpu};
+use crate::backend::{Problem, cpu, row_shape};
 use crate::error::Result;
 use candle_core::op::BackpropOp;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Shape, Storage, Tensor};
@@ -66,8 +66,7 @@ impl CustomOp2 for Forward<'_> {
             self.weights.is_some(),
             self.statistics.is_some(),
         )?;
-        let mut shape = logits_layout.dims().to_vec();
-        shape.remove(self.problem.class_dim);
+        let shape = row_shape(logits_layout.dims(), self.problem.class_dim);
         let rows = shape.iter().product::<usize>();
         if let (Some(cell), Some(weights)) = (&self.weights, out.weights) {
             cell.get_or_init(|| constant(Storage::Cpu(weights), rows));
@@ -144,9 +143,8 @@ impl CustomOp2 for Loss {
         let upstream = match &self.reduced {
             Reduced::No => gradient.clone(),
             Reduced::By(divisor) => {
-                let mut shape = logits.dims().to_vec();
-                shape.remove(self.problem.class_dim);
-                divisor.divide(gradient)?.broadcast_as(shape)?
+                let rows = row_shape(logits.dims(), self.problem.class_dim);
+                divisor.divide(gradient)?.broadcast_as(rows)?
             }
         };
         let backward = Backward { problem: &self.problem, statistics: &self.statistics };

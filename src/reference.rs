@@ -5,7 +5,7 @@
 //! of the logits' size at almost every step. −inf and NaN logits, which the fused loss handles, are
 //! beyond it, except in ignored rows.
 
-use crate::backend::Coefficients;
+use crate::backend::{Coefficients, row_shape};
 use crate::error::Result;
 use crate::loss::{LabelSmoothingLoss, Reduction, result_dtype};
 use candle_core::{DType, Tensor};
@@ -25,6 +25,9 @@ pub fn forward(loss: &LabelSmoothingLoss, logits: &Tensor, targets: &Tensor) -> 
 
     // The labels (N, 1), and which rows count. The others get a label and logits that do no harm.
     let mut labels = targets.flatten_all()?.unsqueeze(1)?;
+    if matches!(labels.dtype(), DType::I16 | DType::I32) {
+        labels = labels.to_dtype(DType::I64)?;
+    }
     let mut counts = None;
     if let Some(index) = problem.ignore_index {
         labels = labels.to_dtype(DType::I64)?;
@@ -76,11 +79,7 @@ pub fn forward(loss: &LabelSmoothingLoss, logits: &Tensor, targets: &Tensor) -> 
         weights = (weights * counts)?;
     }
     Ok(match loss.reduction() {
-        Reduction::None => {
-            let mut rows = logits.dims().to_vec();
-            rows.remove(problem.class_dim);
-            losses.reshape(rows)?
-        }
+        Reduction::None => losses.reshape(row_shape(logits.dims(), problem.class_dim))?,
         Reduction::Sum => losses.sum_all()?,
         Reduction::Mean => losses.sum_all()?.div(&weights.sum_all()?)?,
     })

@@ -173,9 +173,14 @@ pub(crate) fn vector(what: &'static str, tensor: &Tensor) -> Result<Vec<f64>> {
     if tensor.rank() != 1 || !is_float {
         return Err(Error::VectorType { what, dtype, shape: tensor.dims().to_vec() });
     }
-    if tensor.dims() == [0] {
+    let len = tensor.elem_count();
+    if len == 0 {
         // candle's conversion of an empty view looks beyond its storage.
         return Ok(Vec::new());
+    }
+    // A view can be far larger than the memory behind it, and candle would abort.
+    if Vec::<f64>::new().try_reserve_exact(len).is_err() {
+        return Err(Error::TooLarge { what, shape: vec![len] });
     }
     let mut host = tensor.to_device(&Device::Cpu)?;
     if dtype == DType::F8E4M3 {

@@ -230,6 +230,21 @@ fn sizes_beyond_memory() -> Result<()> {
     let dims = (1 << 30, 1 << 31);
     let result = loss().forward(&one.broadcast_as(dims)?, &labels.broadcast_as(1 << 30)?);
     assert_error(result, &["logits", "[1073741824, 2147483648]", "too large"]);
+    let vast = 1usize << 50;
+    for dtype in [DType::I16, DType::I32, DType::F8E4M3] {
+        let one = zeros(&[1], dtype)?;
+        let vector = loss().with_class_weights(&one.broadcast_as(vast)?);
+        if dtype.is_int() {
+            let many = one.broadcast_as(vast)?;
+            assert_error(check_targets(&many, 8, None), &["too large"]);
+            assert_error(smooth_targets(&many, 8, &Smoothing::none()), &["too large"]);
+            assert!(vector.is_err());
+        } else {
+            let many = one.broadcast_as((vast, 1))?;
+            assert_error(smooth_targets(&many, 1, &Smoothing::none()), &["too large"]);
+            assert_error(vector, &["class weights", "too large"]);
+        }
+    }
     let many = labels.broadcast_as(1 << 59)?;
     assert_error(smooth_targets(&many, 8, &Smoothing::none()), &["too large"]);
     assert_error(check_targets(&many, 8, None), &["too large"]);

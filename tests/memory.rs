@@ -23,7 +23,7 @@ fn peak<T>(f: impl FnOnce() -> Result<T>) -> Result<(T, usize)> {
 fn nothing_of_the_logits_size_is_allocated_but_the_gradient() -> Result<()> {
     const ROWS: usize = 32;
     const CLASSES: usize = 16_384;
-    // A row keeps a label and four statistics, and the thread pool some blocks.
+    // A row keeps a label and some statistics, and the thread pool some blocks.
     const SMALL: usize = ROWS * 256 + 256 * 1024;
 
     let base = random(&[ROWS, CLASSES], 3., 1)?;

@@ -20,6 +20,7 @@ const UNIT: f64 = 0.3;
 /// the noise. Groups are learned slowly and classes at once: their mixture sets the pace.
 const GROUP_RADIUS: f64 = 3.1;
 const CLASS_RADIUS: f64 = 1.1;
+
 /// Rows of numbers, and for each an index into the classes.
 pub struct Table {
     pub rows: Vec<Vec<f64>>,
@@ -165,8 +166,9 @@ pub fn statistics(table: &Table, rows: &[usize]) -> Vec<(f64, f64)> {
         let values = || rows.iter().map(move |&row| table.rows[row][j]);
         let mean = values().sum::<f64>() / rows.len() as f64;
         let variance = values().map(|v| (v - mean).powi(2)).sum::<f64>() / rows.len() as f64;
-        // A constant column becomes zeros.
-        (mean, if variance > 0. { variance.sqrt() } else { 1. })
+        // A constant column is left at zero, whatever its mean lost to rounding.
+        let is_constant = variance.sqrt() <= 1e-12 * mean.abs();
+        (mean, if is_constant { 1. } else { variance.sqrt() })
     };
     (0..table.rows[0].len()).map(column).collect()
 }

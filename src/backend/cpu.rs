@@ -23,7 +23,7 @@ use candle_core::{CpuStorage, DType, Tensor, WithDType};
 use element::{Element, Real};
 use half::{bf16, f16};
 use operands::{Along, Line, Operand, Table, Targets, View, host};
-use parallel::{BLOCK, SEGMENT, build, map};
+use parallel::{BLOCK, SEGMENT, build, filled, map, split};
 use pulp::Arch;
 use std::ops::Range;
 
@@ -73,7 +73,7 @@ fn forward_in<A: Real>(
             true => 0.,
             false => total * log_sum - shortfall + problem.z_loss * lse * lse,
         };
-        Row { loss, max, sum, total }
+        [loss, max, sum, total].map(A::from_f64)
     };
     // With few classes a row is too short to work on alone.
     let along = match problem.num_classes {
@@ -81,6 +81,7 @@ fn forward_in<A: Real>(
         _ => Along::of(problem, dims),
     };
     let num_classes = problem.num_classes;
+    // Loss, maximum, Σ exp(x − maximum) and S of each row.
     let rows = match along {
         Along::Classes => reduce(num_rows, num_classes, finish, |row, classes| {
             [row_segment(arch, &logits, &targets, row, classes)]
@@ -90,29 +91,21 @@ fn forward_in<A: Real>(
         }),
     }?;
 
-    let columns = |fields: &[fn(&Row) -> f64]| -> Result<CpuStorage> {
-        let value = |i: usize| A::from_f64(fields[i / num_rows](&rows[i % num_rows]));
-        Ok(A::to_cpu_storage_owned(map(fields.len() * num_rows, 1, value)?))
+    let columns = |columns: Range<usize>| -> Result<CpuStorage> {
+        let value = |i: usize| rows[i % num_rows][columns.start + i / num_rows];
+        Ok(A::to_cpu_storage_owned(map(columns.len() * num_rows, 1, value)?))
     };
     Ok(Forward {
-        losses: columns(&[|row| row.loss])?,
+        losses: columns(0..1)?,
         weights: match weights {
             true => Some(A::to_cpu_storage_owned(map(num_rows, 1, |row| targets.weight(row))?)),
             false => None,
         },
         statistics: match statistics {
-            true => Some(columns(&[|row| row.max, |row| row.sum, |row| row.total])?),
+            true => Some(columns(1..4)?),
             false => None,
         },
     })
-}
-
-/// What the forward kernel finds out about a row.
-struct Row {
-    loss: f64,
-    max: f64,
-    sum: f64,
-    total: f64,
 }
 
 /// What a range of classes says of its row.
@@ -167,22 +160,32 @@ impl Partial {
 /// Every row, from what `segment` finds out of `N` rows from the given one on and a range of their
 /// classes, and `finish` makes of it. The ranges are as many as it takes to occupy several threads with
 /// one row.
-fn reduce<const N: usize>(
+fn reduce<const N: usize, R: Copy + Default + Send + Sync>(
     num_rows: usize,
     num_classes: usize,
-    finish: impl Fn(usize, Partial) -> Row + Sync + Send,
+    finish: impl Fn(usize, Partial) -> R + Sync + Send,
     segment: impl Fn(usize, Range<usize>) -> [Partial; N] + Sync + Send,
-) -> Result<Vec<Row>> {
+) -> Result<Vec<R>> {
     let len = SEGMENT / N;
     let segments = num_classes.div_ceil(len);
-    let parts = map(num_rows.div_ceil(N) * segments, N * num_classes.min(len), |i| {
+    let whole = |row, parts: &[[Partial; N]], lane: usize| {
+        finish(row, parts.iter().fold(Partial::EMPTY, |whole, part| whole.merge(&part[lane])))
+    };
+    if segments == 1 {
+        let mut rows = filled(num_rows)?;
+        split(&mut rows, N, num_classes, |tile, rows| {
+            let parts = [segment(tile * N, 0..num_classes)];
+            for (lane, out) in rows.iter_mut().enumerate() {
+                *out = whole(tile * N + lane, &parts, lane);
+            }
+        });
+        return Ok(rows);
+    }
+    let parts = map(num_rows.div_ceil(N) * segments, N * len, |i| {
         let first = i % segments * len;
         segment(i / segments * N, first..num_classes.min(first + len))
     })?;
-    map(num_rows, segments, |row| {
-        let parts = parts[row / N * segments..][..segments].iter();
-        finish(row, parts.fold(Partial::EMPTY, |whole, part| whole.merge(&part[row % N])))
-    })
+    map(num_rows, segments, |row| whole(row, &parts[row / N * segments..][..segments], row % N))
 }
 
 /// Reads a range of one row's classes once.

@@ -33,7 +33,7 @@ element!(f32, f32, 0., <[f32]>::copy_from_slice);
 element!(f64, f64, 0., <[f64]>::copy_from_slice);
 
 /// A dtype of the arithmetic. Its conversions are exact, but for f64 to f32.
-pub(super) trait Real: Element<Real = Self> {
+pub(super) trait Real: Element<Real = Self> + Default {
     const NEG_INFINITY: Self;
     fn from_bf16s(values: &[bf16], out: &mut [Self]);
     fn from_f16s(values: &[f16], out: &mut [Self]);

@@ -5,7 +5,7 @@ use super::parallel::{BLOCK, reserve};
 use crate::backend::{Coefficient, Coefficients, Problem, Rows};
 use crate::error::{Error, Result};
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, DeviceLocation, Layout, Storage, StorageRef};
+use candle_core::{CpuStorage, Layout, Storage, StorageRef};
 use half::{bf16, f16};
 
 /// A tensor's numbers and where they lie.
@@ -62,6 +62,8 @@ pub(super) struct View<'a> {
 }
 
 enum Values<'a> {
+    /// By position, since candle does not name the type.
+    F8(Box<dyn Fn(usize) -> f32 + Sync + 'a>),
     BF16(&'a [bf16]),
     F16(&'a [f16]),
     F32(&'a [f32]),
@@ -72,6 +74,9 @@ impl<'a> View<'a> {
     /// With `class_dim` beyond the dimensions, each element is a row of its own.
     pub(super) fn new((storage, layout): Operand<'a>, class_dim: usize) -> Result<Self> {
         let (values, len) = match storage {
+            CpuStorage::F8E4M3(values) => {
+                (Values::F8(Box::new(|i| values[i].to_f32())), values.len())
+            }
             CpuStorage::BF16(values) => (Values::BF16(values), values.len()),
             CpuStorage::F16(values) => (Values::F16(values), values.len()),
             CpuStorage::F32(values) => (Values::F32(values), values.len()),
@@ -104,7 +109,12 @@ impl<'a> View<'a> {
             };
             let start = run.offset + line.class * self.class_stride;
             let out = &mut out[filled..filled + len];
-            match self.values {
+            match &self.values {
+                Values::F8(value) => {
+                    for (i, out) in out.iter_mut().enumerate() {
+                        *out = A::from_f64(value(start + i * stride).into());
+                    }
+                }
                 Values::BF16(values) => copy(values, start, stride, out, A::from_bf16s),
                 Values::F16(values) => copy(values, start, stride, out, A::from_f16s),
                 Values::F32(values) => copy(values, start, stride, out, A::from_f32s),
@@ -305,8 +315,10 @@ fn labels(
     match targets {
         CpuStorage::U8(values) => labels_of(values, layout, num_classes, ignore_index),
         CpuStorage::U32(values) => labels_of(values, layout, num_classes, ignore_index),
+        CpuStorage::I16(values) => labels_of(values, layout, num_classes, ignore_index),
+        CpuStorage::I32(values) => labels_of(values, layout, num_classes, ignore_index),
         CpuStorage::I64(values) => labels_of(values, layout, num_classes, ignore_index),
-        _ => Err(Error::TargetsDType { dtype: targets.dtype(), expected: "U8, U32 or I64" }),
+        _ => Err(Error::TargetsDType { dtype: targets.dtype(), expected: "an integer dtype" }),
     }
 }
 
@@ -336,12 +348,14 @@ fn labels_of<T: Copy + Into<i64>>(
     Ok(labels)
 }
 
+/// The numbers of a tensor that the loss itself made, which is where the logits are.
 pub(super) fn host(storage: &Storage) -> Result<&CpuStorage> {
     match storage {
         Storage::Cpu(storage) => Ok(storage),
-        other => Err(Error::DeviceMismatch {
-            logits: DeviceLocation::Cpu,
-            targets: other.device().location(),
-        }),
+        other => {
+            let device = other.device().location();
+            let message = format!("coefficients or statistics are on {device:?}, not on the CPU");
+            Err(Error::Candle(candle_core::Error::Msg(message)))
+        }
     }
 }

@@ -19,7 +19,7 @@ pub(super) fn reserve<T>(len: usize) -> Result<Vec<T>> {
     let mut vec = Vec::new();
     match vec.try_reserve_exact(len) {
         Ok(()) => Ok(vec),
-        Err(_) => Err(Error::TooLarge { what: "a result", shape: vec![len] }),
+        Err(_) => Err(Error::TooLarge { what: "an intermediate result", shape: vec![len] }),
     }
 }
 
@@ -51,8 +51,8 @@ pub(super) fn build<T: Element>(
 ) -> Result<Vec<T>> {
     let mut out = reserve(len)?;
     let room: &mut [MaybeUninit<T>] = &mut out.spare_capacity_mut()[..len];
-    split(room, line_len, |line, room| {
-        split(room, SEGMENT, |segment, room| {
+    split(room, line_len, 1, |line, room| {
+        split(room, SEGMENT, 1, |segment, room| {
             let mut block = [T::ZERO; BLOCK];
             for (i, room) in room.chunks_mut(BLOCK).enumerate() {
                 let block = &mut block[..room.len()];
@@ -70,10 +70,22 @@ pub(super) fn build<T: Element>(
     Ok(out)
 }
 
-/// `f` of every chunk of `len` elements and its index.
-fn split<T: Send>(slice: &mut [T], len: usize, f: impl Fn(usize, &mut [T]) + Sync) {
+/// `len` values to be overwritten.
+pub(super) fn filled<T: Copy + Default>(len: usize) -> Result<Vec<T>> {
+    let mut out = reserve(len)?;
+    out.resize(len, T::default());
+    Ok(out)
+}
+
+/// `f` of every chunk of `len` elements and its index; each element stands for `cost` of them.
+pub(super) fn split<T: Send>(
+    slice: &mut [T],
+    len: usize,
+    cost: usize,
+    f: impl Fn(usize, &mut [T]) + Sync,
+) {
     let len = len.max(1);
-    if slice.len() <= GRAIN {
+    if slice.len().saturating_mul(cost) <= GRAIN {
         for (i, chunk) in slice.chunks_mut(len).enumerate() {
             f(i, chunk);
         }
@@ -81,7 +93,7 @@ fn split<T: Send>(slice: &mut [T], len: usize, f: impl Fn(usize, &mut [T]) + Syn
         slice
             .par_chunks_mut(len)
             .enumerate()
-            .with_min_len(GRAIN.div_ceil(len))
+            .with_min_len(GRAIN.div_ceil(len.saturating_mul(cost)))
             .for_each(|(i, chunk)| f(i, chunk));
     }
 }
