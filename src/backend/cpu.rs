@@ -71,6 +71,7 @@ fn forward_in<A: Real>(
         let lse = max + log_sum;
         let loss = match targets.is_ignored(row) {
             true => 0.,
+            // From the left: without z-loss an overflowing square must not become 0·∞.
             false => total * log_sum - shortfall + problem.z_loss * lse * lse,
         };
         [loss, max, sum, total].map(A::from_f64)
