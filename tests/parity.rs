@@ -107,8 +107,8 @@ fn every_case_is_there() -> Result<()> {
 // A term of the loss takes up to seven roundings: three for its coefficient, two for lse - x_k or
 // its parts, a product, and its part in the sum. One of the gradient takes as many: two for the
 // exponential, three for its factor, the product and the subtraction. They do not all fall the same
-// way: the worst of all cases on the CPU is 1.9 (loss) and 3.2 (gradient) in f32. In f64 torch's
-// numbers have as many of their own, so twice as much is allowed, and 5.6 and 5.9 are measured.
+// way: the worst of all cases on the CPU is 2.3 (loss) and 3.4 (gradient) in f32. In f64 torch's
+// numbers have as many of their own, so twice as much is allowed, and 4.7 and 5.0 are measured.
 const LOSS_ROUNDINGS: f64 = 4.0;
 const GRAD_ROUNDINGS: f64 = 5.0;
 
