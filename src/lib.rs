@@ -54,6 +54,8 @@
 
 mod backend;
 mod error;
+#[doc(hidden)]
+pub mod kernels;
 mod loss;
 mod op;
 #[doc(hidden)]

@@ -147,10 +147,21 @@ impl CustomOp2 for Loss {
                 divisor.divide(gradient)?.broadcast_as(rows)?
             }
         };
-        let backward = Backward { problem: &self.problem, statistics: &self.statistics };
-        let gradient = logits.apply_op3_no_bwd(&self.targets, &upstream, &backward)?;
+        let Self { problem, statistics, targets, .. } = self;
+        let gradient = gradient_of(problem, statistics, logits, targets, &upstream)?;
         Ok((Some(gradient), None))
     }
+}
+
+/// Runs the backward kernel. `upstream` is the gradient of each row's loss.
+pub(crate) fn gradient_of(
+    problem: &Problem,
+    statistics: &Tensor,
+    logits: &Tensor,
+    targets: &Tensor,
+    upstream: &Tensor,
+) -> candle_core::Result<Tensor> {
+    logits.apply_op3_no_bwd(targets, upstream, &Backward { problem, statistics })
 }
 
 /// The backward kernel: logits, targets and the rows' upstream gradients in, the gradient out.

@@ -1,31 +1,37 @@
 //! The kernels on the CPU.
 //!
-//! Work comes in blocks of [`BLOCK`] elements along one dimension. A block's logits and coefficients
-//! r are brought to the stack in the dtype of the arithmetic, whatever their own dtype and strides
-//! (`operands`), so that one vectorised loop serves every input (`block`, `exp`). What a block of
-//! classes says of its row is a [`Partial`], and two of them merge; that is also how several threads
-//! share one long row. Blocks and segments have a fixed size and merge in a fixed order, so the result
-//! has the same bits for every number of threads (`parallel`).
+//! Work comes in blocks of [`BLOCK`] elements along one dimension. Contiguous logits are read where they
+//! are; others, and coefficients that have to be made, come to the stack first, in the dtype of the
+//! arithmetic (`operands`). The same few loops serve them all (`block`, `exp`), written once for every
+//! instruction set and dtype (`vector`, `element`). What a range of classes says of its row is a
+//! [`Partial`], and two of them merge; that is also how several threads share one long row. Blocks and
+//! segments have a fixed size and merge in a fixed order, so the result has the same bits for every
+//! number of threads (`parallel`).
 
 mod block;
 mod element;
 mod exp;
 mod operands;
 mod parallel;
+mod vector;
 
 pub(crate) use operands::check_labels;
 
 use super::Problem;
 use crate::error::{Error, Result};
-use block::{LANES, ROWS, RowGradient, Sums};
+use block::{
+    Partial, ROWS, RowGradient, RowSums, gradient_of_class, gradient_of_equals, gradient_of_row,
+    lanes, largest, sums_of_equals, sums_of_row,
+};
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, DType, Tensor, WithDType};
-use element::{Element, Real};
+use element::Element;
 use half::{bf16, f16};
-use operands::{Along, Line, Operand, Table, Targets, View, host};
-use parallel::{BLOCK, SEGMENT, build, filled, map, split};
-use pulp::Arch;
+use operands::{Along, Line, OfRow, Operand, Table, Targets, View, host};
+use parallel::{BLOCK, SEGMENT, Sink, build, filled, split};
+use pulp::{Arch, Simd};
 use std::ops::Range;
+use vector::{Kernel, Real, dispatch};
 
 /// Up to so many classes, several rows are worked on side by side.
 const FEW_CLASSES: usize = 32;
@@ -46,204 +52,226 @@ pub(crate) fn forward(
     statistics: bool,
 ) -> Result<Forward> {
     match logits.0.dtype() {
-        DType::F64 => forward_in::<f64>(problem, logits, targets, weights, statistics),
-        _ => forward_in::<f32>(problem, logits, targets, weights, statistics),
+        DType::BF16 => forward_of::<bf16>(problem, logits, targets, weights, statistics),
+        DType::F16 => forward_of::<f16>(problem, logits, targets, weights, statistics),
+        DType::F32 => forward_of::<f32>(problem, logits, targets, weights, statistics),
+        DType::F64 => forward_of::<f64>(problem, logits, targets, weights, statistics),
+        dtype => Err(Error::LogitsDType { dtype }),
     }
 }
 
-fn forward_in<A: Real>(
+fn forward_of<T: Element>(
     problem: &Problem,
     logits: Operand,
     targets: Operand,
     weights: bool,
     statistics: bool,
 ) -> Result<Forward> {
-    let dims = logits.1.dims();
+    let num_classes = problem.num_classes;
+    // With few classes a row is too short to work on alone.
+    let along = match num_classes {
+        ..=FEW_CLASSES => Along::Rows,
+        _ => Along::of(problem, logits.1.dims()),
+    };
     let logits = View::new(logits, problem.class_dim)?;
     let table = Table::new(&problem.coefficients);
-    let targets = Targets::<A>::new(problem, table.columns()?, targets)?;
-
-    let arch = Arch::new();
+    let targets = Targets::<T::Real>::new(problem, table.columns()?, targets)?;
     let num_rows = logits.num_rows;
-    let finish = |row, whole: Partial| {
-        let Partial { max, sum, total, shortfall } = whole;
-        let log_sum = sum.ln();
-        let lse = max + log_sum;
+
+    let mut losses = filled(num_rows)?;
+    let mut of_rows = filled(3 * num_rows)?;
+    let (max, rest) = of_rows.split_at_mut(num_rows);
+    let (sum, total) = rest.split_at_mut(num_rows);
+    let finish = |row: usize, i: usize, whole: Partial, out: &mut [&mut [T::Real]; 4]| {
+        let log_sum = whole.sum.ln();
+        let lse = whole.max + log_sum;
         let loss = match targets.is_ignored(row) {
             true => 0.,
             // From the left: without z-loss an overflowing square must not become 0·∞.
-            false => total * log_sum - shortfall + problem.z_loss * lse * lse,
+            false => whole.total * log_sum - whole.shortfall + problem.z_loss * lse * lse,
         };
-        [loss, max, sum, total].map(A::from_f64)
+        let numbers = [loss, whole.max, whole.sum, whole.total];
+        for (out, number) in out.iter_mut().zip(numbers) {
+            if let Some(out) = out.get_mut(i) {
+                *out = T::Real::from_f64(number);
+            }
+        }
     };
-    // With few classes a row is too short to work on alone.
-    let along = match problem.num_classes {
-        ..=FEW_CLASSES => Along::Rows,
-        _ => Along::of(problem, dims),
-    };
-    let num_classes = problem.num_classes;
-    // Loss, maximum, Σ exp(x − maximum) and S of each row.
-    let rows = match along {
-        Along::Classes => reduce(num_rows, num_classes, finish, |row, classes| {
-            [row_segment(arch, &logits, &targets, row, classes)]
-        }),
-        Along::Rows => reduce(num_rows, num_classes, finish, |row, classes| {
-            rows_segment(arch, &logits, &targets, row, classes)
-        }),
-    }?;
 
-    let columns = |columns: Range<usize>| -> Result<CpuStorage> {
-        let value = |i: usize| rows[i % num_rows][columns.start + i / num_rows];
-        Ok(A::to_cpu_storage_owned(map(columns.len() * num_rows, 1, value)?))
+    let arch = Arch::new();
+    let (logits, targets) = (&logits, &targets);
+    let at_once = match along {
+        Along::Classes => 1,
+        Along::Rows => num_rows.clamp(1, ROWS),
+    };
+    let segment = SEGMENT / at_once;
+    let out = [&mut losses[..], max, sum, total];
+    if num_classes <= segment {
+        split(out, at_once, num_classes, &|first, mut out| {
+            let rows = first..first + out[0].len();
+            let emit = |row, whole| finish(row, row - first, whole, &mut out);
+            dispatch(
+                arch,
+                Sums::<T, _> { logits, targets, along, rows, classes: 0..num_classes, emit },
+            );
+        });
+    } else {
+        // As many segments as it takes to occupy several threads with one row, those of the same rows one
+        // after the other.
+        let segments = num_classes.div_ceil(segment);
+        let mut parts: Vec<Partial> = filled(num_rows.div_ceil(at_once) * segments * at_once)?;
+        split([&mut parts], at_once, segment, &|first, [parts]| {
+            for (i, parts) in parts.chunks_mut(at_once).enumerate() {
+                let i = first / at_once + i;
+                let (row, class) = (i / segments * at_once, i % segments * segment);
+                let rows = row..num_rows.min(row + at_once);
+                let classes = class..num_classes.min(class + segment);
+                let emit = |at: usize, part| parts[at - row] = part;
+                dispatch(arch, Sums::<T, _> { logits, targets, along, rows, classes, emit });
+            }
+        });
+        split(out, 1, segments, &|first, mut out| {
+            for i in 0..out[0].len() {
+                let row = first + i;
+                let parts = parts[row / at_once * segments * at_once..].iter().skip(row % at_once);
+                let parts = parts.step_by(at_once).take(segments);
+                let whole = parts.fold(Partial::default(), |whole, &part| whole.merge(part));
+                finish(row, i, whole, &mut out);
+            }
+        });
+    }
+
+    let weights = match weights {
+        true => {
+            let mut weights = filled(num_rows)?;
+            split([&mut weights], BLOCK, 1, &|first, [weights]| {
+                for (i, weight) in weights.iter_mut().enumerate() {
+                    *weight = targets.weight(first + i);
+                }
+            });
+            Some(T::Real::to_cpu_storage_owned(weights))
+        }
+        false => None,
     };
     Ok(Forward {
-        losses: columns(0..1)?,
-        weights: match weights {
-            true => Some(A::to_cpu_storage_owned(map(num_rows, 1, |row| targets.weight(row))?)),
-            false => None,
-        },
-        statistics: match statistics {
-            true => Some(columns(1..4)?),
-            false => None,
-        },
+        losses: T::Real::to_cpu_storage_owned(losses),
+        weights,
+        statistics: statistics.then(|| T::Real::to_cpu_storage_owned(of_rows)),
     })
 }
 
-/// What a range of classes says of its row.
-#[derive(Clone, Copy)]
-struct Partial {
-    /// The largest logit x; −inf if there is none.
-    max: f64,
-    /// Σ exp(x − max).
-    sum: f64,
-    /// S = Σ r.
-    total: f64,
-    /// T = Σ r·(x − max). All of its terms have one sign, and a common offset of the logits does
-    /// not enter it, so no digits are lost to either.
-    shortfall: f64,
-}
-
-impl Partial {
-    const EMPTY: Self = Self { max: f64::NEG_INFINITY, sum: 0., total: 0., shortfall: 0. };
-
-    /// Two ranges of one row as one: sums move to the common maximum.
-    fn merge(self, other: &Self) -> Self {
-        let max = self.max.max(other.max);
-        let moved = |part: &Self| {
-            if part.max == max || part.max == f64::NEG_INFINITY {
-                (part.sum, part.shortfall)
-            } else {
-                let by = part.max - max;
-                let moved = if part.total == 0. { 0. } else { part.total * by };
-                (part.sum * by.exp(), part.shortfall + moved)
-            }
-        };
-        let (ours, theirs) = (moved(&self), moved(other));
-        Self {
-            max,
-            sum: ours.0 + theirs.0,
-            total: self.total + other.total,
-            shortfall: ours.1 + theirs.1,
-        }
-    }
-
-    /// One lane of a block's sums.
-    fn of_block<A: Real, const N: usize>(sums: &Sums<A, N>, lane: usize) -> Self {
-        Self {
-            max: sums.max[lane].to_f64(),
-            sum: sums.sum[lane].to_f64(),
-            total: sums.total[lane].to_f64(),
-            shortfall: sums.shortfall[lane].to_f64(),
-        }
-    }
-}
-
-/// Every row, from what `segment` finds out of `N` rows from the given one on and a range of their
-/// classes, and `finish` makes of it. The ranges are as many as it takes to occupy several threads with
-/// one row.
-fn reduce<const N: usize, R: Copy + Default + Send + Sync>(
-    num_rows: usize,
-    num_classes: usize,
-    finish: impl Fn(usize, Partial) -> R + Sync + Send,
-    segment: impl Fn(usize, Range<usize>) -> [Partial; N] + Sync + Send,
-) -> Result<Vec<R>> {
-    let len = SEGMENT / N;
-    let segments = num_classes.div_ceil(len);
-    let whole = |row, parts: &[[Partial; N]], lane: usize| {
-        finish(row, parts.iter().fold(Partial::EMPTY, |whole, part| whole.merge(&part[lane])))
-    };
-    if segments == 1 {
-        let mut rows = filled(num_rows)?;
-        split(&mut rows, N, num_classes, |tile, rows| {
-            let parts = [segment(tile * N, 0..num_classes)];
-            for (lane, out) in rows.iter_mut().enumerate() {
-                *out = whole(tile * N + lane, &parts, lane);
-            }
-        });
-        return Ok(rows);
-    }
-    let parts = map(num_rows.div_ceil(N) * segments, N * len, |i| {
-        let first = i % segments * len;
-        segment(i / segments * N, first..num_classes.min(first + len))
-    })?;
-    map(num_rows, segments, |row| whole(row, &parts[row / N * segments..][..segments], row % N))
-}
-
-/// Reads a range of one row's classes once.
-fn row_segment<A: Real>(
-    arch: Arch,
-    logits: &View,
-    targets: &Targets<A>,
-    row: usize,
+/// Reads a range of the classes of some rows once, and emits what it says of each row.
+struct Sums<'a, T: Element, F> {
+    logits: &'a View<'a>,
+    targets: &'a Targets<'a, T::Real>,
+    along: Along,
+    rows: Range<usize>,
     classes: Range<usize>,
-) -> Partial {
-    let mut whole = Partial::EMPTY;
-    if targets.is_ignored(row) {
-        return whole;
-    }
-    let mut x = [A::NEG_INFINITY; BLOCK];
-    let mut r = [A::ZERO; BLOCK];
-    for class in classes.clone().step_by(BLOCK) {
-        let len = BLOCK.min(classes.end - class);
-        let padded = len.next_multiple_of(LANES);
-        let line = Line { row, class, along: Along::Classes };
-        logits.load(line, &mut x[..len]);
-        targets.coefficients(line, &mut r[..len]);
-        x[len..padded].fill(A::NEG_INFINITY);
-        r[len..padded].fill(A::ZERO);
-        let sums = block::sums_of_row(arch, &x[..padded], &r[..padded]);
-        whole = whole.merge(&Partial::of_block(&sums, 0));
-    }
-    whole
+    emit: F,
 }
 
-/// Reads a range of the classes of many rows once. Ignored rows are read too, for nothing.
-fn rows_segment<A: Real>(
-    arch: Arch,
-    logits: &View,
-    targets: &Targets<A>,
-    row: usize,
-    classes: Range<usize>,
-) -> [Partial; ROWS] {
-    const CLASSES: usize = FEW_CLASSES;
-    let len = ROWS.min(logits.num_rows - row);
-    let mut whole = [Partial::EMPTY; ROWS];
-    let mut x = [[A::NEG_INFINITY; ROWS]; CLASSES];
-    let mut r = [[A::ZERO; ROWS]; CLASSES];
-    for first in classes.clone().step_by(CLASSES) {
-        let classes = first..classes.end.min(first + CLASSES);
-        let count = classes.len();
-        for (class, (x, r)) in classes.zip(x.iter_mut().zip(&mut r)) {
-            let line = Line { row, class, along: Along::Rows };
-            logits.load(line, &mut x[..len]);
-            targets.coefficients(line, &mut r[..len]);
-        }
-        let sums = block::sums_of_rows(arch, &x[..count], &r[..count]);
-        for (lane, whole) in whole.iter_mut().enumerate().take(len) {
-            *whole = whole.merge(&Partial::of_block(&sums, lane));
+impl<T: Element, F: FnMut(usize, Partial)> Kernel for Sums<'_, T, F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(mut self, simd: S) {
+        match self.along {
+            Along::Classes => self.row_by_row(simd),
+            Along::Rows => self.side_by_side(simd),
         }
     }
-    whole
+}
+
+impl<T: Element, F: FnMut(usize, Partial)> Sums<'_, T, F> {
+    #[inline(always)]
+    fn row_by_row<S: Simd>(&mut self, simd: S) {
+        let mut x = [T::Real::ZERO; BLOCK];
+        let mut r = [T::Real::ZERO; BLOCK];
+        for row in self.rows.clone() {
+            let mut whole = Partial::default();
+            if self.targets.is_ignored(row) {
+                (self.emit)(row, whole);
+                continue;
+            }
+            let mut class = self.classes.start;
+            while class < self.classes.end {
+                let (len, padded) = block_len::<T::Real, S>(self.classes.end - class);
+                let line = Line { row, class, along: Along::Classes };
+                let max_with = |block: T::Real| T::Real::from_f64(whole.max.max(block.to_f64()));
+                let part = match self.targets.of_row(row, class, len, &mut r[..padded]) {
+                    OfRow::Equal(r, label) => {
+                        let lent = self.logits.lend(line, len).and_then(T::as_packed);
+                        let part = if let Some(x) = lent {
+                            sums_of_equals(simd, max_with(largest(simd, x)), x, r)
+                        } else {
+                            let x = &mut x[..len];
+                            self.logits.load(line, x);
+                            sums_of_equals(simd, max_with(largest(simd, x)), &*x, r)
+                        };
+                        match label {
+                            Some((i, surplus)) => {
+                                let mut logit = [T::Real::ZERO];
+                                self.logits.load(line.at(class + i), &mut logit);
+                                part.with_surplus(surplus, logit[0].to_f64())
+                            }
+                            None => part,
+                        }
+                    }
+                    OfRow::Each(r) => {
+                        let x = match self.logits.lend(line, len) {
+                            Some(x) if len == padded => x,
+                            _ => {
+                                self.logits.load(line, &mut x[..len]);
+                                x[len..padded].fill(T::Real::NEG_INFINITY);
+                                &x[..padded]
+                            }
+                        };
+                        let max = max_with(largest(simd, x));
+                        sums_of_row::<T::Packed, S>(simd, max, x, r)
+                    }
+                };
+                whole = whole.merge(part);
+                class += len;
+            }
+            (self.emit)(row, whole);
+        }
+    }
+
+    /// Ignored rows are read too, for nothing.
+    #[inline(always)]
+    fn side_by_side<S: Simd>(&mut self, simd: S) {
+        let mut x = [[T::Real::ZERO; ROWS]; FEW_CLASSES];
+        let mut r = [[T::Real::ZERO; ROWS]; FEW_CLASSES];
+        for row in self.rows.clone().step_by(ROWS) {
+            let len = ROWS.min(self.rows.end - row);
+            let mut sums = RowSums::EMPTY;
+            for first in self.classes.clone().step_by(FEW_CLASSES) {
+                let classes = first..self.classes.end.min(first + FEW_CLASSES);
+                let count = classes.len();
+                for (class, (x, r)) in classes.zip(x.iter_mut().zip(&mut r)) {
+                    let line = Line { row, class, along: Along::Rows };
+                    self.logits.load(line, &mut x[..len]);
+                    self.targets.fill(line, &mut r[..len]);
+                }
+                sums.add(simd, &x[..count], &r[..count]);
+            }
+            for i in 0..len {
+                (self.emit)(row + i, sums.row(i));
+            }
+        }
+    }
+}
+
+/// How many of the classes that are left make the next block, and up to what it is padded: whole vectors
+/// as long as there are, then the rest.
+#[inline(always)]
+fn block_len<A: Real, S: Simd>(left: usize) -> (usize, usize) {
+    let lanes = lanes::<A, S>();
+    match left {
+        BLOCK.. => (BLOCK, BLOCK),
+        _ if left >= lanes => (left / lanes * lanes, left / lanes * lanes),
+        _ => (left, lanes),
+    }
 }
 
 /// The backward kernel: the gradient of the logits, in their dtype and shape, contiguous.
@@ -255,87 +283,267 @@ pub(crate) fn backward(
     statistics: &Tensor,
 ) -> Result<CpuStorage> {
     match logits.0.dtype() {
-        DType::BF16 => backward_to::<bf16, _>(problem, logits, targets, upstream, statistics),
-        DType::F16 => backward_to::<f16, _>(problem, logits, targets, upstream, statistics),
-        DType::F32 => backward_to::<f32, _>(problem, logits, targets, upstream, statistics),
-        DType::F64 => backward_to::<f64, _>(problem, logits, targets, upstream, statistics),
+        DType::BF16 => backward_to::<bf16>(problem, logits, targets, upstream, statistics),
+        DType::F16 => backward_to::<f16>(problem, logits, targets, upstream, statistics),
+        DType::F32 => backward_to::<f32>(problem, logits, targets, upstream, statistics),
+        DType::F64 => backward_to::<f64>(problem, logits, targets, upstream, statistics),
         dtype => Err(Error::LogitsDType { dtype }),
     }
 }
 
-fn backward_to<T: Element<Real = A>, A: Real>(
+fn backward_to<T: Element>(
     problem: &Problem,
     logits: Operand,
     targets: Operand,
     upstream: Operand,
     statistics: &Tensor,
 ) -> Result<CpuStorage> {
+    let num_classes = problem.num_classes;
     let dims = logits.1.dims();
-    let positions: usize = dims[problem.class_dim + 1..].iter().product();
-    let along = Along::of(problem, dims);
-    let line_len = match along {
-        Along::Classes => problem.num_classes,
-        Along::Rows => positions,
+    let positions = dims[problem.class_dim + 1..].iter().product::<usize>().max(1);
+    let order = match Along::of(problem, dims) {
+        Along::Classes if num_classes <= FEW_CLASSES => Order::SideBySide,
+        Along::Classes => Order::RowByRow,
+        Along::Rows => Order::ClassByClass,
     };
-
     let logits = View::new(logits, problem.class_dim)?;
     let table = Table::new(&problem.coefficients);
-    let targets = Targets::<A>::new(problem, table.columns()?, targets)?;
-    let rows = row_gradients(problem, logits.num_rows, upstream, statistics)?;
-    let arch = Arch::new();
+    let targets = Targets::<T::Real>::new(problem, table.columns()?, targets)?;
+    let num_rows = logits.num_rows;
 
-    let gradient = build(logits.num_rows * problem.num_classes, line_len, |line, start, out| {
-        let line = match along {
-            Along::Classes => Line { row: line, class: start, along },
-            Along::Rows => Line {
-                row: line / problem.num_classes * positions + start,
-                class: line % problem.num_classes,
-                along,
-            },
-        };
-        if matches!(along, Along::Classes) && targets.is_ignored(line.row) {
-            out.fill(T::ZERO);
-            return;
-        }
-        let mut x = [A::ZERO; BLOCK];
-        let mut r = [A::ZERO; BLOCK];
-        let (x, r) = (&mut x[..out.len()], &mut r[..out.len()]);
-        logits.load(line, x);
-        targets.coefficients(line, r);
-        let last = line.row(out.len() - 1);
-        block::gradient(arch, x, r, &rows[line.row..=last]);
-        T::from_reals(x, out);
-        // Even 0·NaN would spoil an ignored row.
-        for (i, out) in out.iter_mut().enumerate() {
-            if matches!(along, Along::Rows) && targets.is_ignored(line.row + i) {
-                *out = T::ZERO;
+    let statistics = statistics.storage_and_layout().0;
+    let statistics = T::Real::cpu_storage_as_slice(host(&statistics)?)?;
+    let (max, rest) = statistics.split_at(num_rows);
+    let (sum, total) = rest.split_at(num_rows);
+    let mut scale = filled(num_rows)?;
+    let mut against = filled(num_rows)?;
+    let upstream = View::new(upstream, upstream.1.shape().rank())?;
+    split([&mut scale, &mut against], BLOCK, 1, &|first, [scale, against]| {
+        for (i, (scale, against)) in scale.iter_mut().zip(against).enumerate() {
+            let row = first + i;
+            let mut gradient = [T::Real::ZERO];
+            upstream.load(Line { row, class: 0, along: Along::Rows }, &mut gradient);
+            let upstream = gradient[0].to_f64();
+            let mut pull = total[row].to_f64();
+            let sum = sum[row].to_f64();
+            if problem.z_loss != 0. {
+                pull += 2. * problem.z_loss * (max[row].to_f64() + sum.ln());
             }
+            *scale = T::Real::from_f64(upstream * pull / sum);
+            *against = T::Real::from_f64(-upstream);
         }
+    });
+
+    let gradients = Gradients::<T> {
+        logits: &logits,
+        targets: &targets,
+        num_classes,
+        positions,
+        max,
+        scale: &scale,
+        against: &against,
+    };
+    let arch = Arch::new();
+    // Where one line of the gradient ends and the next one begins.
+    let line = match order {
+        Order::RowByRow => num_classes,
+        Order::SideBySide => ROWS * num_classes,
+        Order::ClassByClass => positions,
+    };
+    let gradient = build(num_rows * num_classes, line.min(SEGMENT), |start, sink| {
+        dispatch(arch, Piece { gradients: &gradients, order, start, sink });
     })?;
     Ok(T::to_cpu_storage_owned(gradient))
 }
 
-/// What the gradient of each row needs, with scale = upstream·(S + 2·z·lse) / Σ exp(x − max).
-fn row_gradients<A: Real>(
-    problem: &Problem,
-    num_rows: usize,
-    upstream: Operand,
-    statistics: &Tensor,
-) -> Result<Vec<RowGradient<A>>> {
-    let upstream = View::new(upstream, upstream.1.shape().rank())?;
-    let statistics = statistics.storage_and_layout().0;
-    let statistics = A::cpu_storage_as_slice(host(&statistics)?)?;
-    let (max, rest) = statistics.split_at(num_rows);
-    let (sum, total) = rest.split_at(num_rows);
-    map(num_rows, 1, |row| {
-        let mut gradient = [A::ZERO];
-        upstream.load(Line { row, class: 0, along: Along::Rows }, &mut gradient);
-        let [upstream] = gradient;
-        let (max, sum) = (max[row], sum[row].to_f64());
-        let lse = max.to_f64() + sum.ln();
-        let pull = total[row].to_f64() + 2. * problem.z_loss * lse;
-        RowGradient { max, scale: A::from_f64(upstream.to_f64() * pull / sum), upstream }
-    })
+/// What the gradient is made of.
+struct Gradients<'a, T: Element> {
+    logits: &'a View<'a>,
+    targets: &'a Targets<'a, T::Real>,
+    num_classes: usize,
+    /// How many elements lie between one class and the next of the contiguous gradient.
+    positions: usize,
+    max: &'a [T::Real],
+    scale: &'a [T::Real],
+    against: &'a [T::Real],
+}
+
+/// How the gradient lies in memory.
+#[derive(Clone, Copy)]
+enum Order {
+    /// The classes of a row next to each other.
+    RowByRow,
+    /// The same, but so few of them that several rows are worked on side by side.
+    SideBySide,
+    /// The rows of a class next to each other.
+    ClassByClass,
+}
+
+/// A piece of the gradient, from its element `start` on.
+struct Piece<'a, 'b, T: Element> {
+    gradients: &'a Gradients<'a, T>,
+    order: Order,
+    start: usize,
+    sink: &'a mut Sink<'b, T>,
+}
+
+impl<T: Element> Kernel for Piece<'_, '_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        match self.order {
+            Order::RowByRow => self.row_by_row(simd),
+            Order::SideBySide => self.side_by_side(simd),
+            Order::ClassByClass => self.class_by_class(simd),
+        }
+    }
+}
+
+impl<T: Element> Piece<'_, '_, T> {
+    #[inline(always)]
+    fn row_by_row<S: Simd>(self, simd: S) {
+        let Gradients { logits, targets, num_classes, max, scale, against, .. } = *self.gradients;
+        let mut x = [T::Real::ZERO; BLOCK];
+        let mut r = [T::Real::ZERO; BLOCK];
+        let mut block = [T::ZERO; BLOCK];
+        let (mut row, mut class) = (self.start / num_classes, self.start % num_classes);
+        while self.sink.len() > 0 {
+            let left = (num_classes - class).min(self.sink.len());
+            let (len, padded) = block_len::<T::Real, S>(left);
+            let line = Line { row, class, along: Along::Classes };
+            if targets.is_ignored(row) {
+                self.sink.push(&[T::ZERO; BLOCK][..len]);
+            } else {
+                let of_row =
+                    RowGradient { max: max[row], scale: scale[row], against: against[row] };
+                let of_classes = targets.of_row(row, class, len, &mut r[..padded]);
+                let lent = logits.lend(line, len).and_then(T::as_packed);
+                match (of_classes, lent) {
+                    (OfRow::Equal(r, label), Some(lent)) => {
+                        let label = label.map(|(i, _)| {
+                            let (line, mut own) = (line.at(class + i), [T::Real::ZERO]);
+                            logits.load(line, &mut x[..1]);
+                            targets.fill(line, &mut own);
+                            let lanes = lanes::<T::Real, S>();
+                            gradient_of_row(simd, of_row, &mut x[..lanes], &[own[0]; BLOCK]);
+                            T::round(&x[..1], &mut block[..1]);
+                            (i, block[0])
+                        });
+                        self.sink.write(|room| {
+                            let packed = T::as_packed_room(&mut room[..len]);
+                            let written = packed
+                                .map_or(0, |room| gradient_of_equals(simd, of_row, lent, r, room));
+                            if let Some((i, gradient)) = label {
+                                room[i].write(gradient);
+                            }
+                            written
+                        });
+                    }
+                    (of_classes, _) => {
+                        let r = match of_classes {
+                            OfRow::Each(r) => r,
+                            OfRow::Equal(..) => {
+                                targets.fill(line, &mut r[..len]);
+                                &r[..padded]
+                            }
+                        };
+                        let x = &mut x[..padded];
+                        logits.load(line, &mut x[..len]);
+                        gradient_of_row(simd, of_row, x, r);
+                        T::round(x, &mut block[..padded]);
+                        self.sink.push(&block[..len]);
+                    }
+                }
+            }
+            class += len;
+            if class == num_classes {
+                (row, class) = (row + 1, 0);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn side_by_side<S: Simd>(self, simd: S) {
+        let num_classes = self.gradients.num_classes;
+        let mut lines = Lines::new();
+        let mut tile = [T::ZERO; ROWS * FEW_CLASSES];
+        let mut row = self.start / num_classes;
+        while self.sink.len() > 0 {
+            let len = ROWS.min(self.sink.len() / num_classes);
+            for class in 0..num_classes {
+                let line = Line { row, class, along: Along::Rows };
+                let gradient = lines.gradient(simd, self.gradients, line, len);
+                let column = tile.iter_mut().skip(class).step_by(num_classes);
+                column.zip(gradient).for_each(|(out, &value)| *out = value);
+            }
+            self.sink.push(&tile[..len * num_classes]);
+            row += len;
+        }
+    }
+
+    #[inline(always)]
+    fn class_by_class<S: Simd>(self, simd: S) {
+        let Gradients { num_classes, positions, .. } = *self.gradients;
+        let mut lines = Lines::new();
+        let (line, mut position) = (self.start / positions, self.start % positions);
+        let (mut outer, mut class) = (line / num_classes, line % num_classes);
+        while self.sink.len() > 0 {
+            let len = ROWS.min(positions - position).min(self.sink.len());
+            let line = Line { row: outer * positions + position, class, along: Along::Rows };
+            self.sink.push(lines.gradient(simd, self.gradients, line, len));
+            position += len;
+            if position == positions {
+                (position, class) = (0, class + 1);
+            }
+            if class == num_classes {
+                (class, outer) = (0, outer + 1);
+            }
+        }
+    }
+}
+
+/// Room for one class of several rows.
+struct Lines<T: Element> {
+    x: [T::Real; ROWS],
+    r: [T::Real; ROWS],
+    /// The numbers of the rows, if they are too few for whole vectors.
+    rows: [[T::Real; ROWS]; 3],
+    out: [T; ROWS],
+}
+
+impl<T: Element> Lines<T> {
+    #[inline(always)]
+    fn new() -> Self {
+        let zeros = [T::Real::ZERO; ROWS];
+        Self { x: zeros, r: zeros, rows: [zeros; 3], out: [T::ZERO; ROWS] }
+    }
+
+    /// The gradient of one class of `len` rows.
+    #[inline(always)]
+    fn gradient<S: Simd>(
+        &mut self,
+        simd: S,
+        gradients: &Gradients<T>,
+        line: Line,
+        len: usize,
+    ) -> &[T] {
+        let Gradients { logits, targets, max, scale, against, .. } = *gradients;
+        logits.load(line, &mut self.x[..len]);
+        targets.fill(line, &mut self.r[..len]);
+        let rows = [max, scale, against].map(|of_rows| &of_rows[line.row..line.row + len]);
+        if len == ROWS {
+            gradient_of_class(simd, rows, &mut self.x, &self.r);
+        } else {
+            for (padded, of_rows) in self.rows.iter_mut().zip(rows) {
+                padded[..len].copy_from_slice(of_rows);
+            }
+            gradient_of_class(simd, self.rows.each_ref().map(|r| &r[..]), &mut self.x, &self.r);
+        }
+        T::round(&self.x, &mut self.out);
+        targets.clear_ignored(line.row, &mut self.out[..len]);
+        &self.out[..len]
+    }
 }
 
 /// Smoothed targets: the coefficients themselves, in f32.
@@ -347,8 +555,18 @@ pub(crate) fn smooth(problem: &Problem, labels: Operand) -> Result<CpuStorage> {
     };
     let targets = Targets::<f32>::new(problem, table.columns()?, labels)?;
     let num_classes = problem.num_classes;
-    let soft = build(num_rows * num_classes, num_classes, |row, class, out| {
-        targets.coefficients(Line { row, class, along: Along::Classes }, out);
+    let soft = build(num_rows * num_classes, num_classes, |start, sink| {
+        let mut block = [0.; BLOCK];
+        let (mut row, mut class) = (start / num_classes, start % num_classes);
+        while sink.len() > 0 {
+            let len = BLOCK.min(num_classes - class).min(sink.len());
+            targets.fill(Line { row, class, along: Along::Classes }, &mut block[..len]);
+            sink.push(&block[..len]);
+            class += len;
+            if class == num_classes {
+                (row, class) = (row + 1, 0);
+            }
+        }
     })?;
     Ok(f32::to_cpu_storage_owned(soft))
 }

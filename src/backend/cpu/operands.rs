@@ -1,12 +1,15 @@
 //! What the kernels read: logits, targets and coefficients, of any dtype and layout.
 
-use super::element::{Element, Real};
-use super::parallel::{BLOCK, reserve};
+use super::element::Element;
+use super::parallel::{BLOCK, filled, split};
+use super::vector::Real;
 use crate::backend::{Coefficient, Coefficients, Problem, Rows};
 use crate::error::{Error, Result};
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, Layout, Storage, StorageRef};
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// A tensor's numbers and where they lie.
 pub(super) type Operand<'a> = (&'a CpuStorage, &'a Layout);
@@ -38,6 +41,10 @@ impl Along {
 }
 
 impl Line {
+    pub(super) fn at(self, class: usize) -> Self {
+        Self { class, ..self }
+    }
+
     pub(super) fn row(self, i: usize) -> usize {
         match self.along {
             Along::Classes => self.row,
@@ -61,7 +68,7 @@ pub(super) struct View<'a> {
     class_stride: usize,
 }
 
-enum Values<'a> {
+pub(super) enum Values<'a> {
     /// By position, since candle does not name the type.
     F8(Box<dyn Fn(usize) -> f32 + Sync + 'a>),
     BF16(&'a [bf16]),
@@ -98,7 +105,21 @@ impl<'a> View<'a> {
         })
     }
 
+    /// The line's numbers where they are, if they lie next to each other in this dtype.
+    #[inline(always)]
+    pub(super) fn lend<T: Element>(&self, line: Line, len: usize) -> Option<&[T]> {
+        let values = T::values(&self.values)?;
+        let run = self.rows.run(line.row);
+        let is_contiguous = match line.along {
+            Along::Classes => self.class_stride == 1,
+            Along::Rows => run.stride == 1 && run.len >= len,
+        };
+        let start = run.offset + line.class * self.class_stride;
+        if is_contiguous { values.get(start..start + len) } else { None }
+    }
+
     /// Fills `out`, at most a block, from the line's start on.
+    #[inline(always)]
     pub(super) fn load<A: Real>(&self, line: Line, out: &mut [A]) {
         let mut filled = 0;
         while filled < out.len() {
@@ -112,37 +133,49 @@ impl<'a> View<'a> {
             match &self.values {
                 Values::F8(value) => {
                     for (i, out) in out.iter_mut().enumerate() {
-                        *out = A::from_f64(value(start + i * stride).into());
+                        *out = A::from_f32(value(start + i * stride));
                     }
                 }
-                Values::BF16(values) => copy(values, start, stride, out, A::from_bf16s),
-                Values::F16(values) => copy(values, start, stride, out, A::from_f16s),
-                Values::F32(values) => copy(values, start, stride, out, A::from_f32s),
-                Values::F64(values) => copy(values, start, stride, out, A::from_f64s),
+                Values::BF16(values) => {
+                    copy(values, start, stride, out, |v| A::from_f32(v.to_f32()))
+                }
+                Values::F16(values) => copy_f16(values, start, stride, out),
+                Values::F32(values) => copy(values, start, stride, out, A::from_f32),
+                Values::F64(values) => copy(values, start, stride, out, A::from_f64),
             }
             filled += len;
         }
     }
 }
 
-/// Values at a stride, at most a block of them, in the dtype of the arithmetic.
-fn copy<T: Element, A>(
+/// Values at a stride, in the dtype of the arithmetic.
+#[inline(always)]
+fn copy<T: Copy, A>(
     values: &[T],
     start: usize,
     stride: usize,
     out: &mut [A],
-    convert: impl Fn(&[T], &mut [A]),
+    convert: impl Fn(T) -> A,
 ) {
     if stride == 1 {
-        convert(&values[start..start + out.len()], out);
+        let values = &values[start..start + out.len()];
+        out.iter_mut().zip(values).for_each(|(out, &value)| *out = convert(value));
     } else {
-        let mut block = [T::ZERO; BLOCK];
-        let block = &mut block[..out.len()];
-        for (i, value) in block.iter_mut().enumerate() {
-            *value = values[start + i * stride];
+        for (i, out) in out.iter_mut().enumerate() {
+            *out = convert(values[start + i * stride]);
         }
-        convert(block, out);
     }
+}
+
+/// The same for at most a block of f16, which processors convert eight at a time; half knows which do.
+fn copy_f16<A: Real>(values: &[f16], start: usize, stride: usize, out: &mut [A]) {
+    let mut block = [f16::ZERO; BLOCK];
+    let block = &mut block[..out.len()];
+    copy(values, start, stride, block, |value| value);
+    let mut floats = [0f32; BLOCK];
+    let floats = &mut floats[..out.len()];
+    block.convert_to_f32_slice(floats);
+    out.iter_mut().zip(floats).for_each(|(out, &mut value)| *out = A::from_f32(value));
 }
 
 /// Checks that a layout stays inside its storage: the kernels index by it.
@@ -166,10 +199,11 @@ fn check_layout(layout: &Layout, len: usize) -> Result<()> {
 pub(super) struct Targets<'a, A> {
     columns: Columns<'a, A>,
     given: Given<'a>,
+    ignores: bool,
 }
 
 enum Given<'a> {
-    Classes(Vec<usize>),
+    Classes(Vec<u32>),
     Probabilities(View<'a>),
 }
 
@@ -180,33 +214,87 @@ impl<'a, A: Real> Targets<'a, A> {
         targets: Operand<'a>,
     ) -> Result<Self> {
         let given = match targets.0.dtype().is_int() {
-            true => Given::Classes(labels(targets, problem.num_classes, problem.ignore_index)?),
+            true => {
+                if problem.num_classes > IGNORED as usize {
+                    let what = "logits of class indices beyond 32 bits,";
+                    return Err(Error::TooLarge { what, shape: vec![problem.num_classes] });
+                }
+                Given::Classes(labels(targets, problem.num_classes, problem.ignore_index)?)
+            }
             false => Given::Probabilities(View::new(targets, problem.class_dim)?),
         };
-        Ok(Self { columns, given })
+        Ok(Self { columns, given, ignores: problem.ignore_index.is_some() })
     }
 
     pub(super) fn is_ignored(&self, row: usize) -> bool {
         matches!(&self.given, Given::Classes(labels) if labels[row] == IGNORED)
     }
 
+    /// Sets to 0 what belongs to ignored rows, one value a row: even 0·NaN would spoil them.
+    #[inline(always)]
+    pub(super) fn clear_ignored<T: Element>(&self, first_row: usize, out: &mut [T]) {
+        if let Given::Classes(labels) = &self.given
+            && self.ignores
+        {
+            for (out, &label) in out.iter_mut().zip(&labels[first_row..]) {
+                *out = if label == IGNORED { T::ZERO } else { *out };
+            }
+        }
+    }
+
     /// What the row adds to the denominator of a mean.
     pub(super) fn weight(&self, row: usize) -> A {
         match &self.given {
             Given::Classes(labels) if labels[row] == IGNORED => A::ZERO,
-            Given::Classes(labels) => self.columns.weight.at(labels[row]),
+            Given::Classes(labels) => self.columns.weight.at(labels[row] as usize),
             Given::Probabilities(_) => A::one(),
         }
     }
 
+    /// The coefficients r of `len` classes of a row, followed by zeros up to the buffer's length. They
+    /// are brought to the buffer only if they differ from class to class and lie nowhere yet.
+    #[inline(always)]
+    pub(super) fn of_row<'b>(
+        &'b self,
+        row: usize,
+        class: usize,
+        len: usize,
+        buffer: &'b mut [A],
+    ) -> OfRow<'b, A> {
+        if let Given::Classes(labels) = &self.given
+            && len == buffer.len()
+        {
+            let label = labels[row] as usize;
+            let here = label.checked_sub(class).filter(|i| *i < len);
+            match (&self.columns.spread, here) {
+                (Column::Uniform(r), None) => return OfRow::Equal(*r, None),
+                (Column::PerClass(r), None) => return OfRow::Each(&r[class..class + len]),
+                (Column::Uniform(r), Some(i)) => {
+                    // Where the label weighs less than the others, the difference of two sums would
+                    // lose digits.
+                    let surplus = self.columns.own.at(label).to_f64() - r.to_f64();
+                    if surplus >= 0. {
+                        return OfRow::Equal(*r, Some((i, surplus)));
+                    }
+                }
+                (Column::PerClass(_), Some(_)) => {}
+            }
+        }
+        let (out, padding) = buffer.split_at_mut(len);
+        self.fill(Line { row, class, along: Along::Classes }, out);
+        padding.fill(A::ZERO);
+        OfRow::Each(buffer)
+    }
+
     /// Fills `out` with r: the formula at the head of the `backend` module.
-    pub(super) fn coefficients(&self, line: Line, out: &mut [A]) {
+    #[inline(always)]
+    pub(super) fn fill(&self, line: Line, out: &mut [A]) {
         let columns = &self.columns;
         match &self.given {
             Given::Classes(labels) => match line.along {
                 Along::Classes => {
                     columns.spread.copy(line.class, out);
-                    let label = labels[line.row];
+                    let label = labels[line.row] as usize;
                     let here = label.checked_sub(line.class);
                     if let Some(r) = here.and_then(|i| out.get_mut(i)) {
                         *r = columns.own.at(label);
@@ -214,20 +302,36 @@ impl<'a, A: Real> Targets<'a, A> {
                 }
                 Along::Rows => {
                     let (own, spread) = (columns.own.at(line.class), columns.spread.at(line.class));
-                    for (r, label) in out.iter_mut().zip(&labels[line.row..]) {
-                        *r = if *label == line.class { own } else { spread };
+                    let class = line.class as u32;
+                    for (r, &label) in out.iter_mut().zip(&labels[line.row..]) {
+                        *r = if label == class { own } else { spread };
                     }
                 }
             },
             Given::Probabilities(view) => {
                 view.load(line, out);
-                for (i, r) in out.iter_mut().enumerate() {
-                    let class = line.class(i);
-                    *r = columns.scale.at(class) * *r + columns.spread.at(class);
+                match (&columns.scale, &columns.spread) {
+                    (Column::Uniform(scale), Column::Uniform(spread)) => {
+                        out.iter_mut().for_each(|r| *r = *scale * *r + *spread);
+                    }
+                    (scale, spread) => {
+                        for (i, r) in out.iter_mut().enumerate() {
+                            let class = line.class(i);
+                            *r = scale.at(class) * *r + spread.at(class);
+                        }
+                    }
                 }
             }
         }
     }
+}
+
+/// The coefficients of some classes of a row.
+#[derive(Clone, Copy)]
+pub(super) enum OfRow<'a, A> {
+    /// The same for all, but for the label's, if it is among them: its position, and what it has more.
+    Equal(A, Option<(usize, f64)>),
+    Each(&'a [A]),
 }
 
 /// The coefficients, lent by their tensor.
@@ -295,7 +399,7 @@ impl<A: Real> Column<'_, A> {
 }
 
 /// Marks an ignored row among the labels; no class has this index.
-const IGNORED: usize = usize::MAX;
+const IGNORED: u32 = u32::MAX;
 
 /// Checks class targets.
 pub(crate) fn check_labels(
@@ -311,7 +415,7 @@ fn labels(
     (targets, layout): Operand,
     num_classes: usize,
     ignore_index: Option<i64>,
-) -> Result<Vec<usize>> {
+) -> Result<Vec<u32>> {
     match targets {
         CpuStorage::U8(values) => labels_of(values, layout, num_classes, ignore_index),
         CpuStorage::U32(values) => labels_of(values, layout, num_classes, ignore_index),
@@ -322,30 +426,42 @@ fn labels(
     }
 }
 
-fn labels_of<T: Copy + Into<i64>>(
+fn labels_of<T: Copy + Into<i64> + Sync>(
     values: &[T],
     layout: &Layout,
     num_classes: usize,
     ignore_index: Option<i64>,
-) -> Result<Vec<usize>> {
+) -> Result<Vec<u32>> {
     check_layout(layout, values.len())?;
     let rows = Rows::new(layout, None);
     let num_rows = layout.shape().elem_count();
-    let mut labels = reserve(num_rows)?;
-    while labels.len() < num_rows {
-        let run = rows.run(labels.len());
-        for i in 0..run.len {
-            let target = values[run.offset + i * run.stride].into();
-            labels.push(match usize::try_from(target) {
-                _ if Some(target) == ignore_index => IGNORED,
-                Ok(class) if class < num_classes => class,
-                _ => {
-                    return Err(Error::TargetOutOfRange { row: labels.len(), target, num_classes });
-                }
-            });
+    let label = |target: i64| match usize::try_from(target) {
+        _ if Some(target) == ignore_index => Some(IGNORED),
+        Ok(class) if class < num_classes => Some(class as u32),
+        _ => None,
+    };
+    let mut labels = filled(num_rows)?;
+    let first_bad = AtomicUsize::new(usize::MAX);
+    split([&mut labels], BLOCK, 1, &|first, [labels]| {
+        let mut done = 0;
+        while done < labels.len() {
+            let run = rows.run(first + done);
+            for (i, out) in labels[done..].iter_mut().take(run.len).enumerate() {
+                *out = label(values[run.offset + i * run.stride].into()).unwrap_or_else(|| {
+                    first_bad.fetch_min(first + done + i, Ordering::Relaxed);
+                    IGNORED
+                });
+            }
+            done += run.len;
+        }
+    });
+    match first_bad.into_inner() {
+        usize::MAX => Ok(labels),
+        row => {
+            let target = values[rows.run(row).offset].into();
+            Err(Error::TargetOutOfRange { row, target, num_classes })
         }
     }
-    Ok(labels)
 }
 
 /// The numbers of a tensor that the loss itself made, which is where the logits are.

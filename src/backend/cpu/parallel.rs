@@ -2,72 +2,24 @@
 
 use super::element::Element;
 use crate::error::{Error, Result};
-use rayon::prelude::*;
 use std::mem::MaybeUninit;
 
 /// Elements that are worked on at a time, few enough for the stack and the first-level cache.
 pub(super) const BLOCK: usize = 256;
 
-/// Elements of one line that stay on one thread.
+/// Elements of one row that stay on one thread.
 pub(super) const SEGMENT: usize = 64 * BLOCK;
 
 /// Elements below which waking a second thread costs more than it saves.
 pub(super) const GRAIN: usize = 64 * BLOCK;
 
 /// An empty vector with room for `len` elements.
-pub(super) fn reserve<T>(len: usize) -> Result<Vec<T>> {
+fn reserve<T>(len: usize) -> Result<Vec<T>> {
     let mut vec = Vec::new();
     match vec.try_reserve_exact(len) {
         Ok(()) => Ok(vec),
         Err(_) => Err(Error::TooLarge { what: "an intermediate result", shape: vec![len] }),
     }
-}
-
-/// `f` of 0..len, each call of which touches `cost` elements.
-pub(super) fn map<T: Send>(
-    len: usize,
-    cost: usize,
-    f: impl Fn(usize) -> T + Sync + Send,
-) -> Result<Vec<T>> {
-    let mut out = reserve(len)?;
-    if len.saturating_mul(cost) <= GRAIN {
-        out.extend((0..len).map(f));
-    } else {
-        (0..len)
-            .into_par_iter()
-            .with_min_len(GRAIN.div_ceil(cost))
-            .map(f)
-            .collect_into_vec(&mut out);
-    }
-    Ok(out)
-}
-
-/// `len` elements in lines of `line_len`, made in blocks: `f` gets the line's index, the block's
-/// start in the line, and the block to fill.
-pub(super) fn build<T: Element>(
-    len: usize,
-    line_len: usize,
-    f: impl Fn(usize, usize, &mut [T]) + Sync,
-) -> Result<Vec<T>> {
-    let mut out = reserve(len)?;
-    let room: &mut [MaybeUninit<T>] = &mut out.spare_capacity_mut()[..len];
-    split(room, line_len, 1, |line, room| {
-        split(room, SEGMENT, 1, |segment, room| {
-            let mut block = [T::ZERO; BLOCK];
-            for (i, room) in room.chunks_mut(BLOCK).enumerate() {
-                let block = &mut block[..room.len()];
-                f(line, segment * SEGMENT + i * BLOCK, block);
-                for (room, &value) in room.iter_mut().zip(&*block) {
-                    room.write(value);
-                }
-            }
-        });
-    });
-    // SAFETY: the vector has room for `len` elements, and `split` hands out each of them, which the
-    // loop above then writes, whatever `f` does. Zeroing them first instead would write the largest
-    // allocation of a training step twice.
-    unsafe { out.set_len(len) };
-    Ok(out)
 }
 
 /// `len` values to be overwritten.
@@ -77,23 +29,126 @@ pub(super) fn filled<T: Copy + Default>(len: usize) -> Result<Vec<T>> {
     Ok(out)
 }
 
-/// `f` of every chunk of `len` elements and its index; each element stands for `cost` of them.
-pub(super) fn split<T: Send>(
-    slice: &mut [T],
+/// Several slices of one length in pieces: `f` gets a piece's start, a multiple of `len`, and the piece
+/// of each slice, at least `len` long but for the last one. Each index stands for `cost` elements.
+pub(super) fn split<T: Send, const N: usize>(
+    slices: [&mut [T]; N],
     len: usize,
     cost: usize,
-    f: impl Fn(usize, &mut [T]) + Sync,
+    f: &(impl Fn(usize, [&mut [T]; N]) + Sync),
 ) {
-    let len = len.max(1);
-    if slice.len().saturating_mul(cost) <= GRAIN {
-        for (i, chunk) in slice.chunks_mut(len).enumerate() {
-            f(i, chunk);
+    let len = GRAIN.div_ceil(cost.max(1)).next_multiple_of(len.max(1));
+    split_from(0, slices, len, f);
+}
+
+fn split_from<T: Send, const N: usize>(
+    start: usize,
+    slices: [&mut [T]; N],
+    len: usize,
+    f: &(impl Fn(usize, [&mut [T]; N]) + Sync),
+) {
+    let pieces = slices.first().map_or(0, |slice| slice.len()).div_ceil(len);
+    if pieces <= 1 {
+        return f(start, slices);
+    }
+    let middle = pieces / 2 * len;
+    let mut right = [const { None }; N];
+    let mut right_of = right.iter_mut();
+    let left = slices.map(|slice| {
+        let (left, right) = slice.split_at_mut(middle);
+        if let Some(slot) = right_of.next() {
+            *slot = Some(right);
         }
-    } else {
-        slice
-            .par_chunks_mut(len)
-            .enumerate()
-            .with_min_len(GRAIN.div_ceil(len.saturating_mul(cost)))
-            .for_each(|(i, chunk)| f(i, chunk));
+        left
+    });
+    let right = right.map(Option::unwrap_or_default);
+    rayon::join(|| split_from(start, left, len, f), || split_from(start + middle, right, len, f));
+}
+
+/// `len` elements that `f` makes from the start of a piece on. Pieces begin at multiples of `piece`.
+pub(super) fn build<T: Element>(
+    len: usize,
+    piece: usize,
+    f: impl Fn(usize, &mut Sink<T>) + Sync,
+) -> Result<Vec<T>> {
+    let mut out = reserve(len)?;
+    let room: &mut [MaybeUninit<T>] = &mut out.spare_capacity_mut()[..len];
+    split([room], piece, 1, &|start, [room]| {
+        let mut sink = Sink { room, filled: 0 };
+        f(start, &mut sink);
+        sink.room[sink.filled..].fill(MaybeUninit::new(T::ZERO));
+    });
+    // SAFETY: the vector has room for `len` elements, and `split` hands out each of them. The closure
+    // above writes those of its piece that the sink has not, and the sink counts only what it has
+    // written. Zeroing them all first instead would write the largest allocation of a training step
+    // twice.
+    unsafe { out.set_len(len) };
+    Ok(out)
+}
+
+/// A piece of memory to be filled from its start to its end.
+pub(super) struct Sink<'a, T> {
+    room: &'a mut [MaybeUninit<T>],
+    filled: usize,
+}
+
+impl<T: Copy> Sink<'_, T> {
+    /// How many elements are still to come.
+    pub(super) fn len(&self) -> usize {
+        self.room.len() - self.filled
+    }
+
+    /// Lets `f` write to what is left, from its start on, and say how much of it it has written.
+    #[inline(always)]
+    pub(super) fn write(&mut self, f: impl FnOnce(&mut [MaybeUninit<T>]) -> usize) {
+        self.filled += f(&mut self.room[self.filled..]);
+    }
+
+    /// Adds the values, as far as there is room.
+    #[inline(always)]
+    pub(super) fn push(&mut self, values: &[T]) {
+        let room = &mut self.room[self.filled..];
+        let len = room.len().min(values.len());
+        room.iter_mut().zip(values).for_each(|(room, &value)| {
+            room.write(value);
+        });
+        self.filled += len;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_cover_everything_once() -> Result<()> {
+        for len in [0, 1, 63, 64, 65, 3 * GRAIN + 7] {
+            let (mut a, mut b) = (filled::<usize>(len)?, filled::<usize>(len)?);
+            split([&mut a, &mut b], 64, 1, &|start, [a, b]| {
+                assert!(start % 64 == 0 && a.len() == b.len());
+                for (i, (a, b)) in a.iter_mut().zip(b).enumerate() {
+                    *a += start + i;
+                    *b += 1;
+                }
+            });
+            assert!(a.iter().enumerate().all(|(i, &a)| a == i));
+            assert!(b.iter().all(|&b| b == 1));
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn what_is_not_filled_is_zero() -> Result<()> {
+        let built = build::<f32>(100, 10, |start, sink| {
+            assert_eq!((start, sink.len()), (0, 100));
+            sink.push(&[1.; 30]);
+            assert_eq!(sink.len(), 70);
+            sink.push(&[2.; 10]);
+        })?;
+        assert_eq!(built[..30], [1.; 30]);
+        assert_eq!(built[30..40], [2.; 10]);
+        assert_eq!(built[40..], [0.; 60]);
+        assert_eq!(build::<f32>(3, 1, |_, sink| sink.push(&[1.; 5]))?, [1.; 3]);
+        Ok(())
     }
 }
