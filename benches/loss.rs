@@ -1,16 +1,35 @@
-//! The fused loss beside the same loss by stock candle ops and candle-nn's cross-entropy, on the CPU.
+//! The fused loss, its kernels alone, and what they are to be measured by, on the CPU.
 //!
 //! `cargo bench` runs everything; `cargo bench -- 4096x1000` what has that in its name. Throughput
-//! counts the bytes of the logits once.
+//! counts the bytes of the logits once. `benches/table.py` makes tables of the results.
+//!
+//! Memory comes from mimalloc, which keeps what is freed at hand, as a long training run should have
+//! it; `MIMALLOC_PURGE_DELAY=-1` makes it keep everything.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use candle_label_smoothing::{LabelSmoothingLoss, Smoothing, reference};
-use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use candle_label_smoothing::{LabelSmoothingLoss, Smoothing, kernels, reference};
+use criterion::measurement::WallTime;
+use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main};
+use mimalloc::MiMalloc;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
+use rayon::prelude::*;
+use std::time::Duration;
 
-/// A way to a loss from logits and targets.
-type Loss<'a> = &'a dyn Fn(&Tensor, &Tensor) -> Result<Tensor>;
+#[global_allocator]
+static ALLOCATOR: MiMalloc = MiMalloc;
+
+/// The shapes, and where the classes are: a toy, a small classifier, ImageNet, two vocabularies, a
+/// token at a time, and a batch of images to segment.
+const SHAPES: [(&[usize], usize); 7] = [
+    (&[32, 3], 1),
+    (&[128, 10], 1),
+    (&[4096, 1000], 1),
+    (&[1024, 32_000], 1),
+    (&[256, 128_256], 1),
+    (&[1, 128_256], 1),
+    (&[8, 21, 256, 256], 1),
+];
 
 /// Logits of the shape and labels for its rows.
 fn inputs(shape: &[usize], class_dim: usize, dtype: DType) -> Result<(Var, Tensor)> {
@@ -25,56 +44,127 @@ fn inputs(shape: &[usize], class_dim: usize, dtype: DType) -> Result<(Var, Tenso
     Ok((Var::from_tensor(&logits)?, Tensor::from_vec(labels, rows, &Device::Cpu)?))
 }
 
-/// The shapes, and where the classes are: a toy, a small classifier, ImageNet, two vocabularies, a
-/// token at a time, and a batch of images to segment.
-const SHAPES: [(&[usize], usize); 7] = [
-    (&[32, 3], 1),
-    (&[128, 10], 1),
-    (&[4096, 1000], 1),
-    (&[1024, 32_000], 1),
-    (&[256, 128_256], 1),
-    (&[1, 128_256], 1),
-    (&[8, 21, 256, 256], 1),
-];
+/// As many bytes as a tensor has, to read and to copy: the least that a kernel could do.
+struct Bytes(Vec<u64>);
+
+impl Bytes {
+    /// Words for one thread to work on at a time; fewer are not shared.
+    const PIECE: usize = 8192;
+
+    fn of(tensor: &Tensor) -> Self {
+        let len = tensor.elem_count() * tensor.dtype().size_in_bytes() / size_of::<u64>();
+        Self((0..len as u64).collect())
+    }
+
+    fn read(&self) -> u64 {
+        let sum = |words: &[u64]| words.iter().fold(0u64, |sum, word| sum.wrapping_add(*word));
+        match self.0.len() {
+            ..=Self::PIECE => sum(&self.0),
+            _ => self.0.par_chunks(Self::PIECE).map(sum).reduce(|| 0, u64::wrapping_add),
+        }
+    }
+
+    fn copy_to(&self, out: &mut Self) {
+        match self.0.len() {
+            ..=Self::PIECE => out.0.copy_from_slice(&self.0),
+            _ => self
+                .0
+                .par_chunks(Self::PIECE)
+                .zip(out.0.par_chunks_mut(Self::PIECE))
+                .for_each(|(words, out)| out.copy_from_slice(words)),
+        }
+    }
+}
+
+/// A group of benchmarks of one tensor.
+fn group<'a>(
+    criterion: &'a mut Criterion,
+    what: &str,
+    name: &str,
+    logits: &Tensor,
+) -> BenchmarkGroup<'a, WallTime> {
+    let bytes = logits.elem_count() * logits.dtype().size_in_bytes();
+    let mut group = criterion.benchmark_group(format!("{name} {what}"));
+    group
+        .throughput(Throughput::Bytes(bytes as u64))
+        .sample_size(20)
+        .warm_up_time(Duration::from_millis(300))
+        .measurement_time(Duration::from_secs(1));
+    group
+}
+
+fn bench_shape(
+    criterion: &mut Criterion,
+    shape: &[usize],
+    class_dim: usize,
+    dtype: DType,
+) -> candle_label_smoothing::Result<()> {
+    let (logits, targets) = inputs(shape, class_dim, dtype)?;
+    let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?).with_class_dim(class_dim);
+    let dims: Vec<String> = shape.iter().map(usize::to_string).collect();
+    let name = format!("{} {}", dims.join("x"), dtype.as_str());
+    let bytes = Bytes::of(&logits);
+
+    let mut forward = group(criterion, "forward", &name, &logits);
+    forward.bench_function("read the bytes", |b| b.iter(|| bytes.read()));
+    forward.bench_function("kernel", |b| {
+        b.iter(|| kernels::forward(&loss, &logits, &targets).expect("losses"))
+    });
+    forward
+        .bench_function("fused", |b| b.iter(|| loss.forward(&logits, &targets).expect("a loss")));
+    forward.bench_function("stock ops", |b| {
+        b.iter(|| reference::forward(&loss, &logits, &targets).expect("a loss"))
+    });
+    if shape.len() == 2 {
+        // Without smoothing, which it does not have.
+        forward.bench_function("candle-nn", |b| {
+            b.iter(|| candle_nn::loss::cross_entropy(&logits, &targets).expect("a loss"))
+        });
+    }
+    forward.finish();
+
+    let (losses, saved) = kernels::forward(&loss, &logits, &targets)?;
+    let upstream = losses.ones_like()?;
+    let mut backward = group(criterion, "backward", &name, &logits);
+    let mut copy = Bytes(bytes.0.clone());
+    backward.bench_function("copy the bytes", |b| b.iter(|| bytes.copy_to(&mut copy)));
+    drop(copy);
+    if let Some(saved) = &saved {
+        backward.bench_function("kernel", |b| {
+            b.iter(|| kernels::backward(saved, &logits, &upstream).expect("a gradient"))
+        });
+    }
+    backward.finish();
+
+    // What candle's backward does with a gradient: it adds it to zeros.
+    let gradient = logits.ones_like()?;
+    let accumulate = || logits.as_detached_tensor().zeros_like()?.add(&gradient);
+    let fused = |logits: &Tensor| Ok(loss.forward(logits, &targets)?);
+    let stock = |logits: &Tensor| Ok(reference::forward(&loss, logits, &targets)?);
+    let backward_of = |loss: Result<Tensor>| loss?.backward();
+    let mut both = group(criterion, "forward and backward", &name, &logits);
+    both.bench_function("candle's zeros and addition", |b| {
+        b.iter(|| accumulate().expect("a tensor"))
+    });
+    both.bench_function("fused", |b| b.iter(|| backward_of(fused(&logits)).expect("gradients")));
+    both.bench_function("stock ops", |b| {
+        b.iter(|| backward_of(stock(&logits)).expect("gradients"))
+    });
+    if shape.len() == 2 {
+        both.bench_function("candle-nn", |b| {
+            b.iter(|| {
+                backward_of(candle_nn::loss::cross_entropy(&logits, &targets)).expect("gradients")
+            })
+        });
+    }
+    both.finish();
+    Ok(())
+}
 
 fn bench(criterion: &mut Criterion) {
-    let fused = LabelSmoothingLoss::new(Smoothing::over_all(0.1).expect("a valid epsilon"));
     for (shape, class_dim) in SHAPES {
-        let fused = fused.clone().with_class_dim(class_dim);
-        let ours = |logits: &Tensor, targets: &Tensor| Ok(fused.forward(logits, targets)?);
-        let stock =
-            |logits: &Tensor, targets: &Tensor| Ok(reference::forward(&fused, logits, targets)?);
-        let mut ways: Vec<(&str, Loss)> = vec![("fused", &ours), ("stock ops", &stock)];
-        if shape.len() == 2 {
-            // Without smoothing, which it does not have.
-            ways.push(("candle-nn", &candle_nn::loss::cross_entropy));
-        }
         for dtype in [DType::F32, DType::BF16] {
-            let (logits, targets) = inputs(shape, class_dim, dtype).expect("inputs");
-            let bytes = (logits.elem_count() * dtype.size_in_bytes()) as u64;
-            let dims: Vec<String> = shape.iter().map(usize::to_string).collect();
-            let name = format!("{} {}", dims.join("x"), dtype.as_str());
-
-            let mut group = criterion.benchmark_group("forward");
-            group.sample_size(10).throughput(Throughput::Bytes(bytes));
-            for (way, loss) in &ways {
-                group.bench_function(BenchmarkId::new(*way, &name), |b| {
-                    b.iter(|| loss(&logits, &targets).expect("a loss"))
-                });
-            }
-            group.finish();
-
-            let mut group = criterion.benchmark_group("forward and backward");
-            group.sample_size(10).throughput(Throughput::Bytes(bytes));
-            for (way, loss) in &ways {
-                group.bench_function(BenchmarkId::new(*way, &name), |b| {
-                    b.iter(|| {
-                        let loss = loss(&logits, &targets).expect("a loss");
-                        loss.backward().expect("gradients")
-                    })
-                });
-            }
-            group.finish();
+            bench_shape(criterion, shape, class_dim, dtype).expect("valid inputs");
         }
     }
 }

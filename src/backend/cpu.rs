@@ -187,6 +187,7 @@ impl<T: Element, F: FnMut(usize, Partial)> Sums<'_, T, F> {
     fn row_by_row<S: Simd>(&mut self, simd: S) {
         let mut x = [T::Real::ZERO; BLOCK];
         let mut r = [T::Real::ZERO; BLOCK];
+        let mut block = [T::ZERO; BLOCK];
         for row in self.rows.clone() {
             let mut whole = Partial::default();
             if self.targets.is_ignored(row) {
@@ -201,13 +202,11 @@ impl<T: Element, F: FnMut(usize, Partial)> Sums<'_, T, F> {
                 let part = match self.targets.of_row(row, class, len, &mut r[..padded]) {
                     OfRow::Equal(r, label) => {
                         let lent = self.logits.lend(line, len).and_then(T::as_packed);
-                        let part = if let Some(x) = lent {
-                            sums_of_equals(simd, max_with(largest(simd, x)), x, r)
-                        } else {
-                            let x = &mut x[..len];
-                            self.logits.load(line, x);
-                            sums_of_equals(simd, max_with(largest(simd, x)), &*x, r)
-                        };
+                        let x = lent.unwrap_or_else(|| {
+                            self.logits.load(line, &mut x[..len]);
+                            T::to_packed(&x[..len], &mut block)
+                        });
+                        let part = sums_of_equals(simd, max_with(largest(simd, x)), x, r);
                         match label {
                             Some((i, surplus)) => {
                                 let mut logit = [T::Real::ZERO];
@@ -406,7 +405,7 @@ impl<T: Element> Piece<'_, '_, T> {
         let Gradients { logits, targets, num_classes, max, scale, against, .. } = *self.gradients;
         let mut x = [T::Real::ZERO; BLOCK];
         let mut r = [T::Real::ZERO; BLOCK];
-        let mut block = [T::ZERO; BLOCK];
+        let (mut block, mut rounded) = ([T::ZERO; BLOCK], [T::ZERO; BLOCK]);
         let (mut row, mut class) = (self.start / num_classes, self.start % num_classes);
         while self.sink.len() > 0 {
             let left = (num_classes - class).min(self.sink.len());
@@ -417,37 +416,27 @@ impl<T: Element> Piece<'_, '_, T> {
             } else {
                 let of_row =
                     RowGradient { max: max[row], scale: scale[row], against: against[row] };
-                let of_classes = targets.of_row(row, class, len, &mut r[..padded]);
-                let lent = logits.lend(line, len).and_then(T::as_packed);
-                match (of_classes, lent) {
-                    (OfRow::Equal(r, label), Some(lent)) => {
-                        let label = label.map(|(i, _)| {
+                match targets.of_row(row, class, len, &mut r[..padded]) {
+                    OfRow::Equal(r, label) => {
+                        let lent = logits.lend(line, len).and_then(T::as_packed);
+                        let packed = lent.unwrap_or_else(|| {
+                            logits.load(line, &mut x[..len]);
+                            T::to_packed(&x[..len], &mut block)
+                        });
+                        gradient_of_equals(simd, of_row, packed, r, |gradient| {
+                            self.sink.push(T::from_packed(gradient, &mut rounded));
+                        });
+                        if let Some((i, _)) = label {
                             let (line, mut own) = (line.at(class + i), [T::Real::ZERO]);
                             logits.load(line, &mut x[..1]);
                             targets.fill(line, &mut own);
-                            let lanes = lanes::<T::Real, S>();
-                            gradient_of_row(simd, of_row, &mut x[..lanes], &[own[0]; BLOCK]);
-                            T::round(&x[..1], &mut block[..1]);
-                            (i, block[0])
-                        });
-                        self.sink.write(|room| {
-                            let packed = T::as_packed_room(&mut room[..len]);
-                            let written = packed
-                                .map_or(0, |room| gradient_of_equals(simd, of_row, lent, r, room));
-                            if let Some((i, gradient)) = label {
-                                room[i].write(gradient);
-                            }
-                            written
-                        });
+                            let x = &mut x[..lanes::<T::Real, S>()];
+                            gradient_of_row(simd, of_row, x, &[own[0]; BLOCK]);
+                            T::round(&x[..1], &mut rounded[..1]);
+                            self.sink.replace(len - i, rounded[0]);
+                        }
                     }
-                    (of_classes, _) => {
-                        let r = match of_classes {
-                            OfRow::Each(r) => r,
-                            OfRow::Equal(..) => {
-                                targets.fill(line, &mut r[..len]);
-                                &r[..padded]
-                            }
-                        };
+                    OfRow::Each(r) => {
                         let x = &mut x[..padded];
                         logits.load(line, &mut x[..len]);
                         gradient_of_row(simd, of_row, x, r);

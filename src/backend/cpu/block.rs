@@ -5,7 +5,6 @@ use super::exp::{Exp, add_exp, exp};
 use super::vector::{PACK, Packed, Real};
 use candle_core::WithDType;
 use pulp::Simd;
-use std::mem::MaybeUninit;
 
 /// Rows that are worked on side by side where the classes are not next to each other.
 pub(super) const ROWS: usize = 128;
@@ -239,31 +238,26 @@ pub(super) struct RowGradient<A> {
     pub against: A,
 }
 
-/// The gradient of classes that weigh the same, whole packs of them, as far as there is room. Gives back
-/// how many of them that were.
+/// The gradient of classes that weigh the same, whole packs of them, which are emitted one by one.
 #[inline(always)]
 pub(super) fn gradient_of_equals<T: Packed<Real: Exp>, S: Simd>(
     simd: S,
     row: RowGradient<T::Real>,
     logits: &[T],
     coefficient: T::Real,
-    out: &mut [MaybeUninit<T>],
-) -> usize {
+    mut emit: impl FnMut(&[T]),
+) {
     let max = T::Real::splat(simd, row.max);
     let scale = T::Real::splat(simd, row.scale);
     let rest = T::Real::splat(simd, coefficient * row.against);
-    let lanes = lanes::<T::Real, S>();
-    let mut written = 0;
-    for (out, &x) in out.chunks_exact_mut(lanes).zip(T::as_packs::<S>(logits)) {
+    for &x in T::as_packs::<S>(logits) {
         let mut x = T::unpack(simd, x);
         for x in &mut x {
             let e = exp::<T::Real, S>(simd, T::Real::minus(simd, *x, max));
             *x = T::Real::mul_add(simd, e, scale, rest);
         }
-        T::write::<S>(T::pack(simd, x), out);
-        written += lanes;
+        emit(T::as_values::<S>(&T::pack(simd, x)));
     }
-    written
 }
 
 /// The gradient of classes with a coefficient each, whole packs of them, in place.

@@ -119,7 +119,7 @@ impl<'a> View<'a> {
     }
 
     /// Fills `out`, at most a block, from the line's start on.
-    #[inline(always)]
+    #[inline(never)]
     pub(super) fn load<A: Real>(&self, line: Line, out: &mut [A]) {
         let mut filled = 0;
         while filled < out.len() {
@@ -287,7 +287,7 @@ impl<'a, A: Real> Targets<'a, A> {
     }
 
     /// Fills `out` with r: the formula at the head of the `backend` module.
-    #[inline(always)]
+    #[inline(never)]
     pub(super) fn fill(&self, line: Line, out: &mut [A]) {
         let columns = &self.columns;
         match &self.given {

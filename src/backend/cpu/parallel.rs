@@ -119,12 +119,6 @@ impl<T: Copy> Sink<'_, T> {
         self.room.len() - self.filled
     }
 
-    /// Lets `f` write to what is left, from its start on, and say how much of it it has written.
-    #[inline(always)]
-    pub(super) fn write(&mut self, f: impl FnOnce(&mut [MaybeUninit<T>]) -> usize) {
-        self.filled += f(&mut self.room[self.filled..]);
-    }
-
     /// Adds the values, as far as there is room.
     #[inline(always)]
     pub(super) fn push(&mut self, values: &[T]) {
@@ -134,6 +128,14 @@ impl<T: Copy> Sink<'_, T> {
             room.write(value);
         });
         self.filled += len;
+    }
+
+    /// Replaces the value that was added `back` values before the next one.
+    pub(super) fn replace(&mut self, back: usize, value: T) {
+        let filled = &mut self.room[..self.filled];
+        if let Some(last) = filled.iter_mut().nth_back(back.wrapping_sub(1)) {
+            last.write(value);
+        }
     }
 }
 
@@ -169,7 +171,13 @@ mod tests {
         assert_eq!(built[..30], [1.; 30]);
         assert_eq!(built[30..40], [2.; 10]);
         assert_eq!(built[40..], [0.; 60]);
-        assert_eq!(build::<f32>(3, 1, |_, sink| sink.push(&[1.; 5]))?, [1.; 3]);
+        let built = build::<f32>(3, 1, |_, sink| {
+            sink.push(&[1.; 5]);
+            sink.replace(1, 2.);
+            sink.replace(0, 3.);
+            sink.replace(4, 3.);
+        })?;
+        assert_eq!(built, [1., 1., 2.]);
         Ok(())
     }
 }

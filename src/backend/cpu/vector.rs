@@ -5,10 +5,9 @@
 
 use super::element::Element;
 use half::bf16;
-use half::slice::HalfFloatSliceExt;
+use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use pulp::{Arch, Scalar, Scalar128b, Simd, WithSimd, bytemuck};
 use std::any::TypeId;
-use std::mem::MaybeUninit;
 use std::slice;
 
 /// A piece of work that is compiled for each instruction set.
@@ -197,11 +196,8 @@ macro_rules! real {
                 vectors
             }
             #[inline(always)]
-            fn write<S: Simd>(pack: [S::$vector; PACK], out: &mut [MaybeUninit<Self>]) {
-                let values = bytemuck::cast_slice::<_, Self>(&pack);
-                for (out, &value) in out.iter_mut().zip(values) {
-                    out.write(value);
-                }
+            fn as_values<S: Simd>(pack: &[S::$vector; PACK]) -> &[Self] {
+                bytemuck::cast_slice(pack)
             }
         }
     };
@@ -268,7 +264,7 @@ pub(super) trait Packed: Sized {
     fn unpack<S: Simd>(simd: S, pack: Self::Pack<S>) -> [<Self::Real as Real>::Vector<S>; PACK];
     /// Rounds to the nearest. The order is that of `unpack`.
     fn pack<S: Simd>(simd: S, vectors: [<Self::Real as Real>::Vector<S>; PACK]) -> Self::Pack<S>;
-    fn write<S: Simd>(pack: Self::Pack<S>, out: &mut [MaybeUninit<Self>]);
+    fn as_values<S: Simd>(pack: &Self::Pack<S>) -> &[Self];
 }
 
 /// A bf16 is the upper half of an f32. So a lane of 32 bits holds two of them, and a vector of such lanes
@@ -291,11 +287,8 @@ impl Packed for bf16 {
         [whole(simd, a, b), whole(simd, c, d)]
     }
     #[inline(always)]
-    fn write<S: Simd>(pack: [S::u16s; 2], out: &mut [MaybeUninit<Self>]) {
-        let values = bytemuck::cast_slice::<_, u16>(&pack);
-        for (out, &bits) in out.iter_mut().zip(values) {
-            out.write(bf16::from_bits(bits));
-        }
+    fn as_values<S: Simd>(pack: &[S::u16s; 2]) -> &[Self] {
+        bytemuck::cast_slice::<_, u16>(pack).reinterpret_cast()
     }
 }
 
