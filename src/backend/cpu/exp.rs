@@ -20,7 +20,7 @@
 //! - **2ⁿ**: the lowest bits of the sum in the first step, n plus the bias, moved to the place of the
 //!   exponent. An exponent of all zeros means 0, so x is held to where n + bias is 0.
 //!
-//! In f32 the result is within 1 ulp for x > −10 and within 4.5 ulp all over (1.1 all over without a
+//! In f32 the result is within 1.1 ulp for x > −10 and within 4.5 ulp all over (1.1 all over without a
 //! fused multiply-add); in f64 it is within 2. Results below 2^−126.5, or 2^−1022.5 in f64, are 0. The
 //! result is exactly 1 at 0, and NaN for NaN. Above 0 the bounds hold too as long as the true value
 //! is finite; beyond that the result is any number.
@@ -169,7 +169,7 @@ mod tests {
         let numbers: Vec<f32> = numbers.filter(|x| (-87.33..88.).contains(x)).collect();
         let near: Vec<f32> = numbers.iter().copied().filter(|x| (-10.0..=0.).contains(x)).collect();
         let (near, all) = (worst_f32(&near), worst_f32(&numbers));
-        assert!(near[0] <= 1. && near[1] <= 1.1, "{near:?}");
+        assert!(near[0] <= 1.1 && near[1] <= 1.1, "{near:?}");
         assert!(all[0] <= 4.5 && all[1] <= 1.1, "{all:?}");
 
         // Where n steps to the next integer, |r| is largest.
