@@ -1,9 +1,9 @@
 """PyTorch's cross_entropy with label smoothing on the shapes of `loss.rs`, on as many threads.
 
-    LD_PRELOAD=libmimalloc.so.2 python3 benches/pytorch.py > pytorch.md
+    MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 python3 benches/pytorch.py > pytorch.md
 
-Medians in milliseconds. The preloaded allocator is the one that the benchmarks of the crate use; without
-one, PyTorch's large tensors are mapped and unmapped at every step.
+Medians in milliseconds. The two variables make glibc keep what is freed at hand, as the allocator of the crate's
+benchmarks does. (Preloading that one, mimalloc, helped PyTorch less: it gives the largest blocks back.)
 """
 
 import os

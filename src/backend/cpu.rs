@@ -314,22 +314,26 @@ fn backward_to<T: Element>(
     let statistics = T::Real::cpu_storage_as_slice(host(&statistics)?)?;
     let (max, rest) = statistics.split_at(num_rows);
     let (sum, total) = rest.split_at(num_rows);
-    let mut scale = filled(num_rows)?;
-    let mut against = filled(num_rows)?;
+    let mut scale: Vec<T::Real> = filled(num_rows)?;
+    let mut against: Vec<T::Real> = filled(num_rows)?;
     let upstream = View::new(upstream, upstream.1.shape().rank())?;
     split([&mut scale, &mut against], BLOCK, 1, &|first, [scale, against]| {
-        for (i, (scale, against)) in scale.iter_mut().zip(against).enumerate() {
-            let row = first + i;
-            let mut gradient = [T::Real::ZERO];
-            upstream.load(Line { row, class: 0, along: Along::Rows }, &mut gradient);
-            let upstream = gradient[0].to_f64();
-            let mut pull = total[row].to_f64();
-            let sum = sum[row].to_f64();
-            if problem.z_loss != 0. {
-                pull += 2. * problem.z_loss * (max[row].to_f64() + sum.ln());
+        let blocks = scale.chunks_mut(BLOCK).zip(against.chunks_mut(BLOCK));
+        for (i, (scale, against)) in blocks.enumerate() {
+            let row = first + i * BLOCK;
+            upstream.load(Line { row, class: 0, along: Along::Rows }, against);
+            let of_rows = max[row..].iter().zip(&sum[row..]).zip(&total[row..]);
+            for ((scale, against), ((max, sum), total)) in
+                scale.iter_mut().zip(against).zip(of_rows)
+            {
+                let upstream = against.to_f64();
+                let (sum, mut pull) = (sum.to_f64(), total.to_f64());
+                if problem.z_loss != 0. {
+                    pull += 2. * problem.z_loss * (max.to_f64() + sum.ln());
+                }
+                *scale = T::Real::from_f64(upstream * pull / sum);
+                *against = T::Real::from_f64(-upstream);
             }
-            *scale = T::Real::from_f64(upstream * pull / sum);
-            *against = T::Real::from_f64(-upstream);
         }
     });
 

@@ -119,8 +119,18 @@ impl<'a> View<'a> {
     }
 
     /// Fills `out`, at most a block, from the line's start on.
-    #[inline(never)]
+    #[inline(always)]
     pub(super) fn load<A: Real>(&self, line: Line, out: &mut [A]) {
+        match self.lend(line, out.len()) {
+            Some(values) => out.copy_from_slice(values),
+            None => self.convert(line, out),
+        }
+    }
+
+    /// The same of whatever dtype and layout. Compiled once, not for each instruction set: that would be
+    /// most of the crate's code.
+    #[inline(never)]
+    fn convert<A: Real>(&self, line: Line, out: &mut [A]) {
         let mut filled = 0;
         while filled < out.len() {
             let run = self.rows.run(line.row(filled));
@@ -287,27 +297,34 @@ impl<'a, A: Real> Targets<'a, A> {
     }
 
     /// Fills `out` with r: the formula at the head of the `backend` module.
-    #[inline(never)]
+    #[inline(always)]
     pub(super) fn fill(&self, line: Line, out: &mut [A]) {
+        match (&self.given, line.along) {
+            (Given::Classes(labels), Along::Rows) => {
+                let columns = &self.columns;
+                let (own, spread) = (columns.own.at(line.class), columns.spread.at(line.class));
+                let class = line.class as u32;
+                for (r, &label) in out.iter_mut().zip(&labels[line.row..]) {
+                    *r = if label == class { own } else { spread };
+                }
+            }
+            _ => self.fill_others(line, out),
+        }
+    }
+
+    /// The same of the classes of one row, and of probabilities. Compiled once, as [`View::convert`] is.
+    #[inline(never)]
+    fn fill_others(&self, line: Line, out: &mut [A]) {
         let columns = &self.columns;
         match &self.given {
-            Given::Classes(labels) => match line.along {
-                Along::Classes => {
-                    columns.spread.copy(line.class, out);
-                    let label = labels[line.row] as usize;
-                    let here = label.checked_sub(line.class);
-                    if let Some(r) = here.and_then(|i| out.get_mut(i)) {
-                        *r = columns.own.at(label);
-                    }
+            Given::Classes(labels) => {
+                columns.spread.copy(line.class, out);
+                let label = labels[line.row] as usize;
+                let here = label.checked_sub(line.class);
+                if let Some(r) = here.and_then(|i| out.get_mut(i)) {
+                    *r = columns.own.at(label);
                 }
-                Along::Rows => {
-                    let (own, spread) = (columns.own.at(line.class), columns.spread.at(line.class));
-                    let class = line.class as u32;
-                    for (r, &label) in out.iter_mut().zip(&labels[line.row..]) {
-                        *r = if label == class { own } else { spread };
-                    }
-                }
-            },
+            }
             Given::Probabilities(view) => {
                 view.load(line, out);
                 match (&columns.scale, &columns.spread) {
