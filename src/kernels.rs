@@ -1,15 +1,16 @@
 //! The two kernels without the graph and the reduction, for the benchmarks. Outside semantic versioning.
 
-use crate::backend::Problem;
+use crate::backend::{Problem, row_shape};
 use crate::error::Result;
 use crate::loss::LabelSmoothingLoss;
 use crate::op;
-use candle_core::Tensor;
+use candle_core::{Shape, Tensor};
 
 /// What the forward kernel leaves to the backward kernel.
 #[derive(Debug)]
 pub struct Saved {
     problem: Problem,
+    shape: Shape,
     targets: Tensor,
     statistics: Tensor,
 }
@@ -22,12 +23,21 @@ pub fn forward(
 ) -> Result<(Tensor, Option<Saved>)> {
     let (problem, targets) = loss.problem(logits, targets)?;
     let rows = op::row_losses(&problem, logits, &targets, false, true)?;
-    let saved = rows.statistics.map(|statistics| Saved { problem, targets, statistics });
+    let shape = logits.shape().clone();
+    let saved = rows.statistics.map(|statistics| Saved { problem, shape, targets, statistics });
     Ok((rows.losses, saved))
 }
 
 /// The backward kernel: the logits' gradient, given that of each row's loss.
 pub fn backward(saved: &Saved, logits: &Tensor, upstream: &Tensor) -> Result<Tensor> {
-    let Saved { problem, targets, statistics } = saved;
+    let Saved { problem, shape, targets, statistics } = saved;
+    let rows = row_shape(shape.dims(), problem.class_dim).into();
+    for (expected, given) in [(shape, logits.shape()), (&rows, upstream.shape())] {
+        if expected != given {
+            let (lhs, rhs) = (expected.clone(), given.clone());
+            let op = "label-smoothing-loss-backward";
+            return Err(candle_core::Error::ShapeMismatchBinaryOp { lhs, rhs, op }.bt().into());
+        }
+    }
     Ok(op::gradient_of(problem, statistics, logits, targets, upstream)?)
 }

@@ -175,6 +175,36 @@ fn masked_classes() -> Result<()> {
     Ok(())
 }
 
+/// Classes masked with the lowest number of the dtype, as transformers do where −inf would be trouble.
+/// Smoothing makes the loss enormous, but it is in range, and the gradient is what it always is.
+#[test]
+fn masked_with_the_lowest_number() -> Result<()> {
+    let lowest = [
+        (DType::F64, f64::MIN),
+        (DType::F32, f32::MIN.into()),
+        (DType::BF16, half::bf16::MIN.to_f64()),
+        (DType::F16, half::f16::MIN.to_f64()),
+    ];
+    for (dtype, lowest) in lowest {
+        for num_classes in [2, 31, 32, 40, 64, 256, 1000, 20_000] {
+            let kept = random(&[1, num_classes], 2., 7)?.to_dtype(dtype)?.to_dtype(DType::F64)?;
+            let mut logits = values(&kept)?;
+            logits[1..].iter_mut().step_by(2).for_each(|x| *x = lowest);
+            let expected = (0.1 / num_classes as f64) * -lowest * (num_classes / 2) as f64;
+            let logits = Tensor::from_vec(logits, (1, num_classes), &CPU)?.to_dtype(dtype)?;
+            let label = Tensor::new(&[0u32], &CPU)?;
+            let (loss, gradient) = run(&rows(Smoothing::over_all(0.1)?), &logits, &label)?;
+            let digits = if dtype == DType::F16 { 1e-2 } else { 1e-5 };
+            assert_relative_eq!(loss[0], expected, max_relative = digits);
+            let r = 0.1 / num_classes as f64;
+            for gradient in gradient[1..].iter().step_by(2) {
+                assert_relative_eq!(*gradient, -r, max_relative = 5e-3, epsilon = 1e-7);
+            }
+        }
+    }
+    Ok(())
+}
+
 /// A mask over whole blocks of classes, before and after the classes that count.
 #[test]
 fn masked_blocks() -> Result<()> {

@@ -104,7 +104,11 @@ fn forward_of<T: Element>(
         Along::Classes => 1,
         Along::Rows => num_rows.clamp(1, ROWS),
     };
-    let segment = SEGMENT / at_once;
+    let segment = match along {
+        Along::Classes => SEGMENT,
+        // What each segment says of its rows takes memory too: at most one part in 64 of the logits'.
+        Along::Rows => (SEGMENT / at_once).max(4 * BLOCK),
+    };
     let out = [&mut losses[..], max, sum, total];
     if num_classes <= segment {
         split(out, at_once, num_classes, &|first, mut out| {
@@ -116,8 +120,7 @@ fn forward_of<T: Element>(
             );
         });
     } else {
-        // As many segments as it takes to occupy several threads with one row, those of the same rows one
-        // after the other.
+        // A long row occupies several threads. The segments of the same rows lie one after the other.
         let segments = num_classes.div_ceil(segment);
         let mut parts: Vec<Partial> = filled(num_rows.div_ceil(at_once) * segments * at_once)?;
         split([&mut parts], at_once, segment, &|first, [parts]| {
@@ -252,7 +255,7 @@ impl<T: Element, F: FnMut(usize, Partial)> Sums<'_, T, F> {
                     self.logits.load(line, &mut x[..len]);
                     self.targets.fill(line, &mut r[..len]);
                 }
-                sums.add(simd, &x[..count], &r[..count]);
+                sums.add(simd, len, &x[..count], &r[..count]);
             }
             for i in 0..len {
                 (self.emit)(row + i, sums.row(i));
@@ -525,16 +528,19 @@ impl<T: Element> Lines<T> {
         logits.load(line, &mut self.x[..len]);
         targets.fill(line, &mut self.r[..len]);
         let rows = [max, scale, against].map(|of_rows| &of_rows[line.row..line.row + len]);
-        if len == ROWS {
-            gradient_of_class(simd, rows, &mut self.x, &self.r);
+        let padded = len.next_multiple_of(lanes::<T::Real, S>());
+        let (x, r) = (&mut self.x[..padded], &self.r[..padded]);
+        if len == padded {
+            gradient_of_class(simd, rows, x, r);
         } else {
-            for (padded, of_rows) in self.rows.iter_mut().zip(rows) {
-                padded[..len].copy_from_slice(of_rows);
+            for (copy, of_rows) in self.rows.iter_mut().zip(rows) {
+                copy[..len].copy_from_slice(of_rows);
             }
-            gradient_of_class(simd, self.rows.each_ref().map(|r| &r[..]), &mut self.x, &self.r);
+            gradient_of_class(simd, self.rows.each_ref().map(|rows| &rows[..padded]), x, r);
         }
-        T::round(&self.x, &mut self.out);
-        targets.clear_ignored(line.row, &mut self.out[..len]);
+        let out = &mut self.out[..padded];
+        T::round(x, out);
+        targets.clear_ignored(line.row, &mut out[..len]);
         &self.out[..len]
     }
 }

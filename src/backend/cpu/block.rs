@@ -24,8 +24,8 @@ pub(super) struct Partial {
     pub sum: f64,
     /// S = Σ r.
     pub total: f64,
-    /// T = Σ r·(x − max). All of its terms have one sign, and a common offset of the logits does
-    /// not enter it, so no digits are lost to either.
+    /// T = Σ r·(x − max). A common offset of the logits does not enter it, and all of its terms have one
+    /// sign where r has, so no digits are lost to either.
     pub shortfall: f64,
 }
 
@@ -95,8 +95,7 @@ pub(super) fn largest<T: Packed, S: Simd>(simd: S, logits: &[T]) -> T::Real {
     T::Real::max_of(simd, T::Real::larger(simd, a, b))
 }
 
-/// A block of classes that weigh the same, whole packs of them, and the largest logit of the next
-/// block: it comes from memory while the exponentials of this one are computed.
+/// What a block of classes that weigh the same says of its row, whole packs of them.
 ///
 /// `max` is the largest logit so far, this block's own included: relative to it, most blocks merge
 /// without an exponential.
@@ -109,23 +108,26 @@ pub(super) fn sums_of_equals<T: Packed<Real: Exp>, S: Simd>(
 ) -> Partial {
     let base = T::Real::splat(simd, base(max));
     let mut sum = [T::Real::splat(simd, T::Real::ZERO); PACK];
-    let mut distance = sum;
+    let r = T::Real::splat(simd, coefficient);
+    let mut shortfall = sum;
     for &pack in T::as_packs::<S>(logits) {
         let x = T::unpack(simd, pack);
         for i in 0..PACK {
             let x = T::Real::minus(simd, x[i], base);
             sum[i] = add_exp::<T::Real, S>(simd, sum[i], x);
-            distance[i] = T::Real::plus(simd, distance[i], x);
+            // Not Σ (x − max) and r afterwards: logits masked with the dtype's lowest number would
+            // overflow.
+            shortfall[i] = T::Real::mul_add(simd, r, x, shortfall[i]);
         }
     }
     let coefficient = coefficient.to_f64();
-    let distance = sum_of::<T::Real, S>(simd, distance);
+    let shortfall = sum_of::<T::Real, S>(simd, shortfall);
     Partial {
         max: max.to_f64(),
         sum: sum_of::<T::Real, S>(simd, sum),
         total: coefficient * logits.len() as f64,
         // 0·∞ is 0 here: what has no weight has no say.
-        shortfall: if coefficient == 0. { 0. } else { coefficient * distance },
+        shortfall: if coefficient == 0. { 0. } else { shortfall },
     }
 }
 
@@ -180,11 +182,12 @@ impl<A: Exp> RowSums<A> {
         shortfall: [A::ZERO; ROWS],
     };
 
-    /// Adds classes: a line of all rows for each.
+    /// Adds classes: a line of rows for each, of which the first `rows` count.
     #[inline(always)]
     pub(super) fn add<S: Simd>(
         &mut self,
         simd: S,
+        rows: usize,
         logits: &[[A; ROWS]],
         coefficients: &[[A; ROWS]],
     ) {
@@ -194,7 +197,8 @@ impl<A: Exp> RowSums<A> {
             .zip(A::as_vectors_mut::<S>(sum))
             .zip(A::as_vectors_mut::<S>(total))
             .zip(A::as_vectors_mut::<S>(shortfall));
-        for (i, (((max, sum), total), shortfall)) in lines.enumerate() {
+        let vectors = rows.div_ceil(size_of::<A::Vector<S>>() / size_of::<A>());
+        for (i, (((max, sum), total), shortfall)) in lines.take(vectors).enumerate() {
             let mut new = *max;
             for x in logits {
                 new = A::larger(simd, A::as_vectors::<S>(x)[i], new);
@@ -238,7 +242,7 @@ pub(super) struct RowGradient<A> {
     pub against: A,
 }
 
-/// The gradient of classes that weigh the same, whole packs of them, which are emitted one by one.
+/// The gradient of classes that weigh the same, whole packs of them, emitted pack by pack.
 #[inline(always)]
 pub(super) fn gradient_of_equals<T: Packed<Real: Exp>, S: Simd>(
     simd: S,
