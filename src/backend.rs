@@ -12,7 +12,21 @@
 //! ∂loss/∂x_k = softmax_k·(S + 2·z·lse) − r_k
 //! ```
 
+#[cfg_attr(emulator, allow(dead_code, reason = "only labels are checked on the CPU there"))]
 pub(crate) mod cpu;
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
+#[cfg(emulator)]
+#[path = "../tests/emulator/backend.rs"]
+pub(crate) mod emulated;
+#[cfg(any(feature = "cuda", emulator))]
+mod gpu;
+
+/// What works on tensors in the host's memory: in the tests of the GPU backends, their emulator.
+#[cfg(not(emulator))]
+pub(crate) use cpu as host;
+#[cfg(emulator)]
+pub(crate) use emulated as host;
 
 use crate::error::{Error, Result};
 use candle_core::{DType, Device, Layout, Tensor};
@@ -50,13 +64,54 @@ pub(crate) struct Problem {
     pub z_loss: f64,
 }
 
+/// A tensor's numbers and where they lie.
+pub(crate) type Operand<'a, S> = (&'a S, &'a Layout);
+
+/// What becomes of the rows' losses.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Reduce {
+    /// They are left as they are.
+    No,
+    /// They are added up, and divided by a number.
+    DividedBy(f64),
+    /// They are added up, and divided by the sum of the rows' class weights.
+    DividedByWeights,
+}
+
+/// What a backend's forward gives.
+pub(crate) struct Forward<S> {
+    /// The losses of the rows, or what they were reduced to.
+    pub result: S,
+    /// A scalar: the sum of the rows' class weights, if the losses were divided by it.
+    pub divisor: Option<S>,
+    /// What backward needs again, (3, N): the logits' maximum, Σ exp(x − maximum), and S.
+    pub statistics: Option<S>,
+}
+
 /// Checks that there is a backend for the device.
 pub(crate) fn check_device(device: &Device) -> Result<()> {
     match device {
-        Device::Cpu => Ok(()),
-        Device::Cuda(_) => Err(Error::MissingBackend { backend: "CUDA" }),
+        // Without the feature, candle has no such device.
+        Device::Cpu | Device::Cuda(_) => Ok(()),
         Device::Metal(_) => Err(Error::MissingBackend { backend: "Metal" }),
     }
+}
+
+/// Checks that a layout stays inside its storage of `len` elements: the kernels index by it.
+pub(crate) fn check_layout(layout: &Layout, len: usize) -> Result<()> {
+    let dims = || layout.dims().iter().zip(layout.stride());
+    let last = dims().try_fold(layout.start_offset(), |last, (&len, &stride)| {
+        last.checked_add(len.saturating_sub(1).checked_mul(stride)?)
+    });
+    if dims().all(|(&len, _)| len > 0) && last.is_none_or(|last| last >= len) {
+        return Err(Error::Layout {
+            shape: layout.dims().to_vec(),
+            stride: layout.stride().to_vec(),
+            offset: layout.start_offset(),
+            len,
+        });
+    }
+    Ok(())
 }
 
 /// Checks that a tensor of this shape can be addressed in bytes, of whatever dtype. A view made by
@@ -104,9 +159,9 @@ pub(crate) struct Rows {
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Dim {
-    len: usize,
-    stride: usize,
+pub(crate) struct Dim {
+    pub len: usize,
+    pub stride: usize,
 }
 
 /// Rows that follow each other at one stride.
@@ -134,6 +189,12 @@ impl Rows {
         }
         let inner = outer.pop().unwrap_or(Dim { len: 1, stride: 0 });
         Self { start: layout.start_offset(), outer, inner }
+    }
+
+    /// The merged dimensions, the innermost last; at least one.
+    #[cfg(any(feature = "cuda", emulator))]
+    pub fn dims(&self) -> impl Iterator<Item = Dim> {
+        self.outer.iter().copied().chain([self.inner])
     }
 
     /// The longest run that begins at `row`.

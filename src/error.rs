@@ -197,7 +197,7 @@ pub enum Error {
         backend: &'static str,
     },
 
-    /// A class target that is no class.
+    /// A class target that is no class, on the CPU.
     #[error("target {target} of row {row} is no class: expected at least 0 and less than {num_classes}{}", ignoring(*target))]
     TargetOutOfRange {
         /// The row, counted over all dimensions but the classes' in row-major order.
@@ -221,6 +221,19 @@ pub enum Error {
         offset: usize,
         /// The number of elements there are.
         len: usize,
+    },
+
+    /// A GPU's kernels walk so many dimensions, once those that lie evenly in memory are counted as one.
+    #[error(
+        "a tensor of shape {shape:?} and stride {stride:?} has more than {most} dimensions that do not follow from each other: make it contiguous() first"
+    )]
+    TooManyStrides {
+        /// Its shape.
+        shape: Vec<usize>,
+        /// Its strides, in elements.
+        stride: Vec<usize>,
+        /// How many dimensions are possible.
+        most: usize,
     },
 
     /// An error of candle's own.

@@ -1,6 +1,6 @@
 //! The two kernels without the graph and the reduction, for the benchmarks. Outside semantic versioning.
 
-use crate::backend::{Problem, row_shape};
+use crate::backend::{Problem, Reduce, row_shape};
 use crate::error::Result;
 use crate::loss::LabelSmoothingLoss;
 use crate::op;
@@ -22,10 +22,10 @@ pub fn forward(
     targets: &Tensor,
 ) -> Result<(Tensor, Option<Saved>)> {
     let (problem, targets) = loss.problem(logits, targets)?;
-    let rows = op::row_losses(&problem, logits, &targets, false, true)?;
+    let losses = op::forward(&problem, logits, &targets, Reduce::No, true)?;
     let shape = logits.shape().clone();
-    let saved = rows.statistics.map(|statistics| Saved { problem, shape, targets, statistics });
-    Ok((rows.losses, saved))
+    let saved = losses.statistics.map(|statistics| Saved { problem, shape, targets, statistics });
+    Ok((losses.result, saved))
 }
 
 /// The backward kernel: the logits' gradient, given that of each row's loss.

@@ -48,6 +48,14 @@
 //! - [`smooth_targets`]: the soft targets themselves.
 //! - [`check_targets`]: whether class targets are in range, for devices that cannot say so.
 //!
+//! # Devices
+//!
+//! The CPU, and with the feature `cuda` NVIDIA's GPUs. On a GPU nothing waits for the device, and a
+//! class target that is out of range makes its row's loss and gradient NaN where the CPU gives an error:
+//! [`check_targets`] finds it. The CPU adds up the rows' losses in f64, a GPU in the dtype of the
+//! arithmetic, with what rounding loses kept beside the sum. Results have the same bits in every run, on
+//! the CPU for every number of threads; two devices differ by some roundings.
+//!
 //! Errors convert into candle's and back ([`Error`]), so `?` works in a candle model.
 
 #![warn(missing_docs, missing_debug_implementations)]

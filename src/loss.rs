@@ -1,8 +1,8 @@
 //! The loss as its user sees it: options, validation, reduction.
 
-use crate::backend::{self, Coefficients, Problem, cpu};
+use crate::backend::{self, Coefficients, Problem, Reduce, cpu};
 use crate::error::{Error, Result};
-use crate::op::{self, Divisor, Reduced};
+use crate::op::{self, Losses};
 use crate::smoothing::{self, Smoothing};
 use candle_core::{DType, Device, Storage, Tensor};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -152,30 +152,23 @@ impl LabelSmoothingLoss {
     /// Shapes, dtypes or devices that do not fit together or are not supported, a class dimension
     /// that does not exist, K = 0, K = 1 with [`Smoothing::over_others`], class weights or a prior of
     /// another length than K, `ignore_index` with probabilities, a class target that is neither in 0
-    /// to K−1 nor the ignored index, and sizes beyond the memory.
+    /// to K−1 nor the ignored index, and sizes beyond the memory. On a GPU such a target is no error but
+    /// makes its row's loss and gradient NaN, and with it the sum or mean: see [`check_targets`]. Errors of
+    /// the device and its compiler are candle's own.
     pub fn forward(&self, logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
         let (problem, targets) = self.problem(logits, targets)?;
-        let counted = self.reduction == Reduction::Mean
-            && targets.dtype().is_int()
+        let counted = targets.dtype().is_int()
             && (self.class_weights.is_some() || self.ignore_index.is_some());
-        let tracked = logits.track_op();
-        let rows = op::row_losses(&problem, logits, &targets, counted, tracked)?;
-
-        let reduced = match (self.reduction, &rows.weights) {
-            (Reduction::None, _) => Reduced::No,
-            (Reduction::Sum, _) => Reduced::By(Divisor::Number(1.)),
-            (Reduction::Mean, None) => {
-                Reduced::By(Divisor::Number(rows.losses.elem_count() as f64))
-            }
-            (Reduction::Mean, Some(weights)) => Reduced::By(Divisor::Tensor(sum(weights)?)),
+        let num_rows = logits.elem_count() / problem.num_classes;
+        let reduce = match self.reduction {
+            Reduction::None => Reduce::No,
+            Reduction::Sum => Reduce::DividedBy(1.),
+            Reduction::Mean if counted => Reduce::DividedByWeights,
+            Reduction::Mean => Reduce::DividedBy(num_rows as f64),
         };
-        let result = match &reduced {
-            Reduced::No => rows.losses,
-            Reduced::By(divisor) => {
-                divisor.divide(&sum(&rows.losses)?)?.to_dtype(rows.losses.dtype())?
-            }
-        };
-        match rows.statistics {
+        let Losses { result, reduced, statistics } =
+            op::forward(&problem, logits, &targets, reduce, logits.track_op())?;
+        match statistics {
             None => Ok(result),
             Some(statistics) => {
                 let node = op::Loss { problem, targets, statistics, reduced };
@@ -294,11 +287,6 @@ pub(crate) fn result_dtype(logits: DType) -> DType {
         DType::F64 => DType::F64,
         _ => DType::F32,
     }
-}
-
-/// The sum of all rows, in f64: a million losses added up in f32 would lose half their digits.
-fn sum(rows: &Tensor) -> Result<Tensor> {
-    Ok(rows.to_dtype(DType::F64)?.sum_all()?)
 }
 
 /// Checks class targets against the number of classes.

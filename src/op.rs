@@ -3,83 +3,25 @@
 //! The loss is computed first, by kernels that know nothing of a graph, and then handed to the
 //! graph as the result of one node whose backward asks the backend for the gradient.
 
-use crate::backend::{Problem, cpu, row_shape};
+#[cfg(feature = "cuda")]
+use crate::backend::cuda;
+use crate::backend::{self, Problem, Reduce, host, row_shape};
 use crate::error::Result;
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
+use candle_core::backend::BackendStorage;
 use candle_core::op::BackpropOp;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Shape, Storage, Tensor};
 use std::sync::OnceLock;
 
-/// What the forward kernel gives, each of it a number a row.
-pub(crate) struct RowLosses {
-    /// The losses, in the logits' shape without the class dimension.
-    pub losses: Tensor,
-    /// The rows' class weights, 0 for ignored rows.
-    pub weights: Option<Tensor>,
-    /// What backward needs again, (3, N): the logits' maximum, Σ exp(x − maximum), and S.
+/// What the forward kernel gives.
+pub(crate) struct Losses {
+    /// The losses, in the logits' shape without the class dimension; or the scalar that they were reduced
+    /// to.
+    pub result: Tensor,
+    pub reduced: Reduced,
+    /// What backward needs again, if it was asked for.
     pub statistics: Option<Tensor>,
-}
-
-/// Runs the forward kernel. `weights` and `statistics` are made only where they are asked for.
-pub(crate) fn row_losses(
-    problem: &Problem,
-    logits: &Tensor,
-    targets: &Tensor,
-    weights: bool,
-    statistics: bool,
-) -> Result<RowLosses> {
-    let forward = Forward {
-        problem,
-        weights: weights.then(OnceLock::new),
-        statistics: statistics.then(OnceLock::new),
-    };
-    let losses = logits.apply_op2_no_bwd(targets, &forward)?;
-    Ok(RowLosses {
-        losses,
-        weights: forward.weights.and_then(OnceLock::into_inner),
-        statistics: forward.statistics.and_then(OnceLock::into_inner),
-    })
-}
-
-/// The forward kernel as an op of candle's, which picks the backend and lends the storages.
-struct Forward<'a> {
-    problem: &'a Problem,
-    weights: Option<OnceLock<Tensor>>,
-    statistics: Option<OnceLock<Tensor>>,
-}
-
-impl CustomOp2 for Forward<'_> {
-    fn name(&self) -> &'static str {
-        "label-smoothing-loss"
-    }
-
-    fn cpu_fwd(
-        &self,
-        logits: &CpuStorage,
-        logits_layout: &Layout,
-        targets: &CpuStorage,
-        targets_layout: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let out = cpu::forward(
-            self.problem,
-            (logits, logits_layout),
-            (targets, targets_layout),
-            self.weights.is_some(),
-            self.statistics.is_some(),
-        )?;
-        let shape = row_shape(logits_layout.dims(), self.problem.class_dim);
-        let rows = shape.iter().product::<usize>();
-        if let (Some(cell), Some(weights)) = (&self.weights, out.weights) {
-            cell.get_or_init(|| constant(Storage::Cpu(weights), rows));
-        }
-        if let (Some(cell), Some(statistics)) = (&self.statistics, out.statistics) {
-            cell.get_or_init(|| constant(Storage::Cpu(statistics), (3, rows)));
-        }
-        Ok((out.losses, shape.into()))
-    }
-}
-
-fn constant(storage: Storage, shape: impl Into<Shape>) -> Tensor {
-    Tensor::from_storage(storage, shape, BackpropOp::none(), false)
 }
 
 /// How the row losses became the result: they were left as they are, or added up and divided.
@@ -99,13 +41,99 @@ pub(crate) enum Divisor {
 
 impl Divisor {
     /// `tensor` / self, in the tensor's dtype.
-    pub fn divide(&self, tensor: &Tensor) -> candle_core::Result<Tensor> {
+    fn divide(&self, tensor: &Tensor) -> candle_core::Result<Tensor> {
         match self {
             Self::Number(number) => tensor / *number,
             Self::Tensor(divisor) => {
                 tensor.to_dtype(divisor.dtype())?.div(divisor)?.to_dtype(tensor.dtype())
             }
         }
+    }
+}
+
+/// Runs the forward kernel.
+pub(crate) fn forward(
+    problem: &Problem,
+    logits: &Tensor,
+    targets: &Tensor,
+    reduce: Reduce,
+    statistics: bool,
+) -> Result<Losses> {
+    let op = Forward { problem, reduce, wants_statistics: statistics, others: OnceLock::new() };
+    let result = logits.apply_op2_no_bwd(targets, &op)?;
+    let (divisor, statistics) = op.others.into_inner().unwrap_or_default();
+    let reduced = match (reduce, divisor) {
+        (Reduce::DividedBy(number), _) => Reduced::By(Divisor::Number(number)),
+        (_, Some(divisor)) => Reduced::By(Divisor::Tensor(divisor)),
+        (_, None) => Reduced::No,
+    };
+    Ok(Losses { result, reduced, statistics })
+}
+
+/// The forward kernel as an op of candle's, which picks the backend and lends the storages.
+struct Forward<'a> {
+    problem: &'a Problem,
+    reduce: Reduce,
+    wants_statistics: bool,
+    /// What there is besides the result: the divisor and the statistics.
+    others: OnceLock<(Option<Tensor>, Option<Tensor>)>,
+}
+
+impl Forward<'_> {
+    fn keep<S>(
+        &self,
+        out: backend::Forward<S>,
+        logits: &Layout,
+        storage: fn(S) -> Storage,
+    ) -> (S, Shape) {
+        let rows = row_shape(logits.dims(), self.problem.class_dim);
+        let num_rows = rows.iter().product::<usize>();
+        let constant = |numbers: S, shape: Shape| {
+            Tensor::from_storage(storage(numbers), shape, BackpropOp::none(), false)
+        };
+        self.others.get_or_init(|| {
+            let divisor = out.divisor.map(|divisor| constant(divisor, ().into()));
+            let statistics = out.statistics.map(|saved| constant(saved, (3, num_rows).into()));
+            (divisor, statistics)
+        });
+        let shape = match self.reduce {
+            Reduce::No => rows.into(),
+            Reduce::DividedBy(_) | Reduce::DividedByWeights => ().into(),
+        };
+        (out.result, shape)
+    }
+}
+
+impl CustomOp2 for Forward<'_> {
+    fn name(&self) -> &'static str {
+        "label-smoothing-loss"
+    }
+
+    fn cpu_fwd(
+        &self,
+        logits: &CpuStorage,
+        logits_layout: &Layout,
+        targets: &CpuStorage,
+        targets_layout: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let (logits, targets) = ((logits, logits_layout), (targets, targets_layout));
+        let Self { problem, reduce, wants_statistics, .. } = self;
+        let out = host::forward(problem, logits, targets, *reduce, *wants_statistics)?;
+        Ok(self.keep(out, logits_layout, Storage::Cpu))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        logits: &CudaStorage,
+        logits_layout: &Layout,
+        targets: &CudaStorage,
+        targets_layout: &Layout,
+    ) -> candle_core::Result<(CudaStorage, Shape)> {
+        let (logits, targets) = ((logits, logits_layout), (targets, targets_layout));
+        let Self { problem, reduce, wants_statistics, .. } = self;
+        let out = cuda::forward(problem, logits, targets, *reduce, *wants_statistics)?;
+        Ok(self.keep(out, logits_layout, Storage::Cuda))
     }
 }
 
@@ -122,6 +150,8 @@ impl CustomOp2 for Loss {
         "label-smoothing-loss"
     }
 
+    // One number, or one a row.
+
     fn cpu_fwd(
         &self,
         _: &CpuStorage,
@@ -129,8 +159,18 @@ impl CustomOp2 for Loss {
         result: &CpuStorage,
         layout: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        // One number, or one a row.
-        Ok((result.clone(), layout.shape().clone()))
+        Ok((result.try_clone(layout)?, layout.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        _: &CudaStorage,
+        _: &Layout,
+        result: &CudaStorage,
+        layout: &Layout,
+    ) -> candle_core::Result<(CudaStorage, Shape)> {
+        Ok((result.try_clone(layout)?, layout.shape().clone()))
     }
 
     fn bwd(
@@ -184,7 +224,27 @@ impl CustomOp3 for Backward<'_> {
         upstream: &CpuStorage,
         upstream_layout: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let gradient = cpu::backward(
+        let gradient = host::backward(
+            self.problem,
+            (logits, logits_layout),
+            (targets, targets_layout),
+            (upstream, upstream_layout),
+            self.statistics,
+        )?;
+        Ok((gradient, logits_layout.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        logits: &CudaStorage,
+        logits_layout: &Layout,
+        targets: &CudaStorage,
+        targets_layout: &Layout,
+        upstream: &CudaStorage,
+        upstream_layout: &Layout,
+    ) -> candle_core::Result<(CudaStorage, Shape)> {
+        let gradient = cuda::backward(
             self.problem,
             (logits, logits_layout),
             (targets, targets_layout),
@@ -200,6 +260,15 @@ pub(crate) struct Smooth {
     pub problem: Problem,
 }
 
+impl Smooth {
+    fn shape(&self, labels: &Layout) -> Shape {
+        let mut shape = labels.dims().to_vec();
+        shape.truncate(self.problem.class_dim);
+        shape.push(self.problem.num_classes);
+        shape.into()
+    }
+}
+
 impl CustomOp1 for Smooth {
     fn name(&self) -> &'static str {
         "smooth-targets"
@@ -210,10 +279,15 @@ impl CustomOp1 for Smooth {
         labels: &CpuStorage,
         layout: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let mut shape = layout.dims().to_vec();
-        shape.truncate(self.problem.class_dim);
-        shape.push(self.problem.num_classes);
-        let soft = cpu::smooth(&self.problem, (labels, layout))?;
-        Ok((soft, shape.into()))
+        Ok((host::smooth(&self.problem, (labels, layout))?, self.shape(layout)))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        labels: &CudaStorage,
+        layout: &Layout,
+    ) -> candle_core::Result<(CudaStorage, Shape)> {
+        Ok((cuda::smooth(&self.problem, (labels, layout))?, self.shape(layout)))
     }
 }

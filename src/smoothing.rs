@@ -226,7 +226,7 @@ pub(crate) fn check_length(what: &'static str, values: &[f64], num_classes: usiz
 /// ```
 ///
 /// # Errors
-/// A label outside 0 to K−1, probabilities whose last dimension is not K, K = 0, K = 1 with
+/// A label outside 0 to K−1 (on a GPU its distribution is NaN instead), probabilities whose last dimension is not K, K = 0, K = 1 with
 /// [`Smoothing::over_others`], and a prior of another length than K.
 pub fn smooth_targets(
     labels: &Tensor,

@@ -6,7 +6,7 @@ use approx::assert_abs_diff_eq;
 use candle_core::{DType, Result, Tensor, Var};
 use candle_label_smoothing::{LabelSmoothingLoss, Reduction, Smoothing};
 use candle_nn::{Linear, Module};
-use common::{CPU, Case, grid, random, random_labels, values, weighted};
+use common::{CPU, Case, OnDevice, grid, random, random_labels, values, weighted};
 
 /// Central differences in f64, over every combination of options.
 ///
@@ -24,7 +24,7 @@ fn gradient_is_the_derivative_over_every_combination_of_options() -> Result<()> 
                 let mut moved = logits.clone();
                 moved[i] += by;
                 let logits = Tensor::from_vec(moved, case.logits.dims(), &CPU)?;
-                weighted(&case.loss.forward(&logits, &case.targets)?)?.to_scalar::<f64>()
+                weighted(&case.loss.on_device(&logits, &case.targets)?)?.to_scalar::<f64>()
             };
             let difference = (moved(step)? - moved(-step)?) / (2. * step);
             assert!(
@@ -47,7 +47,7 @@ fn gradient_reaches_the_variables_behind_a_linear_layer() -> Result<()> {
     let loss = LabelSmoothingLoss::new(Smoothing::over_others(0.1)?);
 
     let logits = layer.forward(&random(&[6, 4], 1., 4)?)?;
-    let gradients = loss.forward(&logits, &labels)?.backward()?;
+    let gradients = loss.on_device(&logits, &labels)?.backward()?;
     let expected =
         candle_label_smoothing::reference::forward(&loss, &logits, &labels)?.backward()?;
     for var in [&weight, &bias] {
@@ -68,17 +68,17 @@ fn result_is_tracked_only_if_the_logits_are() -> Result<()> {
     let loss = LabelSmoothingLoss::new(Smoothing::none());
     let labels = random_labels(&[6], 5, 3)?;
     let logits = random(&[6, 5], 1., 1)?;
-    assert!(!loss.forward(&logits, &labels)?.track_op());
+    assert!(!loss.on_device(&logits, &labels)?.track_op());
     let variable = Var::from_tensor(&logits)?;
-    assert!(loss.forward(&variable, &labels)?.track_op());
-    assert!(!loss.forward(&variable.detach(), &labels)?.track_op());
+    assert!(loss.on_device(&variable, &labels)?.track_op());
+    assert!(!loss.on_device(&variable.detach(), &labels)?.track_op());
     // Targets are constants, even if they come from a network that is being trained.
     let teacher = Var::from_tensor(&logits)?;
     let probabilities = candle_nn::ops::softmax(&teacher, 1)?;
-    let gradients = loss.forward(&variable, &probabilities)?.backward()?;
+    let gradients = loss.on_device(&variable, &probabilities)?.backward()?;
     assert!(gradients.get(&variable).is_some());
     assert!(gradients.get(&teacher).is_none());
-    assert!(!loss.forward(&logits, &probabilities)?.track_op());
+    assert!(!loss.on_device(&logits, &probabilities)?.track_op());
     Ok(())
 }
 
@@ -86,7 +86,7 @@ fn result_is_tracked_only_if_the_logits_are() -> Result<()> {
 fn upstream_gradient_scales_the_gradient() -> Result<()> {
     for case in grid(&[3, 4], 1)? {
         let logits = Var::from_tensor(&case.logits)?;
-        let loss = case.loss.forward(&logits, &case.targets)?;
+        let loss = case.loss.on_device(&logits, &case.targets)?;
         let gradient = |upstream: f64| -> Result<Vec<f64>> {
             // A tensor, since candle drops the graph behind a multiplication by the number 0.
             let upstream = Tensor::full(upstream, loss.shape(), &CPU)?;
@@ -107,7 +107,7 @@ fn upstream_gradient_scales_the_gradient() -> Result<()> {
 fn backward_may_be_called_again() -> Result<()> {
     for case in grid(&[3, 4], 1)? {
         let logits = Var::from_tensor(&case.logits)?;
-        let loss = weighted(&case.loss.forward(&logits, &case.targets)?)?;
+        let loss = weighted(&case.loss.on_device(&logits, &case.targets)?)?;
         let first = values(loss.backward()?.get(&logits).expect("no gradient"))?;
         let second = values(loss.backward()?.get(&logits).expect("no gradient"))?;
         assert_eq!(first, second, "{}", case.name);
@@ -125,7 +125,7 @@ fn gradients_of_two_losses_add_up() -> Result<()> {
     let gradient = |loss: Tensor| -> Result<Vec<f64>> {
         values(loss.backward()?.get(&logits).expect("no gradient"))
     };
-    let (a, b) = (first.forward(&logits, &labels)?, second.forward(&logits, &labels)?);
+    let (a, b) = (first.on_device(&logits, &labels)?, second.on_device(&logits, &labels)?);
     let both = gradient((&a + &b)?)?;
     for ((both, a), b) in both.iter().zip(gradient(a)?).zip(gradient(b)?) {
         assert_abs_diff_eq!(*both, a + b, epsilon = 1e-15);
@@ -145,7 +145,7 @@ fn descent_ends_at_the_smoothed_targets() -> Result<()> {
     };
     let logits = Var::from_tensor(&case.logits)?;
     for _ in 0..2000 {
-        let gradients = case.loss.forward(&logits, &case.targets)?.backward()?;
+        let gradients = case.loss.on_device(&logits, &case.targets)?.backward()?;
         let gradient = gradients.get(&logits).expect("no gradient");
         logits.set(&(logits.as_tensor() - gradient)?)?;
     }
@@ -154,7 +154,7 @@ fn descent_ends_at_the_smoothed_targets() -> Result<()> {
         assert_abs_diff_eq!(*ours, target, epsilon = 1e-9);
     }
     let entropy = -(0.9f64 * 0.9f64.ln() + 2. * 0.05 * 0.05f64.ln());
-    let loss = case.loss.forward(&logits, &case.targets)?;
+    let loss = case.loss.on_device(&logits, &case.targets)?;
     assert_abs_diff_eq!(loss.to_scalar::<f64>()?, entropy, epsilon = 1e-12);
     Ok(())
 }

@@ -4,10 +4,11 @@ mod common;
 
 use approx::{assert_abs_diff_eq, assert_relative_eq};
 use candle_core::{DType, Result, Tensor, Var};
-use candle_label_smoothing::{
-    LabelSmoothingLoss, Reduction, Smoothing, check_targets, reference, smooth_targets,
+use candle_label_smoothing::{LabelSmoothingLoss, Reduction, Smoothing, check_targets, reference};
+use common::{
+    CPU, OnDevice, random, random_labels, random_probabilities, smooth_on_device, smoothings,
+    values,
 };
-use common::{CPU, random, random_labels, random_probabilities, smoothings, values};
 
 const INF: f64 = f64::INFINITY;
 const DTYPES: [DType; 4] = [DType::F64, DType::F32, DType::F16, DType::BF16];
@@ -57,7 +58,7 @@ fn run_once(
     targets: &Tensor,
 ) -> Result<(Vec<f64>, Vec<f64>)> {
     let logits = Var::from_tensor(logits)?;
-    let loss = loss.forward(&logits, targets)?;
+    let loss = loss.on_device(&logits, targets)?;
     let gradients = loss.backward()?;
     let gradient = gradients.get(&logits).expect("no gradient");
     assert_eq!(gradient.dtype(), logits.dtype());
@@ -305,7 +306,7 @@ fn no_rows() -> Result<()> {
                     let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?);
                     let loss = loss.with_reduction(reduction);
                     let logits = Var::from_tensor(&logits)?;
-                    let result = loss.forward(&logits, &targets)?;
+                    let result = loss.on_device(&logits, &targets)?;
                     match reduction {
                         Reduction::None => assert_eq!(result.dims(), rows),
                         Reduction::Sum => assert_eq!(values(&result)?, [0.]),
@@ -334,8 +335,8 @@ fn empty_views() -> Result<()> {
                 targets = targets.narrow(1, 1, 1)?.squeeze(1)?;
                 check_targets(&targets, 2, None)?;
             }
-            smooth_targets(&targets, 2, &Smoothing::none())?;
-            let loss = loss.forward(&logits, &targets)?;
+            smooth_on_device(&targets, 2, &Smoothing::none())?;
+            let loss = loss.on_device(&logits, &targets)?;
             assert!(values(&loss)?[0].is_nan());
             assert!(loss.backward()?.get(&base).is_some());
         }
@@ -413,7 +414,7 @@ fn probabilities_with_everything() -> Result<()> {
         let expected: f64 = (0..3).map(|k| w[k] * q[k] * (lse - x[k])).sum::<f64>() + z * lse * lse;
         let loss =
             LabelSmoothingLoss::new(smoothing).with_class_weights(&tensor(&w)?)?.with_z_loss(z)?;
-        let ours = loss.forward(&tensor(&x)?, &tensor(&p)?)?;
+        let ours = loss.on_device(&tensor(&x)?, &tensor(&p)?)?;
         assert_relative_eq!(ours.to_scalar::<f64>()?, expected, max_relative = 1e-14);
         let stock = reference::forward(&loss, &tensor(&x)?, &tensor(&p)?)?;
         assert_relative_eq!(stock.to_scalar::<f64>()?, expected, max_relative = 1e-14);
@@ -491,7 +492,7 @@ fn many_rows() -> Result<()> {
     let labels = random_labels(&[1_000_000], 2, 2)?;
     let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?);
     for loss in [loss.clone(), loss.with_ignore_index(1)] {
-        let ours = loss.forward(&logits, &labels)?.to_scalar::<f32>()?;
+        let ours = loss.on_device(&logits, &labels)?.to_scalar::<f32>()?;
         let exact = reference::forward(&loss, &logits.to_dtype(DType::F64)?, &labels)?;
         assert_relative_eq!(f64::from(ours), exact.to_scalar::<f64>()?, max_relative = 1e-7);
     }

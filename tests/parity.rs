@@ -9,12 +9,16 @@
 //! `cargo test --test parity -- --nocapture` prints the worst error of each dtype as a share of its
 //! tolerance.
 
+mod common;
+
 use std::collections::{BTreeSet, HashMap};
 use std::error::Error;
 
 use approx::abs_diff_eq;
 use candle_core::{DType, Device, Tensor, Var};
 use candle_label_smoothing::{LabelSmoothingLoss, Reduction, Smoothing};
+
+use common::OnDevice;
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
@@ -331,7 +335,7 @@ fn fused(
     logits: &Tensor,
     targets: &Tensor,
 ) -> candle_label_smoothing::Result<Tensor> {
-    loss.forward(logits, targets)
+    loss.on_device(logits, targets)
 }
 
 /// Every case of a table, in every dtype of the logits and of the targets.
@@ -340,7 +344,7 @@ fn run(table: &str) -> Result<()> {
     let (mut wrong, mut worst, mut count) = (Vec::new(), Worst::default(), 0);
     for case in cases(&file)?.iter().filter(|c| c.table() == table) {
         count += 1;
-        for dtype in FLOATS {
+        for dtype in common::dtypes() {
             for targets in targets(tensor(&file, case.need("targets")?)?)? {
                 let label = format!("{} with {dtype:?} and {:?}", case.name, targets.dtype());
                 match compare(&file, case, fused, dtype, &targets, &label, &mut worst) {
@@ -428,7 +432,7 @@ mod literals {
         for smoothing in
             [Smoothing::none(), Smoothing::over_all(0.0)?, Smoothing::over_others(0.0)?]
         {
-            let loss = LabelSmoothingLoss::new(smoothing).forward(&logits, &targets)?;
+            let loss = LabelSmoothingLoss::new(smoothing).on_device(&logits, &targets)?;
             let loss = loss.to_scalar::<f64>()?;
             assert!(abs_diff_eq!(loss, 1.1312, epsilon = 0.5e-4), "{loss}");
         }
@@ -459,7 +463,7 @@ mod literals {
             [0.0035581, 0.1792296, -0.0074167, -0.1233234, -0.0520476],
         ];
         let logits = Var::from_tensor(&logits)?;
-        let loss = LabelSmoothingLoss::new(Smoothing::none()).forward(&logits, &targets)?;
+        let loss = LabelSmoothingLoss::new(Smoothing::none()).on_device(&logits, &targets)?;
         let gradients = loss.backward()?;
         let loss = loss.to_scalar::<f64>()?;
         assert!(abs_diff_eq!(loss, 1.9889611, epsilon = 2.0 * f64::from(f32::EPSILON)), "{loss}");
@@ -483,7 +487,7 @@ mod literals {
             &Device::Cpu,
         )?;
         let targets = Tensor::new(&[2u32, 0, 4, 1], &Device::Cpu)?;
-        let loss = LabelSmoothingLoss::new(Smoothing::none()).forward(&logits, &targets)?;
+        let loss = LabelSmoothingLoss::new(Smoothing::none()).on_device(&logits, &targets)?;
         let loss = loss.to_scalar::<f64>()?;
         assert!(abs_diff_eq!(loss, 1.354197, epsilon = 0.5e-6), "{loss}");
         Ok(())

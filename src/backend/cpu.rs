@@ -17,7 +17,7 @@ mod vector;
 
 pub(crate) use operands::check_labels;
 
-use super::Problem;
+use super::{Forward, Problem, Reduce};
 use crate::error::{Error, Result};
 use block::{
     Partial, ROWS, RowGradient, RowSums, gradient_of_class, gradient_of_equals, gradient_of_row,
@@ -36,26 +36,19 @@ use vector::{Kernel, Real, dispatch};
 /// Up to so many classes, several rows are worked on side by side.
 const FEW_CLASSES: usize = 32;
 
-/// What the forward kernel gives; `op::RowLosses` says what each is.
-pub(crate) struct Forward {
-    pub losses: CpuStorage,
-    pub weights: Option<CpuStorage>,
-    pub statistics: Option<CpuStorage>,
-}
-
-/// The forward kernel: every row's loss.
+/// The forward kernel: every row's loss, or their sum.
 pub(crate) fn forward(
     problem: &Problem,
     logits: Operand,
     targets: Operand,
-    weights: bool,
+    reduce: Reduce,
     statistics: bool,
-) -> Result<Forward> {
+) -> Result<Forward<CpuStorage>> {
     match logits.0.dtype() {
-        DType::BF16 => forward_of::<bf16>(problem, logits, targets, weights, statistics),
-        DType::F16 => forward_of::<f16>(problem, logits, targets, weights, statistics),
-        DType::F32 => forward_of::<f32>(problem, logits, targets, weights, statistics),
-        DType::F64 => forward_of::<f64>(problem, logits, targets, weights, statistics),
+        DType::BF16 => forward_of::<bf16>(problem, logits, targets, reduce, statistics),
+        DType::F16 => forward_of::<f16>(problem, logits, targets, reduce, statistics),
+        DType::F32 => forward_of::<f32>(problem, logits, targets, reduce, statistics),
+        DType::F64 => forward_of::<f64>(problem, logits, targets, reduce, statistics),
         dtype => Err(Error::LogitsDType { dtype }),
     }
 }
@@ -64,9 +57,9 @@ fn forward_of<T: Element>(
     problem: &Problem,
     logits: Operand,
     targets: Operand,
-    weights: bool,
+    reduce: Reduce,
     statistics: bool,
-) -> Result<Forward> {
+) -> Result<Forward<CpuStorage>> {
     let num_classes = problem.num_classes;
     // With few classes a row is too short to work on alone.
     let along = match num_classes {
@@ -144,23 +137,33 @@ fn forward_of<T: Element>(
         });
     }
 
-    let weights = match weights {
-        true => {
-            let mut weights = filled(num_rows)?;
-            split([&mut weights], BLOCK, 1, &|first, [weights]| {
-                for (i, weight) in weights.iter_mut().enumerate() {
-                    *weight = targets.weight(first + i);
-                }
-            });
-            Some(T::Real::to_cpu_storage_owned(weights))
-        }
-        false => None,
+    let divisor = match reduce {
+        Reduce::No => None,
+        Reduce::DividedBy(divisor) => Some(divisor),
+        Reduce::DividedByWeights => Some(added_up(num_rows, |row| targets.weight(row).to_f64())),
     };
+    if let Some(divisor) = divisor {
+        let result = added_up(num_rows, |row| losses[row].to_f64()) / divisor;
+        losses = vec![T::Real::from_f64(result)];
+    }
+    let weighted = matches!(reduce, Reduce::DividedByWeights);
     Ok(Forward {
-        losses: T::Real::to_cpu_storage_owned(losses),
-        weights,
+        result: T::Real::to_cpu_storage_owned(losses),
+        divisor: divisor.filter(|_| weighted).map(|sum| CpuStorage::F64(vec![sum])),
         statistics: statistics.then(|| T::Real::to_cpu_storage_owned(of_rows)),
     })
+}
+
+/// The sum of a number a row, in f64: a million losses added up in f32 would lose half their digits. In
+/// several sums side by side, which need not wait for each other.
+fn added_up(num_rows: usize, of_row: impl Fn(usize) -> f64) -> f64 {
+    let mut sums = [0.; 8];
+    for first in (0..num_rows).step_by(sums.len()) {
+        for (row, sum) in (first..num_rows).zip(&mut sums) {
+            *sum += of_row(row);
+        }
+    }
+    sums.iter().sum()
 }
 
 /// Reads a range of the classes of some rows once, and emits what it says of each row.

@@ -2,11 +2,88 @@
 #![allow(dead_code, reason = "each test file uses its own part")]
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use candle_label_smoothing::{LabelSmoothingLoss, Reduction, Smoothing};
+use candle_label_smoothing::{LabelSmoothingLoss, Reduction, Smoothing, smooth_targets};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
+use std::io::Write;
+use std::sync::LazyLock;
 
 pub const CPU: Device = Device::Cpu;
+
+/// Whether this is the test `gpu`, which runs the other tests' code on a GPU.
+fn is_gpu_test() -> bool {
+    option_env!("CARGO_CRATE_NAME") == Some("gpu")
+}
+
+/// Where the loss is computed: on the CPU, but for the test `gpu`, which ends here if there is no GPU.
+pub fn device() -> &'static Device {
+    static DEVICE: LazyLock<Device> = LazyLock::new(|| {
+        let device = match is_gpu_test() {
+            false => Ok(CPU),
+            true if cfg!(feature = "metal") => Device::new_metal(0),
+            true => Device::new_cuda(0),
+        };
+        device.unwrap_or_else(|error| {
+            // Past the test harness, which shows what is printed by failing tests only.
+            let _ = writeln!(std::io::stderr(), "skipped, as there is no GPU: {error}");
+            std::process::exit(0)
+        })
+    });
+    &DEVICE
+}
+
+/// The dtypes of logits that the device has.
+pub fn dtypes() -> Vec<DType> {
+    let all = [DType::F64, DType::F32, DType::F16, DType::BF16];
+    all.into_iter().filter(|dtype| !device().is_metal() || *dtype != DType::F64).collect()
+}
+
+/// Checks that two ways to the same numbers lead to the same bits. A GPU's kernels group numbers as they
+/// lie in memory, so there they may differ by some roundings of terms that are below ten, and a half type by
+/// one of its own.
+pub fn assert_same(name: &str, dtype: DType, ours: &[f64], theirs: &[f64]) {
+    let (roundings, ulp) = match dtype {
+        _ if !is_gpu_test() && !cfg!(emulator) => (0., 0.),
+        DType::F64 => (1e-14, 0.),
+        DType::F16 => (4e-6, 2f64.powi(-10)),
+        DType::BF16 => (4e-6, 2f64.powi(-7)),
+        _ => (4e-6, 0.),
+    };
+    assert_eq!(ours.len(), theirs.len(), "{name}");
+    for (ours, theirs) in ours.iter().zip(theirs) {
+        let close = (ours - theirs).abs() <= roundings + ulp * theirs.abs();
+        assert!(close || ours == theirs, "{name}: {ours} and {theirs}");
+    }
+}
+
+/// The loss on the device under test, of tensors on the CPU and back to there.
+pub trait OnDevice {
+    fn on_device(
+        &self,
+        logits: &Tensor,
+        targets: &Tensor,
+    ) -> candle_label_smoothing::Result<Tensor>;
+}
+
+impl OnDevice for LabelSmoothingLoss {
+    fn on_device(
+        &self,
+        logits: &Tensor,
+        targets: &Tensor,
+    ) -> candle_label_smoothing::Result<Tensor> {
+        let (logits, targets) = (logits.to_device(device())?, targets.to_device(device())?);
+        Ok(self.forward(&logits, &targets)?.to_device(&CPU)?)
+    }
+}
+
+/// `smooth_targets`, likewise.
+pub fn smooth_on_device(
+    labels: &Tensor,
+    num_classes: usize,
+    smoothing: &Smoothing,
+) -> candle_label_smoothing::Result<Tensor> {
+    Ok(smooth_targets(&labels.to_device(device())?, num_classes, smoothing)?.to_device(&CPU)?)
+}
 
 /// Uniform numbers from −`range` to `range`, f64.
 pub fn random(dims: &[usize], range: f64, seed: u64) -> Result<Tensor> {
@@ -46,7 +123,7 @@ pub struct Case {
 impl Case {
     /// The scalar Σ u·loss with fixed upstream gradients u, and the gradient of the logits.
     pub fn run(&self, dtype: DType) -> Result<(Tensor, Tensor)> {
-        self.run_with(dtype, |logits, targets| Ok(self.loss.forward(logits, targets)?))
+        self.run_with(dtype, |logits, targets| Ok(self.loss.on_device(logits, targets)?))
     }
 
     /// The same by stock ops.

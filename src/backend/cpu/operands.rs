@@ -3,7 +3,7 @@
 use super::element::Element;
 use super::parallel::{BLOCK, filled, split};
 use super::vector::Real;
-use crate::backend::{Coefficient, Coefficients, Problem, Rows};
+use crate::backend::{self, Coefficient, Coefficients, Problem, Rows, check_layout};
 use crate::error::{Error, Result};
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, Layout, Storage, StorageRef};
@@ -12,7 +12,7 @@ use half::{bf16, f16};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// A tensor's numbers and where they lie.
-pub(super) type Operand<'a> = (&'a CpuStorage, &'a Layout);
+pub(super) type Operand<'a> = backend::Operand<'a, CpuStorage>;
 
 /// A stretch of elements along one dimension, from the given row and class on.
 #[derive(Clone, Copy)]
@@ -186,23 +186,6 @@ fn copy_f16<A: Real>(values: &[f16], start: usize, stride: usize, out: &mut [A])
     let floats = &mut floats[..out.len()];
     block.convert_to_f32_slice(floats);
     out.iter_mut().zip(floats).for_each(|(out, &mut value)| *out = A::from_f32(value));
-}
-
-/// Checks that a layout stays inside its storage: the kernels index by it.
-fn check_layout(layout: &Layout, len: usize) -> Result<()> {
-    let dims = || layout.dims().iter().zip(layout.stride());
-    let last = dims().try_fold(layout.start_offset(), |last, (&len, &stride)| {
-        last.checked_add(len.saturating_sub(1).checked_mul(stride)?)
-    });
-    if dims().all(|(&len, _)| len > 0) && last.is_none_or(|last| last >= len) {
-        return Err(Error::Layout {
-            shape: layout.dims().to_vec(),
-            stride: layout.stride().to_vec(),
-            offset: layout.start_offset(),
-            len,
-        });
-    }
-    Ok(())
 }
 
 /// The targets and their coefficients r.

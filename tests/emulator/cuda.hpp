@@ -1,0 +1,39 @@
+// As much of CUDA as the kernels use.
+#pragma once
+#include "device.hpp"
+#include <cmath>
+
+#define __global__ static
+#define __device__
+#define __launch_bounds__(threads)
+#define __shared__ static thread_local
+#define __grid_constant__
+#define __restrict__
+#define threadIdx (device::Index{device::block.thread()})
+#define blockIdx (device::Index{device::block.block_index})
+#define blockDim (device::Index{device::block.num_threads})
+#define gridDim (device::Index{device::block.num_blocks})
+
+#define __syncthreads() barrier(__LINE__)
+inline void barrier(unsigned line) {
+  device::Block &block = device::block;
+  if (line != block.manner.without_barrier) block.wait(block.barrier, line);
+}
+// Each exchange has a place of its own, so that lanes that meet at different ones are found.
+#define __shfl_xor_sync(mask, value, by) exchange(mask, value, by, __COUNTER__)
+template <class T> T exchange(unsigned mask, T value, unsigned by, unsigned place) {
+  if (mask != ~0u) device::fail("an exchange between some lanes only");
+  return device::block.exchange(value, device::block.lane() ^ by, place << 5 | by);
+}
+
+inline float __uint_as_float(unsigned bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+inline unsigned __float_as_uint(float value) {
+  unsigned bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+template <class T> T min(T a, T b) { return a < b ? a : b; }

@@ -1,0 +1,221 @@
+// A GPU for tests: runs a kernel's blocks one after the other on the calling thread.
+//
+// Every thread of a block runs until it ends or has to wait for others, at a barrier or at an exchange
+// between the lanes of its warp; then the next one runs, on a stack of its own. So a kernel that lacks a
+// barrier does the wrong thing in at least one of the orders, the same in every run. What would hang a
+// device, or is undefined there, ends the program with a message.
+#pragma once
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <utility>
+#include <vector>
+#include <ucontext.h>
+
+namespace device {
+
+constexpr unsigned WARP = 32, MOST_THREADS = 1024;
+
+// How a launch is to be emulated; `backend.rs` has the same struct.
+struct Manner {
+  // In which order threads run: 0 first to last, 1 last to first, else at random by this seed.
+  uint32_t order;
+  // The line of a barrier that is left out, or 0.
+  uint32_t without_barrier;
+};
+
+struct Index { unsigned x; };
+
+[[noreturn]] inline void fail(const char *what) {
+  fprintf(stderr, "emulator: %s\n", what);
+  abort();
+}
+
+// Threads that wait for each other at one place after another.
+struct Meeting {
+  unsigned size = 0, arrived = 0, ended = 0, rounds = 0, place = 0;
+
+  void arrive(unsigned at) {
+    if (arrived == 0) place = at;
+    if (place != at) fail("threads wait for each other at different places");
+    arrived++;
+    check();
+  }
+  void end() {
+    ended++;
+    check();
+  }
+  void check() {
+    if (arrived > 0 && arrived + ended >= size) {
+      if (ended > 0) fail("a thread has ended for which others wait");
+      arrived = 0;
+      rounds++;
+    }
+  }
+};
+
+struct Warp {
+  Meeting meeting;
+  // What the lanes offered in this round and in the last one, which slower lanes may still read.
+  uint64_t offered[2][WARP];
+};
+
+// A stack, and the thread that runs on it.
+struct Fiber {
+  static constexpr size_t STACK = 256 * 1024;
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[STACK]};
+  unsigned thread = 0;
+  // What the thread waits for.
+  const Meeting *waits = nullptr;
+  unsigned round = 0;
+};
+
+class Block {
+ public:
+  template <class Kernel>
+  void launch(unsigned blocks, unsigned threads, Manner how, const Kernel &kernel) {
+    if (threads == 0 || threads > MOST_THREADS) fail("a block of no or too many threads");
+    num_blocks = blocks;
+    num_threads = threads;
+    manner = how;
+    seed = how.order;
+    for (unsigned i = 0; i < blocks; i++) run(how.order == 1 ? blocks - 1 - i : i, kernel);
+  }
+
+  template <class Kernel> void run(unsigned block, const Kernel &kernel) {
+    block_index = block;
+    call = [](const void *kernel) { (*(const Kernel *)kernel)(); };
+    body = &kernel;
+    barrier = Meeting{num_threads};
+    for (unsigned w = 0; w * WARP < num_threads; w++) {
+      warps[w].meeting = Meeting{num_threads - w * WARP < WARP ? num_threads - w * WARP : WARP};
+    }
+    std::vector<unsigned> order(num_threads);
+    for (unsigned i = 0; i < num_threads; i++) order[i] = i;
+    arrange(order);
+    started = 0;
+    next = order.data();
+    // Each stack runs threads until one has to wait, then the next stack takes over.
+    while (started < num_threads) resume(idle());
+    while (!waiting.empty()) {
+      std::vector<Fiber *> now;
+      now.swap(waiting);
+      arrange(now);
+      bool any = false;
+      for (Fiber *fiber : now) {
+        if (fiber->waits->rounds == fiber->round) {
+          waiting.push_back(fiber);
+        } else {
+          any = true;
+          resume(fiber);
+        }
+      }
+      if (!any) fail("threads wait for each other for ever");
+    }
+  }
+
+  void wait(Meeting &meeting, unsigned place) {
+    Fiber *self = current;
+    self->waits = &meeting;
+    self->round = meeting.rounds;
+    meeting.arrive(place);
+    // The last to arrive need not wait.
+    if (meeting.rounds != self->round) return;
+    waiting.push_back(self);
+    swapcontext(&self->context, &scheduler);
+  }
+
+  template <class T> T exchange(T value, unsigned from, unsigned place) {
+    static_assert(sizeof(T) <= 8);
+    Warp &warp = warps[thread() / WARP];
+    auto &offered = warp.offered[warp.meeting.rounds % 2];
+    memcpy(&offered[thread() % WARP], &value, sizeof value);
+    wait(warp.meeting, place);
+    memcpy(&value, &offered[from % WARP], sizeof value);
+    return value;
+  }
+
+  unsigned thread() const { return current->thread; }
+  unsigned lane() const { return thread() % WARP; }
+
+  unsigned num_threads = 0, block_index = 0, num_blocks = 0;
+  Manner manner = {};
+  Meeting barrier;
+
+ private:
+  template <class T> void arrange(std::vector<T> &these) {
+    if (manner.order == 1) {
+      for (size_t i = 0; i < these.size() / 2; i++) std::swap(these[i], these[these.size() - 1 - i]);
+    } else if (manner.order > 1) {
+      for (size_t i = these.size(); i > 1; i--) {
+        seed = seed * 6364136223846793005u + 1442695040888963407u;
+        std::swap(these[i - 1], these[(seed >> 33) % i]);
+      }
+    }
+  }
+
+  Fiber *idle() {
+    if (unused.empty()) {
+      fibers.emplace_back(new Fiber);
+      return fibers.back().get();
+    }
+    Fiber *fiber = unused.back();
+    unused.pop_back();
+    return fiber;
+  }
+
+  // Goes on with a waiting thread, or begins with a new one.
+  void resume(Fiber *fiber) {
+    current = fiber;
+    if (fiber->waits == nullptr) {
+      getcontext(&fiber->context);
+      fiber->context.uc_stack.ss_sp = fiber->stack.get();
+      fiber->context.uc_stack.ss_size = Fiber::STACK;
+      fiber->context.uc_link = nullptr;
+      makecontext(&fiber->context, enter, 0);
+    }
+    swapcontext(&scheduler, &fiber->context);
+  }
+
+  static void enter();
+
+  void work() {
+    Fiber *self = current;
+    bool first = self->waits == nullptr;
+    while (first || started < num_threads) {
+      first = false;
+      self->thread = next[started++];
+      self->waits = nullptr;
+      call(body);
+      barrier.end();
+      warps[self->thread / WARP].meeting.end();
+      // One that has waited leaves the rest to the others, which may wait for it.
+      if (self->waits != nullptr) break;
+    }
+    self->waits = nullptr;
+    unused.push_back(self);
+    swapcontext(&self->context, &scheduler);
+    fail("a thread has ended twice");
+  }
+
+  Warp warps[MOST_THREADS / WARP];
+  std::vector<std::unique_ptr<Fiber>> fibers;
+  std::vector<Fiber *> unused, waiting;
+  ucontext_t scheduler;
+  Fiber *current = nullptr;
+  unsigned started = 0;
+  const unsigned *next = nullptr;
+  void (*call)(const void *) = nullptr;
+  const void *body = nullptr;
+  uint64_t seed = 0;
+};
+
+// The block that is running on this thread of the host, and its stacks for the next one.
+inline thread_local Block block;
+
+inline void Block::enter() { block.work(); }
+
+}  // namespace device

@@ -1,0 +1,21 @@
+//! The kernels of a GPU on the device itself, against the CPU's numbers, PyTorch's and stock ops':
+//! `cargo test --features cuda --test gpu`, or with `metal`. Without a GPU it is skipped, and a line says so.
+#![allow(clippy::duplicate_mod, reason = "each file of tests brings the common part along")]
+
+#[path = "../gradients.rs"]
+mod gradients;
+#[path = "../emulator/kernels.rs"]
+mod kernels;
+#[path = "../layouts.rs"]
+mod layouts;
+#[path = "../lengths.rs"]
+mod lengths;
+#[path = "../numerics.rs"]
+mod numerics;
+#[path = "../options.rs"]
+mod options;
+#[path = "../parity.rs"]
+mod parity;
+
+#[cfg(feature = "cuda")]
+mod cuda;
