@@ -19,8 +19,10 @@ pub(crate) mod cuda;
 #[cfg(emulator)]
 #[path = "../tests/emulator/backend.rs"]
 pub(crate) mod emulated;
-#[cfg(any(feature = "cuda", emulator))]
+#[cfg(any(feature = "cuda", feature = "metal", emulator))]
 mod gpu;
+#[cfg(feature = "metal")]
+pub(crate) mod metal;
 
 /// What works on tensors in the host's memory: in the tests of the GPU backends, their emulator.
 #[cfg(not(emulator))]
@@ -88,12 +90,11 @@ pub(crate) struct Forward<S> {
     pub statistics: Option<S>,
 }
 
-/// Checks that there is a backend for the device.
-pub(crate) fn check_device(device: &Device) -> Result<()> {
-    match device {
-        // Without the feature, candle has no such device.
-        Device::Cpu | Device::Cuda(_) => Ok(()),
-        Device::Metal(_) => Err(Error::MissingBackend { backend: "Metal" }),
+/// Checks that the device can compute with the tensor's dtype.
+pub(crate) fn check_dtype(what: &'static str, tensor: &Tensor) -> Result<()> {
+    match (tensor.device(), tensor.dtype()) {
+        (Device::Metal(_), DType::F64) => Err(Error::MetalF64 { what }),
+        _ => Ok(()),
     }
 }
 
@@ -192,7 +193,7 @@ impl Rows {
     }
 
     /// The merged dimensions, the innermost last; at least one.
-    #[cfg(any(feature = "cuda", emulator))]
+    #[cfg(any(feature = "cuda", feature = "metal", emulator))]
     pub fn dims(&self) -> impl Iterator<Item = Dim> {
         self.outer.iter().copied().chain([self.inner])
     }

@@ -188,13 +188,13 @@ pub enum Error {
         targets: DeviceLocation,
     },
 
-    /// The device is one that this crate has no kernels for yet.
+    /// Logits or targets in f64 on a Metal device.
     #[error(
-        "candle-label-smoothing has no {backend} backend yet: move the tensors to the CPU with to_device(&Device::Cpu)"
+        "the {what} have dtype F64, which Metal does not have: make them F32 before they go there, or use the CPU"
     )]
-    MissingBackend {
-        /// The name of the backend.
-        backend: &'static str,
+    MetalF64 {
+        /// The logits, or the targets.
+        what: &'static str,
     },
 
     /// A class target that is no class, on the CPU.

@@ -50,7 +50,8 @@
 //!
 //! # Devices
 //!
-//! The CPU, and with the feature `cuda` NVIDIA's GPUs. On a GPU nothing waits for the device, and a
+//! The CPU; with the feature `cuda` NVIDIA's GPUs; with the feature `metal` Apple's, which have no f64
+//! ([`Error::MetalF64`]). On a GPU nothing waits for the device, and a
 //! class target that is out of range makes its row's loss and gradient NaN where the CPU gives an error:
 //! [`check_targets`] finds it. The CPU adds up the rows' losses in f64, a GPU in the dtype of the
 //! arithmetic, with what rounding loses kept beside the sum. Results have the same bits in every run, on

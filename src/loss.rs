@@ -197,7 +197,8 @@ impl LabelSmoothingLoss {
         if on != targets_on {
             return Err(Error::DeviceMismatch { logits: on, targets: targets_on });
         }
-        backend::check_device(logits.device())?;
+        backend::check_dtype("logits", logits)?;
+        backend::check_dtype("targets", targets)?;
         self.check_targets_type(logits, targets, class_dim)?;
 
         let problem = Problem {

@@ -5,10 +5,14 @@
 
 #[cfg(feature = "cuda")]
 use crate::backend::cuda;
+#[cfg(feature = "metal")]
+use crate::backend::metal;
 use crate::backend::{self, Problem, Reduce, host, row_shape};
 use crate::error::Result;
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
+#[cfg(feature = "metal")]
+use candle_core::MetalStorage;
 use candle_core::backend::BackendStorage;
 use candle_core::op::BackpropOp;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Shape, Storage, Tensor};
@@ -135,6 +139,20 @@ impl CustomOp2 for Forward<'_> {
         let out = cuda::forward(problem, logits, targets, *reduce, *wants_statistics)?;
         Ok(self.keep(out, logits_layout, Storage::Cuda))
     }
+
+    #[cfg(feature = "metal")]
+    fn metal_fwd(
+        &self,
+        logits: &MetalStorage,
+        logits_layout: &Layout,
+        targets: &MetalStorage,
+        targets_layout: &Layout,
+    ) -> candle_core::Result<(MetalStorage, Shape)> {
+        let (logits, targets) = ((logits, logits_layout), (targets, targets_layout));
+        let Self { problem, reduce, wants_statistics, .. } = self;
+        let out = metal::forward(problem, logits, targets, *reduce, *wants_statistics)?;
+        Ok(self.keep(out, logits_layout, Storage::Metal))
+    }
 }
 
 /// The node of the graph. Its forward hands over the result that was computed before.
@@ -170,6 +188,17 @@ impl CustomOp2 for Loss {
         result: &CudaStorage,
         layout: &Layout,
     ) -> candle_core::Result<(CudaStorage, Shape)> {
+        Ok((result.try_clone(layout)?, layout.shape().clone()))
+    }
+
+    #[cfg(feature = "metal")]
+    fn metal_fwd(
+        &self,
+        _: &MetalStorage,
+        _: &Layout,
+        result: &MetalStorage,
+        layout: &Layout,
+    ) -> candle_core::Result<(MetalStorage, Shape)> {
         Ok((result.try_clone(layout)?, layout.shape().clone()))
     }
 
@@ -253,6 +282,26 @@ impl CustomOp3 for Backward<'_> {
         )?;
         Ok((gradient, logits_layout.shape().clone()))
     }
+
+    #[cfg(feature = "metal")]
+    fn metal_fwd(
+        &self,
+        logits: &MetalStorage,
+        logits_layout: &Layout,
+        targets: &MetalStorage,
+        targets_layout: &Layout,
+        upstream: &MetalStorage,
+        upstream_layout: &Layout,
+    ) -> candle_core::Result<(MetalStorage, Shape)> {
+        let gradient = metal::backward(
+            self.problem,
+            (logits, logits_layout),
+            (targets, targets_layout),
+            (upstream, upstream_layout),
+            self.statistics,
+        )?;
+        Ok((gradient, logits_layout.shape().clone()))
+    }
 }
 
 /// Smoothed targets: labels in, f32 distributions out.
@@ -289,5 +338,14 @@ impl CustomOp1 for Smooth {
         layout: &Layout,
     ) -> candle_core::Result<(CudaStorage, Shape)> {
         Ok((cuda::smooth(&self.problem, (labels, layout))?, self.shape(layout)))
+    }
+
+    #[cfg(feature = "metal")]
+    fn metal_fwd(
+        &self,
+        labels: &MetalStorage,
+        layout: &Layout,
+    ) -> candle_core::Result<(MetalStorage, Shape)> {
+        Ok((metal::smooth(&self.problem, (labels, layout))?, self.shape(layout)))
     }
 }

@@ -237,7 +237,7 @@ pub fn smooth_targets(
         return Err(Error::NoClasses { shape: [labels.dims(), &[0]].concat() });
     }
     smoothing.check(num_classes)?;
-    backend::check_device(labels.device())?;
+    backend::check_dtype("labels", labels)?;
     let labels = backend::readable_targets(labels)?;
     if labels.dtype().is_float() && labels.dim(D::Minus1).ok() != Some(num_classes) {
         return Err(Error::ProbabilityLabelsShape {

@@ -329,8 +329,8 @@ fn everything_is_send_and_sync() {
 /// Without the devices themselves, all that can be seen here is what the messages say.
 #[test]
 fn devices_are_named() {
-    let missing = Error::MissingBackend { backend: "Metal" };
-    assert_error(Err::<(), _>(missing), &["no Metal backend", "to_device"]);
+    let double = Error::MetalF64 { what: "logits" };
+    assert_error(Err::<(), _>(double), &["logits", "F64", "Metal", "F32", "CPU"]);
     let mismatch = Error::DeviceMismatch {
         logits: DeviceLocation::Cuda { gpu_id: 0 },
         targets: DeviceLocation::Cpu,

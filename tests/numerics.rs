@@ -176,6 +176,45 @@ fn masked_classes() -> Result<()> {
     Ok(())
 }
 
+/// An infinite loss makes the sum and the mean infinite, whichever row it is.
+#[test]
+fn one_infinite_loss_among_many() -> Result<()> {
+    let num_rows = 9000;
+    for row in [0, 1, 100, 255, 256, 257, 4095, 4096, 5000, num_rows - 1] {
+        for dtype in [DType::F32, DType::F64] {
+            let mut logits = vec![0.5; num_rows * 2];
+            logits[row * 2] = -INF;
+            let logits = Tensor::from_vec(logits, (num_rows, 2), &CPU)?.to_dtype(dtype)?;
+            let labels = Tensor::zeros(num_rows, DType::U32, &CPU)?;
+            for reduction in [Reduction::Sum, Reduction::Mean] {
+                let loss = LabelSmoothingLoss::new(Smoothing::none()).with_reduction(reduction);
+                for loss in [loss.clone(), loss.with_ignore_index(1)] {
+                    let loss = loss.on_device(&logits, &labels)?;
+                    assert_eq!(values(&loss)?, [INF], "row {row} {dtype:?} {reduction:?}");
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A mean is in range where the losses are, though their sum is not.
+#[test]
+fn the_mean_of_enormous_losses() -> Result<()> {
+    let row = [f32::MIN, 1., 2., f32::MIN];
+    let expected = 0.1 / 4. * 2. * -f64::from(f32::MIN);
+    for num_rows in [1, 3, 64, 5000, 9000] {
+        let logits = Tensor::new(&row, &CPU)?.broadcast_as((num_rows, 4))?;
+        let labels = Tensor::ones(num_rows, DType::U32, &CPU)?;
+        let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?);
+        for loss in [loss.clone(), loss.with_ignore_index(0)] {
+            let loss = loss.on_device(&logits, &labels)?;
+            assert_relative_eq!(values(&loss)?[0], expected, max_relative = 1e-6);
+        }
+    }
+    Ok(())
+}
+
 /// Classes masked with the lowest number of the dtype, as transformers do where −inf would be trouble.
 /// Smoothing makes the loss enormous, but it is in range, and the gradient is what it always is.
 #[test]

@@ -3,7 +3,7 @@
 
 pub(crate) use super::gpu::{backward, forward, smooth};
 
-use super::gpu::{Buffer, Gpu, Kernel, Kind};
+use super::gpu::{Buffer, Gpu, Kernel, Kind, Limits};
 use candle_core::cuda_backend::cudarc::driver::{DeviceRepr, LaunchConfig, PushKernelArg};
 use candle_core::cuda_backend::cudarc::nvrtc::{CompileOptions, compile_ptx_with_opts};
 use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
@@ -36,8 +36,9 @@ macro_rules! of_slice {
 }
 
 impl Gpu for CudaStorage {
-    fn most_groups() -> usize {
-        i32::MAX as usize
+    /// The same on every device.
+    fn limits(_: &CudaDevice, _: Kernel) -> Result<Limits> {
+        Ok(Limits { groups: i32::MAX as usize, threads: 1024, warp: 32 })
     }
 
     fn len(&self) -> usize {

@@ -20,8 +20,8 @@ use std::fmt::Write;
 
 /// A device's memory, and the way to run a kernel on it.
 pub(crate) trait Gpu: BackendStorage<Device: BackendDevice<Storage = Self>> {
-    /// How many groups of threads one launch may have.
-    fn most_groups() -> usize;
+    /// What a launch of the kernel may have.
+    fn limits(device: &Self::Device, kernel: Kernel) -> candle_core::Result<Limits>;
 
     /// How many elements there are.
     fn len(&self) -> usize;
@@ -47,6 +47,17 @@ pub(crate) trait Gpu: BackendStorage<Device: BackendDevice<Storage = Self>> {
         buffers: &mut [Buffer<Self>],
         params: &P,
     ) -> candle_core::Result<()>;
+}
+
+/// What a device can do at once.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limits {
+    /// Groups of threads of a launch, at most.
+    pub groups: usize,
+    /// Threads of a group, at most.
+    pub threads: usize,
+    /// Threads that exchange values directly: a warp, or a simdgroup. A power of two.
+    pub warp: usize,
 }
 
 /// What a kernel gets for one of its pointers.
@@ -75,7 +86,7 @@ pub(crate) struct Kind {
     per_class: bool,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Kernel {
     pub name: &'static str,
     pub kind: Kind,
@@ -171,6 +182,8 @@ struct Reduction<A> {
     weighted: u32,
     divides: u32,
     divisor: A,
+    scale: A,
+    unscale: A,
 }
 
 /// Numbers of a row's part: maximum, Σ exp, Σ r, and Σ r·(x − maximum).
@@ -214,8 +227,6 @@ impl View {
 
 /// Threads of a group, at most: `THREADS` in the source.
 const THREADS: usize = 256;
-/// Threads that exchange values directly; groups consist of whole warps.
-const WARP: usize = 32;
 /// Bytes of the widest access.
 const ACCESS: usize = 16;
 /// Tasks that keep every processor of a large GPU busy. A forward kernel with more than one for each row
@@ -226,32 +237,52 @@ const TASKS_BACKWARD: usize = 2048;
 const PACKS_PER_LANE: usize = 2;
 const STRIDED_PER_LANE: usize = 8;
 const PACKS_PER_TASK: usize = 4;
+/// Values that one lane adds up one after the other, at most, for the sake of their digits.
+const MOST_STRIDED_PER_LANE: usize = 512;
 /// Rows that one group adds up.
 const PIECE: usize = 4096;
 
+impl Limits {
+    /// Threads of a group, at most: a power of two, and so whole warps.
+    fn most_threads(self) -> usize {
+        1 << self.threads.clamp(self.warp, THREADS).ilog2()
+    }
+}
+
 impl<A> Params<A> {
     /// Shares the rows between groups of threads, and gives back how many there are of either.
-    fn share<S: Gpu>(&mut self, logits: DType, along_rows: bool, tasks: usize) -> (usize, usize) {
+    fn share(
+        &mut self,
+        limits: Limits,
+        logits: DType,
+        along_rows: bool,
+        tasks: usize,
+    ) -> (usize, usize) {
+        let most_threads = limits.most_threads();
         let (num_rows, range) = (self.num_rows as usize, self.range as usize);
         let (pack, lanes) = match along_rows {
             false => {
                 let pack = ACCESS / logits.size_in_bytes();
-                (pack, range.div_ceil(PACKS_PER_LANE * pack).min(THREADS))
+                (pack, range.div_ceil(PACKS_PER_LANE * pack).min(most_threads))
             }
             // Fewer, so that a warp reads one stretch of a class.
-            true => (1, range.div_ceil(STRIDED_PER_LANE).min(THREADS / WARP)),
+            true => (1, range.div_ceil(STRIDED_PER_LANE).min(most_threads / limits.warp)),
         };
         let lanes = lanes.next_power_of_two();
         let threads = match num_rows.checked_next_power_of_two() {
-            Some(rows) if rows < THREADS => (rows * lanes).clamp(WARP, THREADS),
-            _ => THREADS,
+            Some(rows) if rows < most_threads => (rows * lanes).clamp(limits.warp, most_threads),
+            _ => most_threads,
         };
         let groups = num_rows.div_ceil(threads / lanes);
         let least = match along_rows {
             false => PACKS_PER_TASK * pack * lanes,
             true => PACKS_PER_TASK * STRIDED_PER_LANE * lanes,
         };
-        let segments = tasks.div_ceil(groups.max(1)).min(range.div_ceil(least)).max(1);
+        let fewest = match along_rows {
+            false => 1,
+            true => range.div_ceil(MOST_STRIDED_PER_LANE * lanes).max(1),
+        };
+        let segments = tasks.div_ceil(groups.max(1)).min(range.div_ceil(least)).max(fewest);
         // Segments of whole packs.
         let segment = range.div_ceil(segments).next_multiple_of(pack * lanes).max(1);
 
@@ -259,7 +290,7 @@ impl<A> Params<A> {
         self.lanes = lanes as u32;
         self.segment = segment as u64;
         self.segments = range.div_ceil(segment).max(1) as u64;
-        (groups.saturating_mul(self.segments as usize).min(S::most_groups()), threads)
+        (groups.saturating_mul(self.segments as usize).min(limits.groups), threads)
     }
 }
 
@@ -283,10 +314,21 @@ fn own<S: Gpu>(storage: &Storage) -> Result<&S> {
     })
 }
 
+/// Checks what a kernel reads without a view: that it is in the dtype of the arithmetic, and all there.
+fn check_numbers<S: Gpu>(what: &str, numbers: &S, dtype: DType, len: usize) -> Result<()> {
+    if numbers.dtype() == dtype && numbers.len() >= len {
+        return Ok(());
+    }
+    let (found, there) = (numbers.dtype(), numbers.len());
+    let message = format!("{there} {what} in {found:?} were given, expected {len} in {dtype:?}");
+    Err(candle_core::Error::Msg(message).into())
+}
+
 impl<'a, A: WithDType + Default, S: Gpu> Job<'a, A, S> {
-    /// Of the given kind of logits, which need not exist; `row_dims` is the shape of the rows.
+    /// For logits of the dtype, contiguous and whole until the parameters say otherwise.
     fn new(
         problem: &'a Problem,
+        device: &'a S::Device,
         logits: DType,
         targets: Operand<'a, S>,
         num_rows: usize,
@@ -315,7 +357,7 @@ impl<'a, A: WithDType + Default, S: Gpu> Job<'a, A, S> {
             Coefficients::PerClass(table) => Some(table.storage_and_layout().0),
         };
         let kind = Kind { logits, targets: targets.0.dtype(), per_class: table.is_some() };
-        Ok(Self { device: targets.0.device(), kind, targets: targets.0, table, params })
+        Ok(Self { device, kind, targets: targets.0, table, params })
     }
 
     fn kernel(&self, name: &'static str) -> Kernel {
@@ -323,7 +365,12 @@ impl<'a, A: WithDType + Default, S: Gpu> Job<'a, A, S> {
     }
 
     fn table(&self) -> Result<Buffer<'_, S>> {
-        Ok(Buffer::maybe_in(self.table.as_deref().map(own::<S>).transpose()?))
+        let Some(table) = &self.table else {
+            return Ok(Buffer::Unused);
+        };
+        let table = own::<S>(table)?;
+        check_numbers("coefficients", table, A::DTYPE, 4 * self.params.num_classes as usize)?;
+        Ok(Buffer::In(table))
     }
 
     fn alloc(&self, len: usize) -> Result<S> {
@@ -332,11 +379,12 @@ impl<'a, A: WithDType + Default, S: Gpu> Job<'a, A, S> {
 
     /// Every row's losses, and whatever else there is room for.
     fn forward(&mut self, logits: &S, out: &mut RowResults<S>) -> Result<()> {
-        let along_rows = self.params.logits.is_along_rows();
-        let size = self.params.share::<S>(self.kind.logits, along_rows, TASKS_FORWARD);
         if self.params.num_rows == 0 {
             return Ok(());
         }
+        let along_rows = self.params.logits.is_along_rows();
+        let limits = S::limits(self.device, self.kernel("forward"))?;
+        let size = self.params.share(limits, self.kind.logits, along_rows, TASKS_FORWARD);
         self.params.wants_weights = out.weights.is_some().into();
         self.params.wants_statistics = out.statistics.is_some().into();
         if self.params.segments == 1 {
@@ -378,10 +426,13 @@ impl<'a, A: WithDType + Default, S: Gpu> Job<'a, A, S> {
 
     /// The results from the parts of each row.
     fn finish(&self, parts: &S, out: &mut RowResults<S>) -> Result<()> {
-        let lanes = (self.params.num_parts as usize).min(WARP).next_power_of_two();
+        let kernel = self.kernel("finish");
+        let limits = S::limits(self.device, kernel)?;
+        let threads = limits.most_threads();
+        let lanes = (self.params.num_parts as usize).min(limits.warp).next_power_of_two();
         let params = Params { lanes: lanes as u32, along_rows: 0, segments: 1, ..self.params };
-        let groups = (self.params.num_rows as usize).div_ceil(THREADS / lanes);
-        let size = (groups.min(S::most_groups()), THREADS);
+        let groups = (self.params.num_rows as usize).div_ceil(threads / lanes);
+        let size = (groups.min(limits.groups), threads);
         let mut buffers = [
             Buffer::In(self.targets),
             self.table()?,
@@ -391,7 +442,7 @@ impl<'a, A: WithDType + Default, S: Gpu> Job<'a, A, S> {
             Buffer::maybe_out(&mut out.statistics),
         ];
         // SAFETY: as for `forward`; there are `num_parts` parts.
-        unsafe { S::launch(self.device, self.kernel("finish"), size, &mut buffers, &params)? };
+        unsafe { S::launch(self.device, kernel, size, &mut buffers, &params)? };
         Ok(())
     }
 
@@ -407,7 +458,9 @@ impl<'a, A: WithDType + Default, S: Gpu> Job<'a, A, S> {
             return Ok(());
         }
         let along_rows = self.params.positions > 1;
-        let size = self.params.share::<S>(self.kind.logits, along_rows, TASKS_BACKWARD);
+        let kernel = self.kernel("backward");
+        let limits = S::limits(self.device, kernel)?;
+        let size = self.params.share(limits, self.kind.logits, along_rows, TASKS_BACKWARD);
         let mut buffers = [
             Buffer::In(logits),
             Buffer::In(self.targets),
@@ -416,7 +469,6 @@ impl<'a, A: WithDType + Default, S: Gpu> Job<'a, A, S> {
             Buffer::In(statistics),
             Buffer::Out(gradient),
         ];
-        let kernel = self.kernel("backward");
         // SAFETY: as for `forward`; the gradient has an element for each logit, and there are three
         // statistics for each row.
         unsafe { S::launch(self.device, kernel, size, &mut buffers, &self.params)? };
@@ -424,17 +476,35 @@ impl<'a, A: WithDType + Default, S: Gpu> Job<'a, A, S> {
     }
 
     /// The sum of the losses, divided, and what it was divided by if that is the sum of the weights.
-    fn reduce(&self, rows: RowResults<S>, divisor: f64) -> Result<(S, Option<S>)> {
+    fn reduce(&self, rows: RowResults<S>, reduce: Reduce) -> Result<(S, Option<S>)> {
+        let (divisor, mean) = match reduce {
+            // Nothing to add up.
+            Reduce::No => return Ok((rows.losses, None)),
+            Reduce::DividedBy(divisor) => (divisor, divisor != 1.),
+            // The weights' sum takes the number's place.
+            Reduce::DividedByWeights => (1., true),
+        };
         let RowResults { mut losses, mut weights, .. } = rows;
+        let kernel = self.kernel("reduce");
+        let limits = S::limits(self.device, kernel)?;
+        // More groups than a launch may have cannot be left to others: pieces are as large as it takes.
+        let piece = PIECE.max((self.params.num_rows as usize).div_ceil(limits.groups));
         let mut len = self.params.num_rows as usize;
+        let mut scale = match mean {
+            true => 1. / len.max(1).next_power_of_two() as f64,
+            false => 1.,
+        };
+        let unscale = A::from_f64(1. / scale);
         loop {
-            let groups = len.div_ceil(PIECE).max(1);
+            let groups = len.div_ceil(piece).max(1);
             let params = Reduction {
                 len: len as u64,
-                piece: PIECE as u64,
+                piece: piece as u64,
                 weighted: weights.is_some().into(),
                 divides: (groups == 1).into(),
                 divisor: A::from_f64(divisor),
+                scale: A::from_f64(scale),
+                unscale,
             };
             let mut sums = self.alloc(groups)?;
             let mut sums_of_weights = weights.as_ref().map(|_| self.alloc(groups)).transpose()?;
@@ -444,14 +514,14 @@ impl<'a, A: WithDType + Default, S: Gpu> Job<'a, A, S> {
                 Buffer::Out(&mut sums),
                 Buffer::maybe_out(&mut sums_of_weights),
             ];
-            let (size, kernel) = ((groups, THREADS), self.kernel("reduce"));
+            let size = (groups, limits.most_threads());
             // SAFETY: there are `len` losses, as many weights if any, and a sum for each group.
             unsafe { S::launch(self.device, kernel, size, &mut buffers, &params)? };
             (losses, weights) = (sums, sums_of_weights);
             if groups == 1 {
                 return Ok((losses, weights));
             }
-            len = groups;
+            (len, scale) = (groups, 1.);
         }
     }
 }
@@ -492,7 +562,8 @@ fn forward_in<A: WithDType + Default, S: Gpu>(
     statistics: bool,
 ) -> Result<Forward<S>> {
     let num_rows = num_rows(logits.1, problem.class_dim);
-    let mut job = Job::<A, S>::new(problem, logits.0.dtype(), targets, num_rows)?;
+    let mut job =
+        Job::<A, S>::new(problem, logits.0.device(), logits.0.dtype(), targets, num_rows)?;
     job.params.logits = View::new(logits, Some(problem.class_dim))?;
     let weighted = matches!(reduce, Reduce::DividedByWeights);
     let mut rows = RowResults {
@@ -502,12 +573,7 @@ fn forward_in<A: WithDType + Default, S: Gpu>(
     };
     job.forward(logits.0, &mut rows)?;
     let statistics = rows.statistics.take();
-    let (result, divisor) = match reduce {
-        Reduce::No => (rows.losses, None),
-        Reduce::DividedBy(divisor) => job.reduce(rows, divisor)?,
-        // The weights' sum takes the number's place.
-        Reduce::DividedByWeights => job.reduce(rows, 1.)?,
-    };
+    let (result, divisor) = job.reduce(rows, reduce)?;
     Ok(Forward { result, divisor, statistics })
 }
 
@@ -535,13 +601,16 @@ fn backward_in<A: WithDType + Default, S: Gpu>(
     let (dims, dtype) = (logits.1.dims(), logits.0.dtype());
     let num_rows = num_rows(logits.1, problem.class_dim);
     let positions: usize = dims.iter().skip(problem.class_dim + 1).product();
-    let mut job = Job::<A, S>::new(problem, dtype, targets, num_rows)?;
+    let mut job = Job::<A, S>::new(problem, logits.0.device(), dtype, targets, num_rows)?;
+    check_numbers("upstream gradients", upstream.0, A::DTYPE, num_rows.min(1))?;
     job.params.logits = View::new(logits, Some(problem.class_dim))?;
     job.params.upstream = View::new(upstream, None)?;
     job.params.positions = positions as u64;
     let mut gradient = S::alloc(job.device, logits.1.shape().elem_count(), dtype)?;
     let statistics = statistics.storage_and_layout().0;
-    job.backward(logits.0, upstream.0, own(&statistics)?, &mut gradient)?;
+    let statistics = own::<S>(&statistics)?;
+    check_numbers("statistics", statistics, A::DTYPE, 3 * num_rows)?;
+    job.backward(logits.0, upstream.0, statistics, &mut gradient)?;
     Ok(gradient)
 }
 
@@ -551,15 +620,17 @@ pub(crate) fn smooth<S: Gpu>(problem: &Problem, labels: Operand<S>) -> Result<S>
         true => labels.1.shape().elem_count(),
         false => num_rows(labels.1, problem.class_dim),
     };
-    let mut job = Job::<f32, S>::new(problem, DType::F32, labels, num_rows)?;
+    let mut job = Job::<f32, S>::new(problem, labels.0.device(), DType::F32, labels, num_rows)?;
     let mut soft = job.alloc(num_rows * problem.num_classes)?;
     if num_rows == 0 {
         return Ok(soft);
     }
-    let size = job.params.share::<S>(DType::F32, false, TASKS_BACKWARD);
+    let kernel = job.kernel("smooth");
+    let limits = S::limits(job.device, kernel)?;
+    let size = job.params.share(limits, DType::F32, false, TASKS_BACKWARD);
     let mut buffers = [Buffer::In(job.targets), job.table()?, Buffer::Out(&mut soft)];
     // SAFETY: as for `forward`; there is an element for each row and class.
-    unsafe { S::launch(job.device, job.kernel("smooth"), size, &mut buffers, &job.params)? };
+    unsafe { S::launch(job.device, kernel, size, &mut buffers, &job.params)? };
     Ok(soft)
 }
 
@@ -567,6 +638,7 @@ pub(crate) fn smooth<S: Gpu>(problem: &Problem, labels: Operand<S>) -> Result<S>
 mod tests {
     use super::*;
     use crate::backend::Coefficient;
+    use candle_core::cpu_backend::CpuDevice;
     use candle_core::{CpuStorage, Device};
 
     const ROWS: usize = 5;
@@ -610,7 +682,7 @@ mod tests {
         let all = (own::<CpuStorage>(&all)?, layout);
         let expected = forward(&problem, all, targets, Reduce::No, true)?;
 
-        let mut job = Job::<f64, CpuStorage>::new(&problem, DType::F64, targets, ROWS)?;
+        let mut job = Job::<f64, CpuStorage>::new(&problem, &CpuDevice, DType::F64, targets, ROWS)?;
         let mut rows = RowResults {
             losses: job.alloc(ROWS)?,
             weights: None,
@@ -625,11 +697,12 @@ mod tests {
             job.params.logits = View::new((own::<CpuStorage>(&range)?, layout), Some(1))?;
             (job.params.first_class, job.params.range) = (start as u64, len as u64);
             job.params.first_part = job.params.num_parts;
-            job.params.share::<CpuStorage>(DType::F64, false, TASKS_FORWARD);
+            let limits = CpuStorage::limits(&CpuDevice, job.kernel("forward"))?;
+            job.params.share(limits, DType::F64, false, TASKS_FORWARD);
             job.params.segment = len.div_ceil(3) as u64;
             job.params.segments = 3;
             job.params.wants_statistics = 1;
-            let size = (2, THREADS.min(32.max(job.params.lanes as usize)));
+            let size = (2, limits.warp.max(job.params.lanes as usize));
             job.launch_forward(size, own(&range)?, Some(&mut parts), &mut rows)?;
             job.params.num_parts += 3;
             start += len;

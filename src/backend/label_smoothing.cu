@@ -65,6 +65,9 @@ struct Reduction {
   u32 weighted, divides;
   // What it is divided by otherwise.
   Real divisor;
+  // Powers of two: what the losses are multiplied by, so that their sum is in range where their mean is,
+  // and what undoes it.
+  Real scale, unscale;
 };
 
 // ---- Numbers
@@ -142,15 +145,18 @@ template <class T> struct alignas(PACK * sizeof(T) < 16 ? PACK * sizeof(T) : 16)
   T value[PACK];
 };
 
-template <class T> __device__ inline bool is_aligned(const T *at) {
-  return (u64)at % alignof(Values<T>) == 0;
-}
+// All memory begins at a multiple of 16 bytes, so a place in it says whether a pack can begin there.
+__device__ inline bool is_aligned(u64 at) { return at % PACK == 0; }
+
+// How many values come before the first whole pack.
+__device__ inline u64 head(u64 at) { return (PACK - at % PACK) % PACK; }
 
 // N packs, `step` apart, each in one piece.
-template <int N> __device__ inline void load_packs(Real *out, const LOGITS *from, u64 step) {
+template <int N>
+__device__ inline void load_packs(Real *out, const LOGITS *from, u64 at, u64 step) {
   Values<LOGITS> packs[N];
 #pragma unroll
-  for (int u = 0; u < N; u++) packs[u] = *(const Values<LOGITS> *)(from + u * step);
+  for (int u = 0; u < N; u++) packs[u] = *(const Values<LOGITS> *)(from + at + u * step);
 #pragma unroll
   for (int u = 0; u < N; u++) {
 #pragma unroll
@@ -159,12 +165,13 @@ template <int N> __device__ inline void load_packs(Real *out, const LOGITS *from
 }
 
 // A pack at a stride; in one piece where it lies so.
-template <class T> __device__ inline void load(Real *out, const T *from, u64 stride) {
-  if (stride == 1 && is_aligned(from)) {
-    Values<T> values = *(const Values<T> *)from;
+template <class T>
+__device__ inline void load(Real *out, const T *from, u64 at, u64 stride) {
+  if (stride == 1 && is_aligned(at)) {
+    Values<T> values = *(const Values<T> *)(from + at);
     for (int i = 0; i < PACK; i++) out[i] = widen(values.value[i]);
   } else {
-    for (int i = 0; i < PACK; i++) out[i] = widen(from[i * stride]);
+    for (int i = 0; i < PACK; i++) out[i] = widen(from[at + i * stride]);
   }
 }
 
@@ -172,15 +179,10 @@ __device__ inline void fill(Real *out, Real value) {
   for (int i = 0; i < PACK; i++) out[i] = value;
 }
 
-__device__ inline void store(LOGITS *to, const Real *in) {
+__device__ inline void store(LOGITS *to, u64 at, const Real *in) {
   Values<LOGITS> values;
   for (int i = 0; i < PACK; i++) narrow(in[i], values.value[i]);
-  *(Values<LOGITS> *)to = values;
-}
-
-// How many values come before the first whole pack.
-__device__ inline u64 head(const LOGITS *at) {
-  return (PACK - (u64)at / sizeof(LOGITS) % PACK) % PACK;
+  *(Values<LOGITS> *)(to + at) = values;
 }
 
 __device__ inline u64 offset(const View &view, u64 row) {
@@ -196,6 +198,8 @@ __device__ inline u64 offset(const View &view, u64 row) {
 
 struct Row {
   const TARGETS *targets;
+  // Where those of the row begin.
+  u64 at;
   i64 label;
   Real own, weight;
   // Left out, or no class at all: checked before anything is read by it.
@@ -203,9 +207,9 @@ struct Row {
 };
 
 __device__ inline Row row_of(const Params &p, const TARGETS *targets, const Real *table, u64 row) {
-  const TARGETS *target = targets + offset(p.targets, row);
+  u64 at = offset(p.targets, row);
 #if CLASS_TARGETS
-  Row of = {target, (i64)*target, NOT_A_NUMBER, 0, false, false};
+  Row of = {targets, at, (i64)targets[at], NOT_A_NUMBER, 0, false, false};
   of.ignored = p.ignores && of.label == p.ignore_index;
   of.bad = !of.ignored && (of.label < 0 || (u64)of.label >= p.num_classes);
   if (!of.ignored && !of.bad) {
@@ -214,7 +218,7 @@ __device__ inline Row row_of(const Params &p, const TARGETS *targets, const Real
   }
   return of;
 #else
-  return {target + p.first_class * p.targets.class_stride, -1, 0, 1, false, false};
+  return {targets, at + p.first_class * p.targets.class_stride, -1, 0, 1, false, false};
 #endif
 }
 
@@ -226,7 +230,7 @@ __device__ inline Real coefficient(const Params &p, const Row &row, const Real *
   return row.label == (i64)of_all ? row.own : spread;
 #else
   Real scale = PER_CLASS ? table[of_all] : p.scale;
-  return scale * (Real)widen(row.targets[k * p.targets.class_stride]) + spread;
+  return scale * (Real)widen(row.targets[row.at + k * p.targets.class_stride]) + spread;
 #endif
 }
 
@@ -241,7 +245,7 @@ __device__ inline void coefficients(
   u64 of_all = p.first_class + k;
   Real spread[PACK];
   if (PER_CLASS) {
-    load(spread, table + p.num_classes + of_all, 1);
+    load(spread, table, p.num_classes + of_all, 1);
   } else {
     fill(spread, p.spread);
   }
@@ -252,11 +256,11 @@ __device__ inline void coefficients(
 #else
   Real scale[PACK];
   if (PER_CLASS) {
-    load(scale, table + of_all, 1);
+    load(scale, table, of_all, 1);
   } else {
     fill(scale, p.scale);
   }
-  load(r, row.targets + k * p.targets.class_stride, p.targets.class_stride);
+  load(r, row.targets, row.at + k * p.targets.class_stride, p.targets.class_stride);
   for (int i = 0; i < PACK; i++) r[i] = scale[i] * r[i] + spread[i];
 #endif
 }
@@ -327,10 +331,10 @@ __device__ inline void add(Partial &part, const Real *x, const Real *r) {
 // Adds N packs of classes, `step` apart.
 template <int N>
 __device__ inline void add_packs(
-    Partial &part, const Params &p, const Row &row, const LOGITS *x, const Real *table, u64 k,
-    u64 step) {
+    Partial &part, const Params &p, const Row &row, const LOGITS *logits, u64 x, const Real *table,
+    u64 k, u64 step) {
   Real values[N * PACK];
-  load_packs<N>(values, x + k, step);
+  load_packs<N>(values, logits, x + k, step);
   bool equal = CLASS_TARGETS && !PER_CLASS;
 #pragma unroll
   for (int u = 0; u < N; u++) equal = equal && !holds_label(p, row, k + u * step);
@@ -346,14 +350,14 @@ __device__ inline void add_packs(
 
 // Adds a lane's share of the classes, one at a time.
 __device__ inline void add_singles(
-    Partial &part, const Params &p, const Row &row, const LOGITS *x, const Real *table, u64 from,
-    u64 to, u32 lane) {
+    Partial &part, const Params &p, const Row &row, const LOGITS *logits, u64 x, const Real *table,
+    u64 from, u64 to, u32 lane) {
   for (u64 first = from + lane; first < to; first += SINGLES * p.lanes) {
     Real values[SINGLES], r[SINGLES];
 #pragma unroll
     for (int i = 0; i < SINGLES; i++) {
       u64 k = first + i * p.lanes;
-      values[i] = k < to ? (Real)widen(x[k * p.logits.class_stride]) : -INFINITE;
+      values[i] = k < to ? (Real)widen(logits[x + k * p.logits.class_stride]) : -INFINITE;
       r[i] = k < to ? coefficient(p, row, table, k) : 0;
     }
     add<SINGLES, false>(part, values, r);
@@ -362,8 +366,8 @@ __device__ inline void add_singles(
 
 // The same in packs, as far as there are whole ones.
 __device__ inline Partial sums(
-    const Params &p, const Row &row, const LOGITS *x, const Real *table, u64 from, u64 to,
-    u32 lane) {
+    const Params &p, const Row &row, const LOGITS *logits, u64 x, const Real *table, u64 from,
+    u64 to, u32 lane) {
   Partial part = none();
   u64 body = from, end = from;
   if (p.logits.class_stride == 1 && !p.along_rows) {
@@ -372,11 +376,11 @@ __device__ inline Partial sums(
   }
   u64 step = PACK * p.lanes, k = body + PACK * lane;
   for (; k + (PACKS - 1) * step < end; k += PACKS * step) {
-    add_packs<PACKS>(part, p, row, x, table, k, step);
+    add_packs<PACKS>(part, p, row, logits, x, table, k, step);
   }
-  for (; k < end; k += step) add_packs<1>(part, p, row, x, table, k, step);
-  add_singles(part, p, row, x, table, from, body, lane);
-  add_singles(part, p, row, x, table, end, to, lane);
+  for (; k < end; k += step) add_packs<1>(part, p, row, logits, x, table, k, step);
+  add_singles(part, p, row, logits, x, table, from, body, lane);
+  add_singles(part, p, row, logits, x, table, end, to, lane);
   return part;
 }
 
@@ -438,6 +442,11 @@ __device__ inline Sum plus(Sum sum, Real x) {
   return {high, sum.low + ((sum.high - (high - added)) + (x - added))};
 }
 
+__device__ inline Sum plus(Sum a, Sum b) {
+  Sum sum = plus(a, b.high);
+  return {sum.high, sum.low + b.low};
+}
+
 // Of an infinite sum nothing can be lost.
 __device__ inline Real rounded(Sum sum) {
   return sum.low == sum.low ? sum.high + sum.low : sum.high;
@@ -458,9 +467,8 @@ __global__ void __launch_bounds__(THREADS) forward(
     Row of = row_of(p, targets, table, is_here ? row : 0);
     Partial part = none();
     if (is_here && !of.ignored) {
-      const LOGITS *x = logits + offset(p.logits, row);
-      u64 from = segment * p.segment;
-      part = sums(p, of, x, table, from, min(p.range, from + p.segment), place.lane);
+      u64 x = offset(p.logits, row), from = segment * p.segment;
+      part = sums(p, of, logits, x, table, from, min(p.range, from + p.segment), place.lane);
     }
     part = merged_lanes(p, place, slots, part);
     if (is_here && place.lane == 0) {
@@ -506,7 +514,7 @@ __global__ void __launch_bounds__(THREADS) reduce(
   Sum loss = {0, 0}, weight = {0, 0};
   u64 from = blockIdx.x * p.piece, to = min(p.len, from + p.piece);
   for (u64 i = from + threadIdx.x; i < to; i += blockDim.x) {
-    loss = plus(loss, losses[i]);
+    loss = plus(loss, losses[i] * p.scale);
     if (p.weighted) weight = plus(weight, weights[i]);
   }
   sums[0][threadIdx.x] = loss;
@@ -515,14 +523,14 @@ __global__ void __launch_bounds__(THREADS) reduce(
     __syncthreads();
     if (threadIdx.x < half) {
       for (int i = 0; i < 2; i++) {
-        Sum other = sums[i][threadIdx.x + half];
-        sums[i][threadIdx.x] = plus(plus(sums[i][threadIdx.x], other.high), other.low);
+        sums[i][threadIdx.x] = plus(sums[i][threadIdx.x], sums[i][threadIdx.x + half]);
       }
     }
   }
   if (threadIdx.x == 0) {
     Real divisor = p.weighted ? rounded(sums[1][0]) : p.divisor;
-    out[blockIdx.x] = p.divides ? rounded(sums[0][0]) / divisor : rounded(sums[0][0]);
+    Real sum = rounded(sums[0][0]);
+    out[blockIdx.x] = p.divides ? sum / divisor * p.unscale : sum;
     if (p.weighted) out_weights[blockIdx.x] = divisor;
   }
 }
@@ -553,16 +561,18 @@ template <bool SMOOTH> __device__ inline Real value(const RowGradient &of, Real 
 // Writes N packs, `step` apart. The logits can be read in packs too, or else one by one.
 template <bool SMOOTH, bool PACKED, int N>
 __device__ inline void write_packs(
-    const Params &p, const Row &of, const RowGradient &gradient, const LOGITS *x, const Real *table,
-    LOGITS *line, u64 k, u64 step) {
+    const Params &p, const Row &of, const RowGradient &gradient, const LOGITS *logits, u64 x,
+    const Real *table, LOGITS *out, u64 line, u64 k, u64 step) {
   Real values[N * PACK] = {};
   if (!SMOOTH && !of.ignored) {
     if (PACKED) {
-      load_packs<N>(values, x + k, step);
+      load_packs<N>(values, logits, x + k, step);
     } else {
       u64 stride = p.logits.class_stride;
 #pragma unroll
-      for (int u = 0; u < N; u++) load(values + u * PACK, x + (k + u * step) * stride, stride);
+      for (int u = 0; u < N; u++) {
+        load(values + u * PACK, logits, x + (k + u * step) * stride, stride);
+      }
     }
   }
 #pragma unroll
@@ -573,21 +583,21 @@ __device__ inline void write_packs(
       coefficients(r, p, of, table, k + u * step);
       for (int i = 0; i < PACK; i++) these[i] = value<SMOOTH>(gradient, these[i], r[i]);
     }
-    store(line + k + u * step, these);
+    store(out, line + k + u * step, these);
   }
 }
 
 // Writes a lane's share of the packs of a row.
 template <bool SMOOTH, bool PACKED>
 __device__ inline void write_row(
-    const Params &p, const Row &of, const RowGradient &gradient, const LOGITS *x, const Real *table,
-    LOGITS *line, u64 from, u64 to, u32 lane) {
+    const Params &p, const Row &of, const RowGradient &gradient, const LOGITS *logits, u64 x,
+    const Real *table, LOGITS *out, u64 line, u64 from, u64 to, u32 lane) {
   u64 step = PACK * p.lanes, k = from + PACK * lane;
   for (; k + (PACKS - 1) * step < to; k += PACKS * step) {
-    write_packs<SMOOTH, PACKED, PACKS>(p, of, gradient, x, table, line, k, step);
+    write_packs<SMOOTH, PACKED, PACKS>(p, of, gradient, logits, x, table, out, line, k, step);
   }
   for (; k < to; k += step) {
-    write_packs<SMOOTH, PACKED, 1>(p, of, gradient, x, table, line, k, step);
+    write_packs<SMOOTH, PACKED, 1>(p, of, gradient, logits, x, table, out, line, k, step);
   }
 }
 
@@ -602,23 +612,25 @@ __device__ inline void write_rows(
     if (row >= p.num_rows) continue;
     u64 from = task % p.segments * p.segment, to = min(p.range, from + p.segment);
     Row of = row_of(p, targets, table, row);
-    const LOGITS *x = logits;
+    u64 x = 0;
     RowGradient gradient = {0, 0, of.bad ? (Real)NOT_A_NUMBER : 1};
     if (!SMOOTH) {
-      x += offset(p.logits, row);
+      x = offset(p.logits, row);
       gradient = gradient_of(p, of, upstream, statistics, row);
     }
     u64 outer = p.positions == 1 ? row : row / p.positions;
-    LOGITS *line = out + outer * p.positions * p.range + (row - outer * p.positions);
+    u64 line = outer * p.positions * p.range + (row - outer * p.positions);
 
     u64 stride = p.logits.class_stride, body = from, end = from;
     if (p.positions == 1 && !p.along_rows) {
       body = min(to, from + head(line + from));
       end = body + (to - body) / PACK * PACK;
       if (SMOOTH || (stride == 1 && is_aligned(x + body))) {
-        write_row<SMOOTH, true>(p, of, gradient, x, table, line, body, end, place.lane);
+        write_row<SMOOTH, true>(
+            p, of, gradient, logits, x, table, out, line, body, end, place.lane);
       } else {
-        write_row<SMOOTH, false>(p, of, gradient, x, table, line, body, end, place.lane);
+        write_row<SMOOTH, false>(
+            p, of, gradient, logits, x, table, out, line, body, end, place.lane);
       }
     }
     // What comes before and after whole packs.
@@ -627,10 +639,12 @@ __device__ inline void write_rows(
       u64 k = from + i < body ? from + i : end + i - (body - from);
       Real written = 0;
       if (!of.ignored) {
-        Real x_k = SMOOTH ? 0 : (Real)widen(x[k * stride]);
+        Real x_k = SMOOTH ? 0 : (Real)widen(logits[x + k * stride]);
         written = value<SMOOTH>(gradient, x_k, coefficient(p, of, table, k));
       }
-      narrow(written, line[k * p.positions]);
+      LOGITS rounded;
+      narrow(written, rounded);
+      out[line + k * p.positions] = rounded;
     }
   }
 }

@@ -32,6 +32,14 @@ pub fn device() -> &'static Device {
     &DEVICE
 }
 
+/// Metal has no f64: such tensors stay on the CPU, as their user would leave them there.
+fn device_for(tensors: &[&Tensor]) -> &'static Device {
+    match tensors.iter().any(|tensor| tensor.dtype() == DType::F64) && device().is_metal() {
+        true => &CPU,
+        false => device(),
+    }
+}
+
 /// The dtypes of logits that the device has.
 pub fn dtypes() -> Vec<DType> {
     let all = [DType::F64, DType::F32, DType::F16, DType::BF16];
@@ -71,7 +79,8 @@ impl OnDevice for LabelSmoothingLoss {
         logits: &Tensor,
         targets: &Tensor,
     ) -> candle_label_smoothing::Result<Tensor> {
-        let (logits, targets) = (logits.to_device(device())?, targets.to_device(device())?);
+        let device = device_for(&[logits, targets]);
+        let (logits, targets) = (logits.to_device(device)?, targets.to_device(device)?);
         Ok(self.forward(&logits, &targets)?.to_device(&CPU)?)
     }
 }
@@ -82,7 +91,8 @@ pub fn smooth_on_device(
     num_classes: usize,
     smoothing: &Smoothing,
 ) -> candle_label_smoothing::Result<Tensor> {
-    Ok(smooth_targets(&labels.to_device(device())?, num_classes, smoothing)?.to_device(&CPU)?)
+    let labels = labels.to_device(device_for(&[labels]))?;
+    Ok(smooth_targets(&labels, num_classes, smoothing)?.to_device(&CPU)?)
 }
 
 /// Uniform numbers from −`range` to `range`, f64.

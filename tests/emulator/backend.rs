@@ -2,7 +2,7 @@
 
 pub(crate) use super::gpu::{backward, forward, smooth};
 
-use super::gpu::{Buffer, Gpu, Kernel};
+use super::gpu::{Buffer, Gpu, Kernel, Limits};
 use candle_core::cpu_backend::CpuDevice;
 use candle_core::{CpuStorage, DType, Result, Storage, bail};
 use std::env;
@@ -16,6 +16,7 @@ use std::sync::LazyLock;
 struct Manner {
     order: u32,
     without_barrier: u32,
+    warp: u32,
 }
 
 type Kernels = unsafe extern "C" fn(
@@ -38,7 +39,14 @@ fn setting<T: FromStr>(name: &str, otherwise: T) -> T {
 static MANNER: LazyLock<Manner> = LazyLock::new(|| Manner {
     order: setting("EMULATOR_ORDER", 0),
     without_barrier: setting("EMULATOR_WITHOUT_BARRIER", 0),
+    warp: setting("EMULATOR_WARP", 32),
 });
+/// In which language.
+static KERNELS: LazyLock<&[(&str, Kernels)]> =
+    LazyLock::new(|| match env::var("EMULATOR_SOURCE").as_deref() {
+        Ok("metal") => &METAL,
+        _ => &CUDA,
+    });
 /// So few that most launches have more tasks than groups.
 static GROUPS: LazyLock<usize> = LazyLock::new(|| setting("EMULATOR_GROUPS", 3));
 
@@ -65,8 +73,12 @@ macro_rules! of_vec {
 }
 
 impl Gpu for CpuStorage {
-    fn most_groups() -> usize {
-        *GROUPS
+    fn limits(_: &CpuDevice, _: Kernel) -> Result<Limits> {
+        Ok(Limits {
+            groups: *GROUPS,
+            threads: setting("EMULATOR_THREADS", 1024),
+            warp: MANNER.warp as usize,
+        })
     }
 
     fn len(&self) -> usize {

@@ -9,8 +9,15 @@ use common::{Case, random, random_labels, values};
 use std::process::{Command, Stdio};
 use std::{env, error::Error};
 
-const SOURCE: &str = include_str!("../../src/backend/label_smoothing.cu");
-const BARRIER: &str = "__syncthreads();";
+/// The source that the emulator runs, and its barriers.
+fn source() -> (&'static str, &'static str) {
+    match env::var("EMULATOR_SOURCE").as_deref() {
+        Ok("metal") => {
+            (include_str!("../../src/backend/label_smoothing.metal"), "threadgroup_barrier(")
+        }
+        _ => (include_str!("../../src/backend/label_smoothing.cu"), "__syncthreads()"),
+    }
+}
 
 /// Orders of the threads: as they are counted, the other way round, and two at random.
 const ORDERS: [&str; 4] = ["0", "1", "2", "3"];
@@ -37,9 +44,10 @@ fn the_order_of_the_threads_does_not_matter() -> Result<(), Box<dyn Error>> {
 
 #[test]
 fn every_barrier_is_needed() -> Result<(), Box<dyn Error>> {
-    let lines = SOURCE.lines().enumerate();
+    let (source, barrier) = source();
+    let lines = source.lines().enumerate();
     let barriers: Vec<_> =
-        lines.filter(|(_, line)| line.contains(BARRIER)).map(|(i, _)| i + 1).collect();
+        lines.filter(|(_, line)| line.contains(barrier)).map(|(i, _)| i + 1).collect();
     assert!(barriers.len() >= 3, "barriers at {barriers:?}");
     for line in barriers {
         let mut noticed = false;

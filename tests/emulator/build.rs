@@ -27,43 +27,82 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         }
     }
 
-    // What Rust knows of them: a list of the definitions and the function.
-    let (mut declared, mut listed) = (String::new(), String::new());
-    for logits in LOGITS {
-        for targets in CLASSES.iter().chain(&PROBABILITIES) {
-            for per_class in [0, 1] {
-                let name = format!("kernels_{logits}_{targets}_{per_class}");
-                let real = if logits == "f64" { "f64" } else { "f32" };
-                let class_targets = u8::from(CLASSES.contains(targets));
-                let definitions = format!(
-                    "#define LOGITS {logits}\n#define REAL {real}\n#define TARGETS {targets}\n\
-                     #define CLASS_TARGETS {class_targets}\n#define PER_CLASS {per_class}\n"
-                );
-                let file = out.join(format!("{name}.cpp"));
-                let source = env::current_dir()?.join("cuda.cpp");
-                let source = format!(
-                    "{definitions}#define KERNELS {name}\n#include {:?}\n",
-                    source.display().to_string()
-                );
-                fs::write(&file, source)?;
-                build.file(file);
-                writeln!(
-                    declared,
-                    "fn {name}(_: *const c_char, _: c_uint, _: c_uint, _: Manner, _: *const *mut c_void, _: *const c_void, _: usize) -> bool;"
-                )?;
-                writeln!(listed, "({definitions:?}, {name}),")?;
+    build.include("metal");
+
+    // What Rust knows of them: lists of the definitions and the function.
+    let (mut declared, mut lists) = (String::new(), String::new());
+    let count = LOGITS.len() * (CLASSES.len() + PROBABILITIES.len()) * 2;
+    for (dialect, path, shared) in [
+        ("cuda", "../../src/backend/label_smoothing.cu", "__shared__"),
+        ("metal", "../../src/backend/label_smoothing.metal", "threadgroup"),
+    ] {
+        println!("cargo:rerun-if-changed={path}");
+        let kernels = out.join(format!("label_smoothing.{dialect}.hpp"));
+        fs::write(&kernels, with_shared_memory(&fs::read_to_string(path)?, shared)?)?;
+        let kernels = kernels.display().to_string();
+        let constant = dialect.to_uppercase();
+        writeln!(lists, "const {constant}: [(&str, Kernels); {count}] = [")?;
+        for logits in LOGITS {
+            for targets in CLASSES.iter().chain(&PROBABILITIES) {
+                for per_class in [0, 1] {
+                    let name = format!("{dialect}_{logits}_{targets}_{per_class}");
+                    let real = if logits == "f64" { "f64" } else { "f32" };
+                    let class_targets = u8::from(CLASSES.contains(targets));
+                    let definitions = format!(
+                        "#define LOGITS {logits}\n#define REAL {real}\n#define TARGETS {targets}\n\
+                         #define CLASS_TARGETS {class_targets}\n#define PER_CLASS {per_class}\n"
+                    );
+                    let file = out.join(format!("{name}.cpp"));
+                    let source = env::current_dir()?.join(format!("{dialect}.cpp"));
+                    let source = source.display().to_string();
+                    let text = format!(
+                        "{definitions}#define KERNELS {name}\n#define SOURCE {kernels:?}\n#include {source:?}\n"
+                    );
+                    fs::write(&file, text)?;
+                    build.file(file);
+                    writeln!(
+                        declared,
+                        "fn {name}(_: *const c_char, _: c_uint, _: c_uint, _: Manner, _: *const *mut c_void, _: *const c_void, _: usize) -> bool;"
+                    )?;
+                    writeln!(lists, "({definitions:?}, {name}),")?;
+                }
             }
         }
+        writeln!(lists, "];")?;
     }
     build.try_compile("kernels")?;
-    let count = LOGITS.len() * (CLASSES.len() + PROBABILITIES.len()) * 2;
-    let rust = format!(
-        "unsafe extern \"C\" {{\n{declared}}}\nconst KERNELS: [(&str, Kernels); {count}] = [\n{listed}];\n"
-    );
+    let rust = format!("unsafe extern \"C\" {{\n{declared}}}\n{lists}");
     fs::write(out.join("kernels.rs"), rust)?;
     println!("cargo:rustc-cfg=emulator");
-    for file in ["cuda.cpp", "cuda.hpp", "device.hpp", "../../src/backend/label_smoothing.cu"] {
-        println!("cargo:rerun-if-changed={file}");
-    }
+    println!("cargo:rerun-if-changed=.");
     Ok(())
+}
+
+/// The source with each array that a block shares, `keyword type name[..];` on a line of its own, taken from
+/// the emulated block.
+fn with_shared_memory(source: &str, keyword: &str) -> Result<String, Box<dyn std::error::Error>> {
+    let (mut rewritten, mut count) = (String::new(), 0);
+    for line in source.lines() {
+        let declared = line.trim().strip_prefix(keyword).and_then(|rest| rest.strip_suffix("];"));
+        let parts = declared.and_then(|rest| {
+            let (of, name) = rest.trim().split_once(' ')?;
+            let (name, lengths) = name.split_once('[')?;
+            Some((of, name, lengths))
+        });
+        match parts {
+            Some((of, name, lengths)) => {
+                count += 1;
+                let size = format!("sizeof({of}[{lengths}])");
+                writeln!(
+                    rewritten,
+                    "auto &{name} = *({of} (*)[{lengths}])gpu::block.shared({count}, {size});"
+                )?;
+            }
+            None => writeln!(rewritten, "{line}")?,
+        }
+    }
+    match count {
+        0 => Err(format!("nothing is shared by {keyword}").into()),
+        _ => Ok(rewritten),
+    }
 }

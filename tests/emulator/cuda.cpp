@@ -1,4 +1,4 @@
-// The kernels for one kind of input, as one function by the name KERNELS.
+// The kernels in SOURCE for one kind of input, as one function by the name KERNELS.
 #include "cuda.hpp"
 
 #define EMULATED
@@ -8,7 +8,7 @@ float widen(f16 x);
 void narrow(float x, f16 &out);
 float exp2_approximately(float x);
 
-#include "../../src/backend/label_smoothing.cu"
+#include SOURCE
 
 // By the processor's own conversions, so that the two have no code in common.
 float widen(f16 x) {
@@ -29,12 +29,12 @@ float exp2_approximately(float x) {
 
 // Whether there is a kernel of this name, and its last parameter has this size.
 extern "C" bool KERNELS(
-    const char *name, unsigned groups, unsigned threads, device::Manner manner, void *const *b,
+    const char *name, unsigned groups, unsigned threads, gpu::Manner manner, void *const *b,
     const void *params, size_t size) {
   auto is = [&](const char *kernel, size_t its_size) {
     return strcmp(name, kernel) == 0 && size == its_size;
   };
-  auto launch = [&](auto kernel) { device::block.launch(groups, threads, manner, kernel); };
+  auto launch = [&](auto kernel) { gpu::block.launch(groups, threads, manner, kernel); };
   const Params &p = *(const Params *)params;
   if (is("forward", sizeof p)) {
     launch([&] {

@@ -6,24 +6,19 @@
 #define __global__ static
 #define __device__
 #define __launch_bounds__(threads)
-#define __shared__ static thread_local
 #define __grid_constant__
 #define __restrict__
-#define threadIdx (device::Index{device::block.thread()})
-#define blockIdx (device::Index{device::block.block_index})
-#define blockDim (device::Index{device::block.num_threads})
-#define gridDim (device::Index{device::block.num_blocks})
+#define threadIdx (gpu::Index{gpu::block.index()})
+#define blockIdx (gpu::Index{gpu::block.block_index})
+#define blockDim (gpu::Index{gpu::block.num_threads})
+#define gridDim (gpu::Index{gpu::block.num_blocks})
 
-#define __syncthreads() barrier(__LINE__)
-inline void barrier(unsigned line) {
-  device::Block &block = device::block;
-  if (line != block.manner.without_barrier) block.wait(block.barrier, line);
-}
+#define __syncthreads() gpu::block.meet(__LINE__)
 // Each exchange has a place of its own, so that lanes that meet at different ones are found.
 #define __shfl_xor_sync(mask, value, by) exchange(mask, value, by, __COUNTER__)
 template <class T> T exchange(unsigned mask, T value, unsigned by, unsigned place) {
-  if (mask != ~0u) device::fail("an exchange between some lanes only");
-  return device::block.exchange(value, device::block.lane() ^ by, place << 5 | by);
+  if (mask != ~0u) gpu::fail("an exchange between some lanes only");
+  return gpu::block.exchange(value, gpu::block.lane() ^ by, place << 6 | by);
 }
 
 inline float __uint_as_float(unsigned bits) {

@@ -14,9 +14,9 @@
 #include <vector>
 #include <ucontext.h>
 
-namespace device {
+namespace gpu {
 
-constexpr unsigned WARP = 32, MOST_THREADS = 1024;
+constexpr unsigned WIDEST_WARP = 64, NARROWEST_WARP = 4, MOST_THREADS = 1024;
 
 // How a launch is to be emulated; `backend.rs` has the same struct.
 struct Manner {
@@ -24,6 +24,8 @@ struct Manner {
   uint32_t order;
   // The line of a barrier that is left out, or 0.
   uint32_t without_barrier;
+  // How many threads exchange values directly.
+  uint32_t warp;
 };
 
 struct Index { unsigned x; };
@@ -59,7 +61,7 @@ struct Meeting {
 struct Warp {
   Meeting meeting;
   // What the lanes offered in this round and in the last one, which slower lanes may still read.
-  uint64_t offered[2][WARP];
+  uint64_t offered[2][WIDEST_WARP];
 };
 
 // A stack, and the thread that runs on it.
@@ -78,6 +80,7 @@ class Block {
   template <class Kernel>
   void launch(unsigned blocks, unsigned threads, Manner how, const Kernel &kernel) {
     if (threads == 0 || threads > MOST_THREADS) fail("a block of no or too many threads");
+    if (how.warp < NARROWEST_WARP || how.warp > WIDEST_WARP) fail("no such width of a warp");
     num_blocks = blocks;
     num_threads = threads;
     manner = how;
@@ -90,8 +93,10 @@ class Block {
     call = [](const void *kernel) { (*(const Kernel *)kernel)(); };
     body = &kernel;
     barrier = Meeting{num_threads};
-    for (unsigned w = 0; w * WARP < num_threads; w++) {
-      warps[w].meeting = Meeting{num_threads - w * WARP < WARP ? num_threads - w * WARP : WARP};
+    memory.clear();
+    for (unsigned first = 0; first < num_threads; first += manner.warp) {
+      unsigned left = num_threads - first;
+      warps[first / manner.warp].meeting = Meeting{left < manner.warp ? left : manner.warp};
     }
     std::vector<unsigned> order(num_threads);
     for (unsigned i = 0; i < num_threads; i++) order[i] = i;
@@ -130,16 +135,31 @@ class Block {
 
   template <class T> T exchange(T value, unsigned from, unsigned place) {
     static_assert(sizeof(T) <= 8);
-    Warp &warp = warps[thread() / WARP];
+    Warp &warp = warps[index() / manner.warp];
     auto &offered = warp.offered[warp.meeting.rounds % 2];
-    memcpy(&offered[thread() % WARP], &value, sizeof value);
+    memcpy(&offered[lane()], &value, sizeof value);
     wait(warp.meeting, place);
-    memcpy(&value, &offered[from % WARP], sizeof value);
+    memcpy(&value, &offered[from % manner.warp], sizeof value);
     return value;
   }
 
-  unsigned thread() const { return current->thread; }
-  unsigned lane() const { return thread() % WARP; }
+  // The memory that the threads share under a number; what nobody has written is NaN.
+  void *shared(size_t number, size_t size) {
+    if (number >= memory.size()) memory.resize(number + 1);
+    if (!memory[number]) {
+      memory[number].reset(new char[size]);
+      memset(memory[number].get(), 0xff, size);
+    }
+    return memory[number].get();
+  }
+
+  // A barrier of all threads, unless it is the one to be left out.
+  void meet(unsigned line) {
+    if (line != manner.without_barrier) wait(barrier, line);
+  }
+
+  unsigned index() const { return current->thread; }
+  unsigned lane() const { return index() % manner.warp; }
 
   unsigned num_threads = 0, block_index = 0, num_blocks = 0;
   Manner manner = {};
@@ -191,7 +211,7 @@ class Block {
       self->waits = nullptr;
       call(body);
       barrier.end();
-      warps[self->thread / WARP].meeting.end();
+      warps[self->thread / manner.warp].meeting.end();
       // One that has waited leaves the rest to the others, which may wait for it.
       if (self->waits != nullptr) break;
     }
@@ -201,7 +221,8 @@ class Block {
     fail("a thread has ended twice");
   }
 
-  Warp warps[MOST_THREADS / WARP];
+  Warp warps[MOST_THREADS / NARROWEST_WARP];
+  std::vector<std::unique_ptr<char[]>> memory;
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<Fiber *> unused, waiting;
   ucontext_t scheduler;
@@ -218,4 +239,4 @@ inline thread_local Block block;
 
 inline void Block::enter() { block.work(); }
 
-}  // namespace device
+}  // namespace gpu
