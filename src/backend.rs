@@ -61,6 +61,8 @@ pub(crate) enum Coefficients {
 pub(crate) struct Problem {
     pub class_dim: usize,
     pub num_classes: usize,
+    /// The first of the classes whose logits are given: they may be a range of all.
+    pub first_class: usize,
     pub coefficients: Coefficients,
     pub ignore_index: Option<i64>,
     pub z_loss: f64,
@@ -90,9 +92,17 @@ pub(crate) struct Forward<S> {
     pub statistics: Option<S>,
 }
 
-/// Checks that the device can compute with the tensor's dtype.
-pub(crate) fn check_dtype(what: &'static str, tensor: &Tensor) -> Result<()> {
-    match (tensor.device(), tensor.dtype()) {
+/// The dtype of the arithmetic, which is also that of the result.
+pub(crate) fn result_dtype(logits: DType) -> DType {
+    match logits {
+        DType::F64 => DType::F64,
+        _ => DType::F32,
+    }
+}
+
+/// Checks that the device can compute with the dtype.
+pub(crate) fn check_dtype(what: &'static str, dtype: DType, device: &Device) -> Result<()> {
+    match (device, dtype) {
         (Device::Metal(_), DType::F64) => Err(Error::MetalF64 { what }),
         _ => Ok(()),
     }
@@ -145,6 +155,12 @@ pub(crate) fn row_shape(logits: &[usize], class_dim: usize) -> Vec<usize> {
     let mut rows = logits.to_vec();
     rows.remove(class_dim);
     rows
+}
+
+/// How many rows there are; with a class dimension beyond the dimensions, every element is one.
+pub(crate) fn num_rows(dims: &[usize], class_dim: usize) -> usize {
+    let others = dims.iter().enumerate().filter(|(dim, _)| *dim != class_dim);
+    others.map(|(_, len)| len).product()
 }
 
 /// The rows of a tensor: all positions of its dimensions but the class dimension, in row-major

@@ -114,6 +114,56 @@ pub enum Error {
         shape: Vec<usize>,
     },
 
+    /// Hidden states, weight and bias that do not make logits.
+    #[error(
+        "the hidden states have shape {hidden:?}, the weight {weight:?} and the bias {bias:?}, expected [.., H], [K, H] and None or Some([K])"
+    )]
+    LinearShapes {
+        /// The hidden states' shape.
+        hidden: Vec<usize>,
+        /// The weight's shape.
+        weight: Vec<usize>,
+        /// The bias's shape, if there is one.
+        bias: Option<Vec<usize>>,
+    },
+
+    /// Hidden states, weight and bias of several dtypes.
+    #[error(
+        "the hidden states have dtype {hidden:?}, the weight {weight:?} and the bias {bias:?}, expected one dtype"
+    )]
+    LinearDTypes {
+        /// The hidden states' dtype.
+        hidden: DType,
+        /// The weight's dtype.
+        weight: DType,
+        /// The bias's dtype, if there is one.
+        bias: Option<DType>,
+    },
+
+    /// Hidden states, weight and bias on several devices.
+    #[error(
+        "the hidden states are on {hidden:?}, the weight on {weight:?} and the bias on {bias:?}, expected one device"
+    )]
+    LinearDevices {
+        /// Where the hidden states are.
+        hidden: DeviceLocation,
+        /// Where the weight is.
+        weight: DeviceLocation,
+        /// Where the bias is, if there is one.
+        bias: Option<DeviceLocation>,
+    },
+
+    /// A class dimension that a linear layer does not make.
+    #[error(
+        "the class dimension is {class_dim}, but forward_linear makes logits whose classes are in the last dimension, {last}"
+    )]
+    LinearClassDim {
+        /// The dimension given to `with_class_dim`.
+        class_dim: usize,
+        /// The last dimension of the hidden states and the logits.
+        last: usize,
+    },
+
     /// Integer targets whose shape is not that of the logits' rows.
     #[error(
         "class targets ({dtype:?}) have shape {targets:?}, expected {expected:?}: the shape of the logits {logits:?} without their class dimension {class_dim}"

@@ -1,8 +1,10 @@
-//! The two kernels without the graph and the reduction, for the benchmarks. Outside semantic versioning.
+//! The two kernels without the graph and the reduction, for the benchmarks, and `forward_linear` by tiles of any
+//! size, for the tests. Outside semantic versioning.
 
 use crate::backend::{Problem, Reduce, row_shape};
 use crate::error::Result;
-use crate::loss::LabelSmoothingLoss;
+use crate::linear;
+use crate::loss::{LabelSmoothingLoss, Logits};
 use crate::op;
 use candle_core::{Shape, Tensor};
 
@@ -21,7 +23,7 @@ pub fn forward(
     logits: &Tensor,
     targets: &Tensor,
 ) -> Result<(Tensor, Option<Saved>)> {
-    let (problem, targets) = loss.problem(logits, targets)?;
+    let (problem, targets) = loss.problem(&Logits::of(logits), targets)?;
     let losses = op::forward(&problem, logits, &targets, Reduce::No, true)?;
     let shape = logits.shape().clone();
     let saved = losses.statistics.map(|statistics| Saved { problem, shape, targets, statistics });
@@ -40,4 +42,18 @@ pub fn backward(saved: &Saved, logits: &Tensor, upstream: &Tensor) -> Result<Ten
         }
     }
     Ok(op::gradient_of(problem, statistics, logits, targets, upstream)?)
+}
+
+pub use crate::linear::Tile;
+
+/// [`LabelSmoothingLoss::forward_linear`] by tiles of this size.
+pub fn forward_linear(
+    loss: &LabelSmoothingLoss,
+    hidden: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    targets: &Tensor,
+    tile: Tile,
+) -> Result<Tensor> {
+    linear::forward(loss, hidden, weight, bias, targets, Some(tile))
 }

@@ -65,6 +65,7 @@ mod backend;
 mod error;
 #[doc(hidden)]
 pub mod kernels;
+mod linear;
 mod loss;
 mod op;
 #[doc(hidden)]

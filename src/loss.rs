@@ -1,6 +1,6 @@
 //! The loss as its user sees it: options, validation, reduction.
 
-use crate::backend::{self, Coefficients, Problem, Reduce, cpu};
+use crate::backend::{self, Coefficients, Problem, Reduce, cpu, result_dtype};
 use crate::error::{Error, Result};
 use crate::op::{self, Losses};
 use crate::smoothing::{self, Smoothing};
@@ -156,55 +156,65 @@ impl LabelSmoothingLoss {
     /// makes its row's loss and gradient NaN, and with it the sum or mean: see [`check_targets`]. Errors of
     /// the device and its compiler are candle's own.
     pub fn forward(&self, logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
-        let (problem, targets) = self.problem(logits, targets)?;
+        let (problem, targets) = self.problem(&Logits::of(logits), targets)?;
+        let reduce = self.reduce(logits.dims(), problem.class_dim, &targets);
+        let Losses { result, reduced, statistics } =
+            op::forward(&problem, logits, &targets, reduce, logits.track_op())?;
+        let Some(statistics) = statistics else {
+            return Ok(result);
+        };
+        // A node has three arguments; of constants nobody asks a gradient.
+        op::graft(&result, [logits, &result, &result], move |[logits, ..], gradient| {
+            let rows = backend::row_shape(logits.dims(), problem.class_dim);
+            let upstream = reduced.upstream(gradient, rows)?;
+            let gradient = op::gradient_of(&problem, &statistics, logits, &targets, &upstream)?;
+            Ok([Some(gradient), None, None])
+        })
+    }
+
+    /// What becomes of the losses of the rows of logits of these dimensions.
+    pub(crate) fn reduce(&self, logits: &[usize], class_dim: usize, targets: &Tensor) -> Reduce {
         let counted = targets.dtype().is_int()
             && (self.class_weights.is_some() || self.ignore_index.is_some());
-        let num_rows = logits.elem_count() / problem.num_classes;
-        let reduce = match self.reduction {
+        let num_rows = backend::num_rows(logits, class_dim);
+        match self.reduction {
             Reduction::None => Reduce::No,
             Reduction::Sum => Reduce::DividedBy(1.),
             Reduction::Mean if counted => Reduce::DividedByWeights,
             Reduction::Mean => Reduce::DividedBy(num_rows as f64),
-        };
-        let Losses { result, reduced, statistics } =
-            op::forward(&problem, logits, &targets, reduce, logits.track_op())?;
-        match statistics {
-            None => Ok(result),
-            Some(statistics) => {
-                let node = op::Loss { problem, targets, statistics, reduced };
-                Ok(logits.apply_op2(&result, node)?)
-            }
         }
     }
 
     /// Checks everything that can be told without reading the targets.
-    pub(crate) fn problem(&self, logits: &Tensor, targets: &Tensor) -> Result<(Problem, Tensor)> {
-        let class_dim = self.class_dim(logits)?;
-        let num_classes = logits.dims()[class_dim];
+    pub(crate) fn problem(&self, logits: &Logits, targets: &Tensor) -> Result<(Problem, Tensor)> {
+        let Logits { dims, dtype, device } = *logits;
+        let class_dim = self.class_dim(dims)?;
+        let num_classes = dims[class_dim];
         if num_classes == 0 {
-            return Err(Error::NoClasses { shape: logits.dims().to_vec() });
+            return Err(Error::NoClasses { shape: dims.to_vec() });
         }
-        if !matches!(logits.dtype(), DType::F16 | DType::BF16 | DType::F32 | DType::F64) {
-            return Err(Error::LogitsDType { dtype: logits.dtype() });
+        if !matches!(dtype, DType::F16 | DType::BF16 | DType::F32 | DType::F64) {
+            return Err(Error::LogitsDType { dtype });
         }
-        backend::check_size("logits", logits.dims())?;
+        backend::check_size("logits", dims)?;
         if let Some(weights) = &self.class_weights {
             smoothing::check_length(CLASS_WEIGHTS, weights, num_classes)?;
         }
         self.smoothing.check(num_classes)?;
 
-        let (on, targets_on) = (logits.device().location(), targets.device().location());
+        let (on, targets_on) = (device.location(), targets.device().location());
         if on != targets_on {
             return Err(Error::DeviceMismatch { logits: on, targets: targets_on });
         }
-        backend::check_dtype("logits", logits)?;
-        backend::check_dtype("targets", targets)?;
-        self.check_targets_type(logits, targets, class_dim)?;
+        backend::check_dtype("logits", dtype, device)?;
+        backend::check_dtype("targets", targets.dtype(), targets.device())?;
+        self.check_targets_type(dims, targets, class_dim)?;
 
         let problem = Problem {
             class_dim,
             num_classes,
-            coefficients: self.coefficients(num_classes, logits)?,
+            first_class: 0,
+            coefficients: self.coefficients(num_classes, result_dtype(dtype), device)?,
             ignore_index: self.ignore_index,
             z_loss: self.z_loss,
         };
@@ -215,13 +225,13 @@ impl LabelSmoothingLoss {
         self.reduction
     }
 
-    fn class_dim(&self, logits: &Tensor) -> Result<usize> {
-        let Some(last) = logits.rank().checked_sub(1) else {
+    pub(crate) fn class_dim(&self, logits: &[usize]) -> Result<usize> {
+        let Some(last) = logits.len().checked_sub(1) else {
             return Err(Error::LogitsRank);
         };
         match self.class_dim {
             Some(class_dim) if class_dim > last => {
-                Err(Error::ClassDim { class_dim, shape: logits.dims().to_vec() })
+                Err(Error::ClassDim { class_dim, shape: logits.to_vec() })
             }
             class_dim => Ok(class_dim.unwrap_or(last)),
         }
@@ -229,7 +239,7 @@ impl LabelSmoothingLoss {
 
     fn check_targets_type(
         &self,
-        logits: &Tensor,
+        logits: &[usize],
         targets: &Tensor,
         class_dim: usize,
     ) -> Result<()> {
@@ -238,21 +248,21 @@ impl LabelSmoothingLoss {
             if let Some(ignore_index) = self.ignore_index {
                 return Err(Error::IgnoreIndexWithProbabilities { ignore_index, dtype });
             }
-            if targets.dims() != logits.dims() {
+            if targets.dims() != logits {
                 return Err(Error::ProbabilityTargetsShape {
                     dtype,
                     targets: targets.dims().to_vec(),
-                    logits: logits.dims().to_vec(),
+                    logits: logits.to_vec(),
                 });
             }
         } else {
-            let expected = backend::row_shape(logits.dims(), class_dim);
+            let expected = backend::row_shape(logits, class_dim);
             if targets.dims() != expected {
                 return Err(Error::ClassTargetsShape {
                     dtype,
                     targets: targets.dims().to_vec(),
                     expected,
-                    logits: logits.dims().to_vec(),
+                    logits: logits.to_vec(),
                     class_dim,
                 });
             }
@@ -260,10 +270,13 @@ impl LabelSmoothingLoss {
         Ok(())
     }
 
-    /// The formula's coefficients for these logits. Class weights and priors go to a device once.
-    fn coefficients(&self, num_classes: usize, logits: &Tensor) -> Result<Coefficients> {
-        let dtype = result_dtype(logits.dtype());
-        let device = logits.device();
+    /// The formula's coefficients, for arithmetic in `dtype`. Class weights and priors go to a device once.
+    fn coefficients(
+        &self,
+        num_classes: usize,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Coefficients> {
         let mut tables = self.tables.lock().unwrap_or_else(PoisonError::into_inner);
         let known = tables
             .iter()
@@ -282,11 +295,16 @@ impl LabelSmoothingLoss {
 
 const CLASS_WEIGHTS: &str = "class weights";
 
-/// The dtype of the result, which is also that of the arithmetic.
-pub(crate) fn result_dtype(logits: DType) -> DType {
-    match logits {
-        DType::F64 => DType::F64,
-        _ => DType::F32,
+/// What can be said of logits without reading them; they need not be there.
+pub(crate) struct Logits<'a> {
+    pub dims: &'a [usize],
+    pub dtype: DType,
+    pub device: &'a Device,
+}
+
+impl<'a> Logits<'a> {
+    pub fn of(tensor: &'a Tensor) -> Self {
+        Self { dims: tensor.dims(), dtype: tensor.dtype(), device: tensor.device() }
     }
 }
 

@@ -1,4 +1,4 @@
-//! The autograd node, and the way from candle's tensors to a backend.
+//! The way from candle's tensors to a backend, and the autograd node.
 //!
 //! The loss is computed first, by kernels that know nothing of a graph, and then handed to the
 //! graph as the result of one node whose backward asks the backend for the gradient.
@@ -7,16 +7,32 @@
 use crate::backend::cuda;
 #[cfg(feature = "metal")]
 use crate::backend::metal;
-use crate::backend::{self, Problem, Reduce, host, row_shape};
+use crate::backend::{self, Problem, Reduce, host, result_dtype, row_shape};
 use crate::error::Result;
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
 #[cfg(feature = "metal")]
 use candle_core::MetalStorage;
-use candle_core::backend::BackendStorage;
 use candle_core::op::BackpropOp;
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Shape, Storage, Tensor};
+use candle_core::{
+    CpuStorage, CustomOp1, CustomOp2, CustomOp3, DType, Device, InplaceOp3, Layout, Shape, Storage,
+    Tensor,
+};
 use std::sync::OnceLock;
+
+/// The methods of an op of candle's, one a backend, each by a macro that gets the method's name, the storage's
+/// type and variant, and the backend's module.
+macro_rules! each_backend {
+    ($method:ident) => {
+        $method!(cpu_fwd, CpuStorage, Cpu, host);
+        #[cfg(feature = "cuda")]
+        $method!(cuda_fwd, CudaStorage, Cuda, cuda);
+        #[cfg(feature = "metal")]
+        $method!(metal_fwd, MetalStorage, Metal, metal);
+    };
+}
+
+// ---- The losses
 
 /// What the forward kernel gives.
 pub(crate) struct Losses {
@@ -29,18 +45,28 @@ pub(crate) struct Losses {
 }
 
 /// How the row losses became the result: they were left as they are, or added up and divided.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) enum Reduced {
     No,
     By(Divisor),
 }
 
 /// What a sum of losses is divided by.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) enum Divisor {
     Number(f64),
     /// A scalar that is known on the device alone.
     Tensor(Tensor),
+}
+
+impl Reduced {
+    /// The gradient of each row's loss, given that of the result.
+    pub fn upstream(&self, gradient: &Tensor, rows: Vec<usize>) -> candle_core::Result<Tensor> {
+        match self {
+            Self::No => Ok(gradient.clone()),
+            Self::By(divisor) => divisor.divide(gradient)?.broadcast_as(rows),
+        }
+    }
 }
 
 impl Divisor {
@@ -63,35 +89,89 @@ pub(crate) fn forward(
     reduce: Reduce,
     statistics: bool,
 ) -> Result<Losses> {
-    let op = Forward { problem, reduce, wants_statistics: statistics, others: OnceLock::new() };
-    let result = logits.apply_op2_no_bwd(targets, &op)?;
-    let (divisor, statistics) = op.others.into_inner().unwrap_or_default();
-    let reduced = match (reduce, divisor) {
-        (Reduce::DividedBy(number), _) => Reduced::By(Divisor::Number(number)),
-        (_, Some(divisor)) => Reduced::By(Divisor::Tensor(divisor)),
-        (_, None) => Reduced::No,
-    };
-    Ok(Losses { result, reduced, statistics })
+    let rows = row_shape(logits.dims(), problem.class_dim);
+    Forward { problem, reduce, statistics, rows, parts_of: None, others: OnceLock::new() }
+        .apply(logits, targets)
+}
+
+/// What the forward kernel keeps of each row while it is given one range of the classes after the other.
+#[derive(Clone)]
+pub(crate) struct Parts {
+    /// Four numbers a row, each for all rows.
+    numbers: Tensor,
+    /// The dtype of the logits.
+    logits: DType,
+}
+
+impl Parts {
+    /// Room for the parts of so many rows, of which nothing is known yet.
+    pub fn new(num_rows: usize, logits: DType, device: &Device) -> Result<Self> {
+        let dtype = match device {
+            Device::Cpu => host::parts_dtype(logits),
+            _ => result_dtype(logits),
+        };
+        Ok(Self { numbers: Tensor::zeros((4, num_rows), dtype, device)?, logits })
+    }
+
+    /// Runs the forward kernel on a range of the classes: the first ones, or those after the ranges before.
+    pub fn add_range(&self, problem: &Problem, logits: &Tensor, targets: &Tensor) -> Result<()> {
+        Ok(self.numbers.inplace_op3(logits, targets, &AddRange { problem })?)
+    }
+
+    /// The rows of several, one after the other.
+    pub fn join(all: &[Self], logits: DType, device: &Device) -> Result<Self> {
+        match all {
+            [] => Self::new(0, logits, device),
+            _ => {
+                let numbers: Vec<_> = all.iter().map(|parts| &parts.numbers).collect();
+                Ok(Self { numbers: Tensor::cat(&numbers, 1)?, logits })
+            }
+        }
+    }
+
+    /// What [`forward`] gives, once all ranges were added.
+    pub fn finish(
+        &self,
+        problem: &Problem,
+        rows: Vec<usize>,
+        targets: &Tensor,
+        reduce: Reduce,
+        statistics: bool,
+    ) -> Result<Losses> {
+        let parts_of = Some(self.logits);
+        Forward { problem, reduce, statistics, rows, parts_of, others: OnceLock::new() }
+            .apply(&self.numbers, targets)
+    }
 }
 
 /// The forward kernel as an op of candle's, which picks the backend and lends the storages.
 struct Forward<'a> {
     problem: &'a Problem,
     reduce: Reduce,
-    wants_statistics: bool,
+    /// Whether there are to be any.
+    statistics: bool,
+    /// The shape of the rows.
+    rows: Vec<usize>,
+    /// If the op is given parts in place of logits, the dtype of these.
+    parts_of: Option<DType>,
     /// What there is besides the result: the divisor and the statistics.
     others: OnceLock<(Option<Tensor>, Option<Tensor>)>,
 }
 
 impl Forward<'_> {
-    fn keep<S>(
-        &self,
-        out: backend::Forward<S>,
-        logits: &Layout,
-        storage: fn(S) -> Storage,
-    ) -> (S, Shape) {
-        let rows = row_shape(logits.dims(), self.problem.class_dim);
-        let num_rows = rows.iter().product::<usize>();
+    fn apply(self, given: &Tensor, targets: &Tensor) -> Result<Losses> {
+        let result = given.apply_op2_no_bwd(targets, &self)?;
+        let (divisor, statistics) = self.others.into_inner().unwrap_or_default();
+        let reduced = match (self.reduce, divisor) {
+            (Reduce::DividedBy(number), _) => Reduced::By(Divisor::Number(number)),
+            (_, Some(divisor)) => Reduced::By(Divisor::Tensor(divisor)),
+            (_, None) => Reduced::No,
+        };
+        Ok(Losses { result, reduced, statistics })
+    }
+
+    fn keep<S>(&self, out: backend::Forward<S>, storage: fn(S) -> Storage) -> (S, Shape) {
+        let num_rows = self.rows.iter().product::<usize>();
         let constant = |numbers: S, shape: Shape| {
             Tensor::from_storage(storage(numbers), shape, BackpropOp::none(), false)
         };
@@ -101,11 +181,33 @@ impl Forward<'_> {
             (divisor, statistics)
         });
         let shape = match self.reduce {
-            Reduce::No => rows.into(),
+            Reduce::No => self.rows.clone().into(),
             Reduce::DividedBy(_) | Reduce::DividedByWeights => ().into(),
         };
         (out.result, shape)
     }
+}
+
+macro_rules! losses {
+    ($method:ident, $storage:ident, $variant:ident, $backend:ident) => {
+        fn $method(
+            &self,
+            given: &$storage,
+            given_layout: &Layout,
+            targets: &$storage,
+            targets_layout: &Layout,
+        ) -> candle_core::Result<($storage, Shape)> {
+            let (given, targets) = ((given, given_layout), (targets, targets_layout));
+            let Self { problem, reduce, statistics, .. } = self;
+            let out = match self.parts_of {
+                None => $backend::forward(problem, given, targets, *reduce, *statistics)?,
+                Some(dtype) => {
+                    $backend::finish(problem, dtype, given, targets, *reduce, *statistics)?
+                }
+            };
+            Ok(self.keep(out, Storage::$variant))
+        }
+    };
 }
 
 impl CustomOp2 for Forward<'_> {
@@ -113,114 +215,44 @@ impl CustomOp2 for Forward<'_> {
         "label-smoothing-loss"
     }
 
-    fn cpu_fwd(
-        &self,
-        logits: &CpuStorage,
-        logits_layout: &Layout,
-        targets: &CpuStorage,
-        targets_layout: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let (logits, targets) = ((logits, logits_layout), (targets, targets_layout));
-        let Self { problem, reduce, wants_statistics, .. } = self;
-        let out = host::forward(problem, logits, targets, *reduce, *wants_statistics)?;
-        Ok(self.keep(out, logits_layout, Storage::Cpu))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        logits: &CudaStorage,
-        logits_layout: &Layout,
-        targets: &CudaStorage,
-        targets_layout: &Layout,
-    ) -> candle_core::Result<(CudaStorage, Shape)> {
-        let (logits, targets) = ((logits, logits_layout), (targets, targets_layout));
-        let Self { problem, reduce, wants_statistics, .. } = self;
-        let out = cuda::forward(problem, logits, targets, *reduce, *wants_statistics)?;
-        Ok(self.keep(out, logits_layout, Storage::Cuda))
-    }
-
-    #[cfg(feature = "metal")]
-    fn metal_fwd(
-        &self,
-        logits: &MetalStorage,
-        logits_layout: &Layout,
-        targets: &MetalStorage,
-        targets_layout: &Layout,
-    ) -> candle_core::Result<(MetalStorage, Shape)> {
-        let (logits, targets) = ((logits, logits_layout), (targets, targets_layout));
-        let Self { problem, reduce, wants_statistics, .. } = self;
-        let out = metal::forward(problem, logits, targets, *reduce, *wants_statistics)?;
-        Ok(self.keep(out, logits_layout, Storage::Metal))
-    }
+    each_backend!(losses);
 }
 
-/// The node of the graph. Its forward hands over the result that was computed before.
-pub(crate) struct Loss {
-    pub problem: Problem,
-    pub targets: Tensor,
-    pub statistics: Tensor,
-    pub reduced: Reduced,
+/// The forward kernel on a range of the classes, in place on the parts.
+struct AddRange<'a> {
+    problem: &'a Problem,
 }
 
-impl CustomOp2 for Loss {
+macro_rules! add_range {
+    ($method:ident, $storage:ident, $variant:ident, $backend:ident) => {
+        fn $method(
+            &self,
+            parts: &mut $storage,
+            parts_layout: &Layout,
+            logits: &$storage,
+            logits_layout: &Layout,
+            targets: &$storage,
+            targets_layout: &Layout,
+        ) -> candle_core::Result<()> {
+            Ok($backend::add_range(
+                self.problem,
+                (parts, parts_layout),
+                (logits, logits_layout),
+                (targets, targets_layout),
+            )?)
+        }
+    };
+}
+
+impl InplaceOp3 for AddRange<'_> {
     fn name(&self) -> &'static str {
-        "label-smoothing-loss"
+        "label-smoothing-loss-of-range"
     }
 
-    // One number, or one a row.
-
-    fn cpu_fwd(
-        &self,
-        _: &CpuStorage,
-        _: &Layout,
-        result: &CpuStorage,
-        layout: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        Ok((result.try_clone(layout)?, layout.shape().clone()))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        _: &CudaStorage,
-        _: &Layout,
-        result: &CudaStorage,
-        layout: &Layout,
-    ) -> candle_core::Result<(CudaStorage, Shape)> {
-        Ok((result.try_clone(layout)?, layout.shape().clone()))
-    }
-
-    #[cfg(feature = "metal")]
-    fn metal_fwd(
-        &self,
-        _: &MetalStorage,
-        _: &Layout,
-        result: &MetalStorage,
-        layout: &Layout,
-    ) -> candle_core::Result<(MetalStorage, Shape)> {
-        Ok((result.try_clone(layout)?, layout.shape().clone()))
-    }
-
-    fn bwd(
-        &self,
-        logits: &Tensor,
-        _: &Tensor,
-        _: &Tensor,
-        gradient: &Tensor,
-    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
-        let upstream = match &self.reduced {
-            Reduced::No => gradient.clone(),
-            Reduced::By(divisor) => {
-                let rows = row_shape(logits.dims(), self.problem.class_dim);
-                divisor.divide(gradient)?.broadcast_as(rows)?
-            }
-        };
-        let Self { problem, statistics, targets, .. } = self;
-        let gradient = gradient_of(problem, statistics, logits, targets, &upstream)?;
-        Ok((Some(gradient), None))
-    }
+    each_backend!(add_range);
 }
+
+// ---- The gradient
 
 /// Runs the backward kernel. `upstream` is the gradient of each row's loss.
 pub(crate) fn gradient_of(
@@ -233,10 +265,45 @@ pub(crate) fn gradient_of(
     logits.apply_op3_no_bwd(targets, upstream, &Backward { problem, statistics })
 }
 
+/// The same in place of the logits: a contiguous tensor that nobody else needs, whose dtype on the CPU is one
+/// of the arithmetic.
+pub(crate) fn replace_by_gradient(
+    problem: &Problem,
+    statistics: &Tensor,
+    logits: &Tensor,
+    targets: &Tensor,
+    upstream: &Tensor,
+) -> candle_core::Result<()> {
+    logits.inplace_op3(targets, upstream, &Backward { problem, statistics })
+}
+
 /// The backward kernel: logits, targets and the rows' upstream gradients in, the gradient out.
 struct Backward<'a> {
     problem: &'a Problem,
     statistics: &'a Tensor,
+}
+
+macro_rules! gradient {
+    ($method:ident, $storage:ident, $variant:ident, $backend:ident) => {
+        fn $method(
+            &self,
+            logits: &$storage,
+            logits_layout: &Layout,
+            targets: &$storage,
+            targets_layout: &Layout,
+            upstream: &$storage,
+            upstream_layout: &Layout,
+        ) -> candle_core::Result<($storage, Shape)> {
+            let gradient = $backend::backward(
+                self.problem,
+                (logits, logits_layout),
+                (targets, targets_layout),
+                (upstream, upstream_layout),
+                self.statistics,
+            )?;
+            Ok((gradient, logits_layout.shape().clone()))
+        }
+    };
 }
 
 impl CustomOp3 for Backward<'_> {
@@ -244,78 +311,129 @@ impl CustomOp3 for Backward<'_> {
         "label-smoothing-loss-backward"
     }
 
-    fn cpu_fwd(
-        &self,
-        logits: &CpuStorage,
-        logits_layout: &Layout,
-        targets: &CpuStorage,
-        targets_layout: &Layout,
-        upstream: &CpuStorage,
-        upstream_layout: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let gradient = host::backward(
-            self.problem,
-            (logits, logits_layout),
-            (targets, targets_layout),
-            (upstream, upstream_layout),
-            self.statistics,
-        )?;
-        Ok((gradient, logits_layout.shape().clone()))
+    each_backend!(gradient);
+}
+
+macro_rules! gradient_in_place {
+    ($method:ident, $storage:ident, $variant:ident, $backend:ident) => {
+        fn $method(
+            &self,
+            logits: &mut $storage,
+            logits_layout: &Layout,
+            targets: &$storage,
+            targets_layout: &Layout,
+            upstream: &$storage,
+            upstream_layout: &Layout,
+        ) -> candle_core::Result<()> {
+            Ok($backend::backward_in_place(
+                self.problem,
+                (logits, logits_layout),
+                (targets, targets_layout),
+                (upstream, upstream_layout),
+                self.statistics,
+            )?)
+        }
+    };
+}
+
+impl InplaceOp3 for Backward<'_> {
+    fn name(&self) -> &'static str {
+        "label-smoothing-loss-backward-in-place"
     }
 
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        logits: &CudaStorage,
-        logits_layout: &Layout,
-        targets: &CudaStorage,
-        targets_layout: &Layout,
-        upstream: &CudaStorage,
-        upstream_layout: &Layout,
-    ) -> candle_core::Result<(CudaStorage, Shape)> {
-        let gradient = cuda::backward(
-            self.problem,
-            (logits, logits_layout),
-            (targets, targets_layout),
-            (upstream, upstream_layout),
-            self.statistics,
-        )?;
-        Ok((gradient, logits_layout.shape().clone()))
+    each_backend!(gradient_in_place);
+}
+
+// ---- The graph
+
+/// Puts a result that was computed before into the graph, as one that depends on three tensors. `gradients` gets
+/// these and the result's gradient, and gives that of each of them that is tracked.
+pub(crate) fn graft(
+    result: &Tensor,
+    on: [&Tensor; 3],
+    gradients: impl Fn([&Tensor; 3], &Tensor) -> candle_core::Result<[Option<Tensor>; 3]>
+    + Send
+    + Sync
+    + 'static,
+) -> Result<Tensor> {
+    let [a, b, c] = on;
+    Ok(a.apply_op3(b, c, Node { result: result.clone(), gradients })?)
+}
+
+/// The node of the graph. Its forward hands the result over: one number, or one a row.
+struct Node<F> {
+    result: Tensor,
+    gradients: F,
+}
+
+macro_rules! hand_over {
+    ($method:ident, $storage:ident, $variant:ident, $backend:ident) => {
+        fn $method(
+            &self,
+            _: &$storage,
+            _: &Layout,
+            _: &$storage,
+            _: &Layout,
+            _: &$storage,
+            _: &Layout,
+        ) -> candle_core::Result<($storage, Shape)> {
+            let (storage, layout) = self.result.storage_and_layout();
+            match storage.try_clone(layout)? {
+                Storage::$variant(storage) => Ok((storage, layout.shape().clone())),
+                other => {
+                    let (lhs, rhs) = (self.result.device().location(), other.device().location());
+                    let op = "label-smoothing-loss";
+                    Err(candle_core::Error::DeviceMismatchBinaryOp { lhs, rhs, op }.bt())
+                }
+            }
+        }
+    };
+}
+
+impl<F> CustomOp3 for Node<F>
+where
+    F: Fn([&Tensor; 3], &Tensor) -> candle_core::Result<[Option<Tensor>; 3]>,
+{
+    fn name(&self) -> &'static str {
+        "label-smoothing-loss"
     }
 
-    #[cfg(feature = "metal")]
-    fn metal_fwd(
+    each_backend!(hand_over);
+
+    fn bwd(
         &self,
-        logits: &MetalStorage,
-        logits_layout: &Layout,
-        targets: &MetalStorage,
-        targets_layout: &Layout,
-        upstream: &MetalStorage,
-        upstream_layout: &Layout,
-    ) -> candle_core::Result<(MetalStorage, Shape)> {
-        let gradient = metal::backward(
-            self.problem,
-            (logits, logits_layout),
-            (targets, targets_layout),
-            (upstream, upstream_layout),
-            self.statistics,
-        )?;
-        Ok((gradient, logits_layout.shape().clone()))
+        a: &Tensor,
+        b: &Tensor,
+        c: &Tensor,
+        _: &Tensor,
+        gradient: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let [a, b, c] = (self.gradients)([a, b, c], gradient)?;
+        Ok((a, b, c))
     }
 }
 
-/// Smoothed targets: labels in, f32 distributions out.
+// ---- Smoothed targets
+
+/// Labels in, f32 distributions out.
 pub(crate) struct Smooth {
     pub problem: Problem,
 }
 
-impl Smooth {
-    fn shape(&self, labels: &Layout) -> Shape {
-        let mut shape = labels.dims().to_vec();
-        shape.truncate(self.problem.class_dim);
-        shape.push(self.problem.num_classes);
-        shape.into()
-    }
+macro_rules! smooth {
+    ($method:ident, $storage:ident, $variant:ident, $backend:ident) => {
+        fn $method(
+            &self,
+            labels: &$storage,
+            layout: &Layout,
+        ) -> candle_core::Result<($storage, Shape)> {
+            let Problem { class_dim, num_classes, .. } = self.problem;
+            let mut shape = layout.dims().to_vec();
+            shape.truncate(class_dim);
+            shape.push(num_classes);
+            Ok(($backend::smooth(&self.problem, (labels, layout))?, shape.into()))
+        }
+    };
 }
 
 impl CustomOp1 for Smooth {
@@ -323,29 +441,5 @@ impl CustomOp1 for Smooth {
         "smooth-targets"
     }
 
-    fn cpu_fwd(
-        &self,
-        labels: &CpuStorage,
-        layout: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        Ok((host::smooth(&self.problem, (labels, layout))?, self.shape(layout)))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        labels: &CudaStorage,
-        layout: &Layout,
-    ) -> candle_core::Result<(CudaStorage, Shape)> {
-        Ok((cuda::smooth(&self.problem, (labels, layout))?, self.shape(layout)))
-    }
-
-    #[cfg(feature = "metal")]
-    fn metal_fwd(
-        &self,
-        labels: &MetalStorage,
-        layout: &Layout,
-    ) -> candle_core::Result<(MetalStorage, Shape)> {
-        Ok((metal::smooth(&self.problem, (labels, layout))?, self.shape(layout)))
-    }
+    each_backend!(smooth);
 }

@@ -5,14 +5,14 @@
 //! of the logits' size at almost every step. −inf and NaN logits, which the fused loss handles, are
 //! beyond it, except in ignored rows.
 
-use crate::backend::{Coefficients, row_shape};
+use crate::backend::{Coefficients, result_dtype, row_shape};
 use crate::error::Result;
-use crate::loss::{LabelSmoothingLoss, Reduction, result_dtype};
+use crate::loss::{LabelSmoothingLoss, Logits, Reduction};
 use candle_core::{DType, Tensor};
 
 /// What `loss.forward(logits, targets)` computes, by stock ops.
 pub fn forward(loss: &LabelSmoothingLoss, logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
-    let (problem, targets) = loss.problem(logits, targets)?;
+    let (problem, targets) = loss.problem(&Logits::of(logits), targets)?;
     let dtype = result_dtype(logits.dtype());
 
     // The classes last, all other dimensions as rows: (N, K).

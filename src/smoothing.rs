@@ -237,7 +237,7 @@ pub fn smooth_targets(
         return Err(Error::NoClasses { shape: [labels.dims(), &[0]].concat() });
     }
     smoothing.check(num_classes)?;
-    backend::check_dtype("labels", labels)?;
+    backend::check_dtype("labels", labels.dtype(), labels.device())?;
     let labels = backend::readable_targets(labels)?;
     if labels.dtype().is_float() && labels.dim(D::Minus1).ok() != Some(num_classes) {
         return Err(Error::ProbabilityLabelsShape {
@@ -254,6 +254,7 @@ pub fn smooth_targets(
     let problem = Problem {
         class_dim,
         num_classes,
+        first_class: 0,
         coefficients: smoothing.coefficients(None, num_classes, DType::F32, labels.device())?,
         ignore_index: None,
         z_loss: 0.,

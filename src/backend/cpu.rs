@@ -17,18 +17,18 @@ mod vector;
 
 pub(crate) use operands::check_labels;
 
-use super::{Forward, Problem, Reduce};
+use super::{Forward, Problem, Reduce, num_rows};
 use crate::error::{Error, Result};
 use block::{
     Partial, ROWS, RowGradient, RowSums, gradient_of_class, gradient_of_equals, gradient_of_row,
     lanes, largest, sums_of_equals, sums_of_row,
 };
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, DType, Tensor, WithDType};
+use candle_core::{CpuStorage, DType, Layout, Tensor, WithDType};
 use element::Element;
 use half::{bf16, f16};
 use operands::{Along, Line, OfRow, Operand, Table, Targets, View, host};
-use parallel::{BLOCK, SEGMENT, Sink, build, filled, split};
+use parallel::{BLOCK, SEGMENT, Sink, build, filled, rewrite, split};
 use pulp::{Arch, Simd};
 use std::ops::Range;
 use vector::{Kernel, Real, dispatch};
@@ -61,38 +61,201 @@ fn forward_of<T: Element>(
     statistics: bool,
 ) -> Result<Forward<CpuStorage>> {
     let num_classes = problem.num_classes;
-    // With few classes a row is too short to work on alone.
-    let along = match num_classes {
-        ..=FEW_CLASSES => Along::Rows,
-        _ => Along::of(problem, logits.1.dims()),
-    };
+    let along = Along::forward(problem, logits.1.dims(), num_classes);
     let logits = View::new(logits, problem.class_dim)?;
     let table = Table::new(&problem.coefficients);
     let targets = Targets::<T::Real>::new(problem, table.columns()?, targets)?;
-    let num_rows = logits.num_rows;
-
-    let mut losses = filled(num_rows)?;
-    let mut of_rows = filled(3 * num_rows)?;
-    let (max, rest) = of_rows.split_at_mut(num_rows);
-    let (sum, total) = rest.split_at_mut(num_rows);
-    let finish = |row: usize, i: usize, whole: Partial, out: &mut [&mut [T::Real]; 4]| {
-        let log_sum = whole.sum.ln();
-        let lse = whole.max + log_sum;
-        let loss = match targets.is_ignored(row) {
-            true => 0.,
-            // From the left: without z-loss an overflowing square must not become 0·∞.
-            false => whole.total * log_sum - whole.shortfall + problem.z_loss * lse * lse,
-        };
-        let numbers = [loss, whole.max, whole.sum, whole.total];
-        for (out, number) in out.iter_mut().zip(numbers) {
-            if let Some(out) = out.get_mut(i) {
-                *out = T::Real::from_f64(number);
-            }
-        }
+    let mut rows = RowResults::new(logits.num_rows)?;
+    let finish = |row, i, whole, out: &mut [&mut [T::Real]; 4]| {
+        put(out, i, results(problem, &targets, row, whole).map(T::Real::from_f64));
     };
+    read_rows::<T, _>(&logits, &targets, along, 0..num_classes, rows.columns(), &finish)?;
+    Ok(rows.reduced(&targets, reduce, statistics))
+}
 
+/// The dtype of what is kept of each row while one range of the classes follows the other: the fields of a
+/// [`Partial`], in their order, each for all rows.
+pub(crate) fn parts_dtype(_logits: DType) -> DType {
+    DType::F64
+}
+
+/// The forward kernel on a range of the classes, whose logits are given: what it says of each row is merged
+/// into what the ranges before it have said, if this is not the first.
+pub(crate) fn add_range(
+    problem: &Problem,
+    parts: (&mut CpuStorage, &Layout),
+    logits: Operand,
+    targets: Operand,
+) -> Result<()> {
+    match logits.0.dtype() {
+        DType::BF16 => add_range_of::<bf16>(problem, parts, logits, targets),
+        DType::F16 => add_range_of::<f16>(problem, parts, logits, targets),
+        DType::F32 => add_range_of::<f32>(problem, parts, logits, targets),
+        DType::F64 => add_range_of::<f64>(problem, parts, logits, targets),
+        dtype => Err(Error::LogitsDType { dtype }),
+    }
+}
+
+fn add_range_of<T: Element>(
+    problem: &Problem,
+    (parts, layout): (&mut CpuStorage, &Layout),
+    logits: Operand,
+    targets: Operand,
+) -> Result<()> {
+    let first = problem.first_class;
+    let classes = first..first + logits.1.dims()[problem.class_dim];
+    let along = Along::forward(problem, logits.1.dims(), classes.len());
+    let logits = View::new(logits, problem.class_dim)?.with_first_class(first);
+    let table = Table::new(&problem.coefficients);
+    let targets = Targets::<T::Real>::new(problem, table.columns()?, targets)?;
+    let merge = |_, i: usize, part, out: &mut [&mut [f64]; 4]| {
+        let whole = match first {
+            0 => part,
+            _ => Partial::from(out.each_ref().map(|out| out[i])).merge(part),
+        };
+        put(out, i, whole.into());
+    };
+    let parts = whole_mut::<f64>(parts, layout)?;
+    let out = columns(parts, logits.num_rows);
+    read_rows::<T, _>(&logits, &targets, along, classes, out, &merge)
+}
+
+/// Every row's loss, or their sum, from what was kept of the ranges, whose logits had this dtype.
+pub(crate) fn finish(
+    problem: &Problem,
+    logits: DType,
+    parts: Operand,
+    targets: Operand,
+    reduce: Reduce,
+    statistics: bool,
+) -> Result<Forward<CpuStorage>> {
+    match logits {
+        DType::F64 => finish_in::<f64>(problem, parts, targets, reduce, statistics),
+        _ => finish_in::<f32>(problem, parts, targets, reduce, statistics),
+    }
+}
+
+fn finish_in<A: Real>(
+    problem: &Problem,
+    (parts, layout): Operand,
+    targets: Operand,
+    reduce: Reduce,
+    statistics: bool,
+) -> Result<Forward<CpuStorage>> {
+    let table = Table::new(&problem.coefficients);
+    let targets = Targets::<A>::new(problem, table.columns()?, targets)?;
+    let num_rows = layout.dims()[1];
+    let parts = View::new((parts, layout), 0)?;
+    let mut rows = RowResults::<A>::new(num_rows)?;
+    split(rows.columns(), 1, 1, &|first, mut out| {
+        for i in 0..out[0].len() {
+            let row = first + i;
+            let mut part = [0.; 4];
+            parts.load(Line { row, class: 0, along: Along::Classes }, &mut part);
+            put(&mut out, i, results(problem, &targets, row, part.into()).map(A::from_f64));
+        }
+    });
+    Ok(rows.reduced(&targets, reduce, statistics))
+}
+
+/// A row's loss and what backward needs of it.
+fn results<A: Real>(
+    problem: &Problem,
+    targets: &Targets<A>,
+    row: usize,
+    whole: Partial,
+) -> [f64; 4] {
+    let log_sum = whole.sum.ln();
+    let lse = whole.max + log_sum;
+    let loss = match targets.is_ignored(row) {
+        true => 0.,
+        // From the left: without z-loss an overflowing square must not become 0·∞.
+        false => whole.total * log_sum - whole.shortfall + problem.z_loss * lse * lse,
+    };
+    [loss, whole.max, whole.sum, whole.total]
+}
+
+/// What there is for each row, each of it for all rows.
+struct RowResults<A> {
+    losses: Vec<A>,
+    /// The maximum, Σ exp, and S.
+    statistics: Vec<A>,
+}
+
+impl<A: Real> RowResults<A> {
+    fn new(num_rows: usize) -> Result<Self> {
+        Ok(Self { losses: filled(num_rows)?, statistics: filled(3 * num_rows)? })
+    }
+
+    fn columns(&mut self) -> [&mut [A]; 4] {
+        let [max, sum, total] = columns(&mut self.statistics, self.losses.len());
+        [&mut self.losses, max, sum, total]
+    }
+
+    fn reduced(
+        self,
+        targets: &Targets<A>,
+        reduce: Reduce,
+        statistics: bool,
+    ) -> Forward<CpuStorage> {
+        let mut losses = self.losses;
+        let num_rows = losses.len();
+        let divisor = match reduce {
+            Reduce::No => None,
+            Reduce::DividedBy(divisor) => Some(divisor),
+            Reduce::DividedByWeights => {
+                Some(added_up(num_rows, |row| targets.weight(row).to_f64()))
+            }
+        };
+        if let Some(divisor) = divisor {
+            let result = added_up(num_rows, |row| losses[row].to_f64()) / divisor;
+            losses = vec![A::from_f64(result)];
+        }
+        let weighted = matches!(reduce, Reduce::DividedByWeights);
+        Forward {
+            result: A::to_cpu_storage_owned(losses),
+            divisor: divisor.filter(|_| weighted).map(|sum| CpuStorage::F64(vec![sum])),
+            statistics: statistics.then(|| A::to_cpu_storage_owned(self.statistics)),
+        }
+    }
+}
+
+/// N columns of equal length that lie one after the other.
+fn columns<T, const N: usize>(mut values: &mut [T], len: usize) -> [&mut [T]; N] {
+    [(); N].map(|()| {
+        let (column, rest) = std::mem::take(&mut values).split_at_mut(len);
+        values = rest;
+        column
+    })
+}
+
+/// Writes element `i` of each column.
+fn put<T: Copy>(columns: &mut [&mut [T]; 4], i: usize, values: [T; 4]) {
+    for (column, value) in columns.iter_mut().zip(values) {
+        column[i] = value;
+    }
+}
+
+/// The numbers of a tensor that is changed in place: one that the loss made itself.
+fn whole_mut<'a, T: Element>(storage: &'a mut CpuStorage, layout: &Layout) -> Result<&'a mut [T]> {
+    let values = layout
+        .contiguous_offsets()
+        .and_then(|(start, end)| T::values_mut(storage)?.get_mut(start..end));
+    values.ok_or_else(|| candle_core::Error::RequiresContiguous { op: "in place" }.bt().into())
+}
+
+/// Reads a range of the classes of every row once. `finish` gets each row, its index in the slices of `out`,
+/// what the range says of it, and those slices, which hold an element for each of some rows.
+fn read_rows<T: Element, O: Send>(
+    logits: &View,
+    targets: &Targets<T::Real>,
+    along: Along,
+    classes: Range<usize>,
+    out: [&mut [O]; 4],
+    finish: &(impl Fn(usize, usize, Partial, &mut [&mut [O]; 4]) + Sync),
+) -> Result<()> {
+    let (num_rows, num_classes) = (logits.num_rows, classes.len());
     let arch = Arch::new();
-    let (logits, targets) = (&logits, &targets);
     let at_once = match along {
         Along::Classes => 1,
         Along::Rows => num_rows.clamp(1, ROWS),
@@ -102,56 +265,38 @@ fn forward_of<T: Element>(
         // What each segment says of its rows takes memory too: at most one part in 64 of the logits'.
         Along::Rows => (SEGMENT / at_once).max(4 * BLOCK),
     };
-    let out = [&mut losses[..], max, sum, total];
     if num_classes <= segment {
         split(out, at_once, num_classes, &|first, mut out| {
             let rows = first..first + out[0].len();
             let emit = |row, whole| finish(row, row - first, whole, &mut out);
-            dispatch(
-                arch,
-                Sums::<T, _> { logits, targets, along, rows, classes: 0..num_classes, emit },
-            );
+            let classes = classes.clone();
+            dispatch(arch, Sums::<T, _> { logits, targets, along, rows, classes, emit });
         });
-    } else {
-        // A long row occupies several threads. The segments of the same rows lie one after the other.
-        let segments = num_classes.div_ceil(segment);
-        let mut parts: Vec<Partial> = filled(num_rows.div_ceil(at_once) * segments * at_once)?;
-        split([&mut parts], at_once, segment, &|first, [parts]| {
-            for (i, parts) in parts.chunks_mut(at_once).enumerate() {
-                let i = first / at_once + i;
-                let (row, class) = (i / segments * at_once, i % segments * segment);
-                let rows = row..num_rows.min(row + at_once);
-                let classes = class..num_classes.min(class + segment);
-                let emit = |at: usize, part| parts[at - row] = part;
-                dispatch(arch, Sums::<T, _> { logits, targets, along, rows, classes, emit });
-            }
-        });
-        split(out, 1, segments, &|first, mut out| {
-            for i in 0..out[0].len() {
-                let row = first + i;
-                let parts = parts[row / at_once * segments * at_once..].iter().skip(row % at_once);
-                let parts = parts.step_by(at_once).take(segments);
-                let whole = parts.fold(Partial::default(), |whole, &part| whole.merge(part));
-                finish(row, i, whole, &mut out);
-            }
-        });
+        return Ok(());
     }
-
-    let divisor = match reduce {
-        Reduce::No => None,
-        Reduce::DividedBy(divisor) => Some(divisor),
-        Reduce::DividedByWeights => Some(added_up(num_rows, |row| targets.weight(row).to_f64())),
-    };
-    if let Some(divisor) = divisor {
-        let result = added_up(num_rows, |row| losses[row].to_f64()) / divisor;
-        losses = vec![T::Real::from_f64(result)];
-    }
-    let weighted = matches!(reduce, Reduce::DividedByWeights);
-    Ok(Forward {
-        result: T::Real::to_cpu_storage_owned(losses),
-        divisor: divisor.filter(|_| weighted).map(|sum| CpuStorage::F64(vec![sum])),
-        statistics: statistics.then(|| T::Real::to_cpu_storage_owned(of_rows)),
-    })
+    // A long row occupies several threads. The segments of the same rows lie one after the other.
+    let segments = num_classes.div_ceil(segment);
+    let mut parts: Vec<Partial> = filled(num_rows.div_ceil(at_once) * segments * at_once)?;
+    split([&mut parts], at_once, segment, &|first, [parts]| {
+        for (i, parts) in parts.chunks_mut(at_once).enumerate() {
+            let i = first / at_once + i;
+            let (row, class) = (i / segments * at_once, classes.start + i % segments * segment);
+            let rows = row..num_rows.min(row + at_once);
+            let classes = class..classes.end.min(class + segment);
+            let emit = |at: usize, part| parts[at - row] = part;
+            dispatch(arch, Sums::<T, _> { logits, targets, along, rows, classes, emit });
+        }
+    });
+    split(out, 1, segments, &|first, mut out| {
+        for i in 0..out[0].len() {
+            let row = first + i;
+            let parts = parts[row / at_once * segments * at_once..].iter().skip(row % at_once);
+            let parts = parts.step_by(at_once).take(segments);
+            let whole = parts.fold(Partial::default(), |whole, &part| whole.merge(part));
+            finish(row, i, whole, &mut out);
+        }
+    });
+    Ok(())
 }
 
 /// The sum of a number a row, in f64: a million losses added up in f32 would lose half their digits. In
@@ -303,18 +448,67 @@ fn backward_to<T: Element>(
     upstream: Operand,
     statistics: &Tensor,
 ) -> Result<CpuStorage> {
-    let num_classes = problem.num_classes;
     let dims = logits.1.dims();
+    let logits = View::new(logits, problem.class_dim)?.with_first_class(problem.first_class);
+    let len = dims.iter().product();
+    let gradient = with_gradients::<T, _>(problem, dims, targets, upstream, statistics, |of| {
+        build(len, of.line(), |start, sink| of.write(&logits, start, sink))
+    })?;
+    Ok(T::to_cpu_storage_owned(gradient))
+}
+
+/// The backward kernel with the gradient in the logits' place. Only for the dtypes of the arithmetic, in which
+/// logits are made on the CPU.
+pub(crate) fn backward_in_place(
+    problem: &Problem,
+    logits: (&mut CpuStorage, &Layout),
+    targets: Operand,
+    upstream: Operand,
+    statistics: &Tensor,
+) -> Result<()> {
+    match logits.0.dtype() {
+        DType::F32 => replace::<f32>(problem, logits, targets, upstream, statistics),
+        DType::F64 => replace::<f64>(problem, logits, targets, upstream, statistics),
+        dtype => Err(Error::LogitsDType { dtype }),
+    }
+}
+
+fn replace<A: Real>(
+    problem: &Problem,
+    (logits, layout): (&mut CpuStorage, &Layout),
+    targets: Operand,
+    upstream: Operand,
+    statistics: &Tensor,
+) -> Result<()> {
+    let (dims, logits) = (layout.dims(), whole_mut::<A>(logits, layout)?);
+    with_gradients::<A, _>(problem, dims, targets, upstream, statistics, |of| {
+        rewrite(logits, of.line(), |start, logits, sink| {
+            let logits = View::of_piece(logits, start, dims, problem.class_dim);
+            of.write(&logits.with_first_class(problem.first_class), start, sink);
+        });
+        Ok(())
+    })
+}
+
+/// Makes what the gradient of the logits of these dimensions is made of, beside the logits.
+fn with_gradients<T: Element, R>(
+    problem: &Problem,
+    dims: &[usize],
+    targets: Operand,
+    upstream: Operand,
+    statistics: &Tensor,
+    make: impl FnOnce(&Gradients<T>) -> Result<R>,
+) -> Result<R> {
+    let num_classes = dims[problem.class_dim];
     let positions = dims[problem.class_dim + 1..].iter().product::<usize>().max(1);
     let order = match Along::of(problem, dims) {
         Along::Classes if num_classes <= FEW_CLASSES => Order::SideBySide,
         Along::Classes => Order::RowByRow,
         Along::Rows => Order::ClassByClass,
     };
-    let logits = View::new(logits, problem.class_dim)?;
     let table = Table::new(&problem.coefficients);
     let targets = Targets::<T::Real>::new(problem, table.columns()?, targets)?;
-    let num_rows = logits.num_rows;
+    let num_rows = num_rows(dims, problem.class_dim);
 
     let statistics = statistics.storage_and_layout().0;
     let statistics = T::Real::cpu_storage_as_slice(host(&statistics)?)?;
@@ -342,39 +536,48 @@ fn backward_to<T: Element>(
             }
         }
     });
-
-    let gradients = Gradients::<T> {
-        logits: &logits,
+    make(&Gradients {
         targets: &targets,
+        order,
+        first_class: problem.first_class,
         num_classes,
         positions,
         max,
         scale: &scale,
         against: &against,
-    };
-    let arch = Arch::new();
-    // Where one line of the gradient ends and the next one begins.
-    let line = match order {
-        Order::RowByRow => num_classes,
-        Order::SideBySide => ROWS * num_classes,
-        Order::ClassByClass => positions,
-    };
-    let gradient = build(num_rows * num_classes, line.min(SEGMENT), |start, sink| {
-        dispatch(arch, Piece { gradients: &gradients, order, start, sink });
-    })?;
-    Ok(T::to_cpu_storage_owned(gradient))
+    })
 }
 
-/// What the gradient is made of.
+/// What the gradient is made of, beside the logits.
 struct Gradients<'a, T: Element> {
-    logits: &'a View<'a>,
     targets: &'a Targets<'a, T::Real>,
+    order: Order,
+    /// The first of the classes whose gradient it is, and how many they are.
+    first_class: usize,
     num_classes: usize,
     /// How many elements lie between one class and the next of the contiguous gradient.
     positions: usize,
     max: &'a [T::Real],
     scale: &'a [T::Real],
     against: &'a [T::Real],
+}
+
+impl<T: Element> Gradients<'_, T> {
+    /// Where one line of the gradient ends and the next one begins: pieces that are written apart begin at
+    /// such places.
+    fn line(&self) -> usize {
+        let line = match self.order {
+            Order::RowByRow => self.num_classes,
+            Order::SideBySide => ROWS * self.num_classes,
+            Order::ClassByClass => self.positions,
+        };
+        line.min(SEGMENT)
+    }
+
+    /// Writes a piece of the gradient, from its element `start` on.
+    fn write(&self, logits: &View, start: usize, sink: &mut Sink<T>) {
+        dispatch(Arch::new(), Piece { gradients: self, logits, start, sink });
+    }
 }
 
 /// How the gradient lies in memory.
@@ -391,7 +594,7 @@ enum Order {
 /// A piece of the gradient, from its element `start` on.
 struct Piece<'a, 'b, T: Element> {
     gradients: &'a Gradients<'a, T>,
-    order: Order,
+    logits: &'a View<'a>,
     start: usize,
     sink: &'a mut Sink<'b, T>,
 }
@@ -401,7 +604,7 @@ impl<T: Element> Kernel for Piece<'_, '_, T> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        match self.order {
+        match self.gradients.order {
             Order::RowByRow => self.row_by_row(simd),
             Order::SideBySide => self.side_by_side(simd),
             Order::ClassByClass => self.class_by_class(simd),
@@ -412,13 +615,16 @@ impl<T: Element> Kernel for Piece<'_, '_, T> {
 impl<T: Element> Piece<'_, '_, T> {
     #[inline(always)]
     fn row_by_row<S: Simd>(self, simd: S) {
-        let Gradients { logits, targets, num_classes, max, scale, against, .. } = *self.gradients;
+        let Gradients { targets, first_class, num_classes, max, scale, against, .. } =
+            *self.gradients;
+        let (logits, end) = (self.logits, first_class + num_classes);
         let mut x = [T::Real::ZERO; BLOCK];
         let mut r = [T::Real::ZERO; BLOCK];
         let (mut block, mut rounded) = ([T::ZERO; BLOCK], [T::ZERO; BLOCK]);
-        let (mut row, mut class) = (self.start / num_classes, self.start % num_classes);
+        let mut row = self.start / num_classes;
+        let mut class = first_class + self.start % num_classes;
         while self.sink.len() > 0 {
-            let left = (num_classes - class).min(self.sink.len());
+            let left = (end - class).min(self.sink.len());
             let (len, padded) = block_len::<T::Real, S>(left);
             let line = Line { row, class, along: Along::Classes };
             if targets.is_ignored(row) {
@@ -456,24 +662,24 @@ impl<T: Element> Piece<'_, '_, T> {
                 }
             }
             class += len;
-            if class == num_classes {
-                (row, class) = (row + 1, 0);
+            if class == end {
+                (row, class) = (row + 1, first_class);
             }
         }
     }
 
     #[inline(always)]
     fn side_by_side<S: Simd>(self, simd: S) {
-        let num_classes = self.gradients.num_classes;
+        let Gradients { first_class, num_classes, .. } = *self.gradients;
         let mut lines = Lines::new();
         let mut tile = [T::ZERO; ROWS * FEW_CLASSES];
         let mut row = self.start / num_classes;
         while self.sink.len() > 0 {
             let len = ROWS.min(self.sink.len() / num_classes);
-            for class in 0..num_classes {
-                let line = Line { row, class, along: Along::Rows };
-                let gradient = lines.gradient(simd, self.gradients, line, len);
-                let column = tile.iter_mut().skip(class).step_by(num_classes);
+            for i in 0..num_classes {
+                let line = Line { row, class: first_class + i, along: Along::Rows };
+                let gradient = lines.gradient(simd, self.gradients, self.logits, line, len);
+                let column = tile.iter_mut().skip(i).step_by(num_classes);
                 column.zip(gradient).for_each(|(out, &value)| *out = value);
             }
             self.sink.push(&tile[..len * num_classes]);
@@ -483,20 +689,20 @@ impl<T: Element> Piece<'_, '_, T> {
 
     #[inline(always)]
     fn class_by_class<S: Simd>(self, simd: S) {
-        let Gradients { num_classes, positions, .. } = *self.gradients;
+        let Gradients { first_class, num_classes, positions, .. } = *self.gradients;
         let mut lines = Lines::new();
         let (line, mut position) = (self.start / positions, self.start % positions);
-        let (mut outer, mut class) = (line / num_classes, line % num_classes);
+        let (mut outer, mut class) = (line / num_classes, first_class + line % num_classes);
         while self.sink.len() > 0 {
             let len = ROWS.min(positions - position).min(self.sink.len());
             let line = Line { row: outer * positions + position, class, along: Along::Rows };
-            self.sink.push(lines.gradient(simd, self.gradients, line, len));
+            self.sink.push(lines.gradient(simd, self.gradients, self.logits, line, len));
             position += len;
             if position == positions {
                 (position, class) = (0, class + 1);
             }
-            if class == num_classes {
-                (class, outer) = (0, outer + 1);
+            if class == first_class + num_classes {
+                (class, outer) = (first_class, outer + 1);
             }
         }
     }
@@ -524,10 +730,11 @@ impl<T: Element> Lines<T> {
         &mut self,
         simd: S,
         gradients: &Gradients<T>,
+        logits: &View,
         line: Line,
         len: usize,
     ) -> &[T] {
-        let Gradients { logits, targets, max, scale, against, .. } = *gradients;
+        let Gradients { targets, max, scale, against, .. } = *gradients;
         logits.load(line, &mut self.x[..len]);
         targets.fill(line, &mut self.r[..len]);
         let rows = [max, scale, against].map(|of_rows| &of_rows[line.row..line.row + len]);
@@ -553,7 +760,7 @@ pub(crate) fn smooth(problem: &Problem, labels: Operand) -> Result<CpuStorage> {
     let table = Table::new(&problem.coefficients);
     let num_rows = match labels.0.dtype().is_int() {
         true => labels.1.shape().elem_count(),
-        false => View::new(labels, problem.class_dim)?.num_rows,
+        false => num_rows(labels.1.dims(), problem.class_dim),
     };
     let targets = Targets::<f32>::new(problem, table.columns()?, labels)?;
     let num_classes = problem.num_classes;

@@ -1,7 +1,7 @@
 //! The kernels on NVIDIA's GPUs: `label_smoothing.cu`, compiled by NVRTC for the device at hand when a
 //! kind of input is first met, and kept.
 
-pub(crate) use super::gpu::{backward, forward, smooth};
+pub(crate) use super::gpu::{add_range, backward, backward_in_place, finish, forward, smooth};
 
 use super::gpu::{Buffer, Gpu, Kernel, Kind, Limits};
 use candle_core::cuda_backend::cudarc::driver::{DeviceRepr, LaunchConfig, PushKernelArg};

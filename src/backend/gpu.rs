@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! forward    the losses, or what a range of the classes says of each row (its part)
-//! finish     the losses from all parts of each row
+//! finish     the losses from all parts of each row, or one part of them
 //! reduce     the sum of the losses, divided
 //! backward   the gradient of the logits
 //! smooth     the coefficients of all classes themselves
@@ -12,7 +12,7 @@
 //!
 //! Nothing here waits for the device: kernels are put into its queue, and no number comes back.
 
-use super::{Coefficients, Forward, Operand, Problem, Reduce, Rows, check_layout};
+use super::{Coefficients, Forward, Operand, Problem, Reduce, Rows, check_layout, num_rows};
 use crate::error::{Error, Result};
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::{DType, Layout, Storage, StorageRef, Tensor, WithDType};
@@ -159,7 +159,6 @@ struct Params<A> {
     segment: u64,
     segments: u64,
     num_parts: u64,
-    first_part: u64,
     ignore_index: i64,
     ignores: u32,
     along_rows: u32,
@@ -167,6 +166,8 @@ struct Params<A> {
     wants_parts: u32,
     wants_weights: u32,
     wants_statistics: u32,
+    continues: u32,
+    in_place: u32,
     scale: A,
     spread: A,
     own: A,
@@ -314,6 +315,14 @@ fn own<S: Gpu>(storage: &Storage) -> Result<&S> {
     })
 }
 
+/// Checks that a tensor of this crate's own is all that its storage holds.
+fn check_whole<S: Gpu>(what: &str, storage: &S, layout: &Layout) -> Result<()> {
+    match layout.contiguous_offsets() {
+        Some((0, end)) if end <= storage.len() => Ok(()),
+        _ => Err(candle_core::Error::Msg(format!("the {what} are not contiguous")).into()),
+    }
+}
+
 /// Checks what a kernel reads without a view: that it is in the dtype of the arithmetic, and all there.
 fn check_numbers<S: Gpu>(what: &str, numbers: &S, dtype: DType, len: usize) -> Result<()> {
     if numbers.dtype() == dtype && numbers.len() >= len {
@@ -339,6 +348,7 @@ impl<'a, A: WithDType + Default, S: Gpu> Job<'a, A, S> {
             targets: View::new(targets, (!is_class).then_some(problem.class_dim))?,
             num_rows: num_rows as u64,
             num_classes,
+            first_class: problem.first_class as u64,
             range: num_classes,
             positions: 1,
             ignores: problem.ignore_index.is_some().into(),
@@ -377,24 +387,30 @@ impl<'a, A: WithDType + Default, S: Gpu> Job<'a, A, S> {
         Ok(S::alloc(self.device, len, A::DTYPE)?)
     }
 
-    /// Every row's losses, and whatever else there is room for.
-    fn forward(&mut self, logits: &S, out: &mut RowResults<S>) -> Result<()> {
+    /// The rows are those of the logits.
+    fn set_logits(&mut self, problem: &Problem, logits: Operand<S>) -> Result<()> {
+        self.params.logits = View::new(logits, Some(problem.class_dim))?;
+        self.params.range = logits.1.dims().get(problem.class_dim).map_or(0, |&len| len as u64);
+        Ok(())
+    }
+
+    /// What the logits say of every row.
+    fn forward(&mut self, logits: &S, out: Found<S>) -> Result<()> {
         if self.params.num_rows == 0 {
             return Ok(());
         }
         let along_rows = self.params.logits.is_along_rows();
         let limits = S::limits(self.device, self.kernel("forward"))?;
         let size = self.params.share(limits, self.kind.logits, along_rows, TASKS_FORWARD);
-        self.params.wants_weights = out.weights.is_some().into();
-        self.params.wants_statistics = out.statistics.is_some().into();
         if self.params.segments == 1 {
-            return self.launch_forward(size, logits, None, out);
+            return self.launch_forward(size, logits, out);
         }
-        let len = PART * (self.params.segments * self.params.num_rows) as usize;
-        let mut parts = self.alloc(len)?;
-        self.params.num_parts = self.params.segments;
-        self.launch_forward(size, logits, Some(&mut parts), out)?;
-        self.finish(&parts, out)
+        let num_parts = self.params.segments as usize;
+        let mut parts = self.alloc(PART * num_parts * self.params.num_rows as usize)?;
+        let continues = std::mem::replace(&mut self.params.continues, 0);
+        self.launch_forward(size, logits, Found::Parts(&mut parts))?;
+        self.params.continues = continues;
+        self.finish(&parts, num_parts, out)
     }
 
     /// Reads the logits of a range of the classes, for the parts of each row or at once for its results.
@@ -402,19 +418,12 @@ impl<'a, A: WithDType + Default, S: Gpu> Job<'a, A, S> {
         &mut self,
         size: (usize, usize),
         logits: &S,
-        parts: Option<&mut S>,
-        out: &mut RowResults<S>,
+        mut out: Found<S>,
     ) -> Result<()> {
-        self.params.wants_parts = parts.is_some().into();
-        let mut buffers = [
-            Buffer::In(logits),
-            Buffer::In(self.targets),
-            self.table()?,
-            parts.map_or(Buffer::Unused, Buffer::Out),
-            Buffer::Out(&mut out.losses),
-            Buffer::maybe_out(&mut out.weights),
-            Buffer::maybe_out(&mut out.statistics),
-        ];
+        let [parts, losses, weights, statistics] = out.buffers(&mut self.params);
+        let inputs = [Buffer::In(logits), Buffer::In(self.targets), self.table()?];
+        let [logits, targets, table] = inputs;
+        let mut buffers = [logits, targets, table, parts, losses, weights, statistics];
         // SAFETY: the views were checked against the storages; the parts and results have room for every
         // row, and the kernel writes only those asked for; a target is compared with the number of classes
         // before anything is read by it.
@@ -424,36 +433,52 @@ impl<'a, A: WithDType + Default, S: Gpu> Job<'a, A, S> {
         Ok(())
     }
 
-    /// The results from the parts of each row.
-    fn finish(&self, parts: &S, out: &mut RowResults<S>) -> Result<()> {
+    /// The same from the parts of each row.
+    fn finish(&mut self, parts: &S, num_parts: usize, mut out: Found<S>) -> Result<()> {
+        if self.params.num_rows == 0 {
+            return Ok(());
+        }
         let kernel = self.kernel("finish");
         let limits = S::limits(self.device, kernel)?;
         let threads = limits.most_threads();
-        let lanes = (self.params.num_parts as usize).min(limits.warp).next_power_of_two();
-        let params = Params { lanes: lanes as u32, along_rows: 0, segments: 1, ..self.params };
+        let lanes = num_parts.min(limits.warp).next_power_of_two();
         let groups = (self.params.num_rows as usize).div_ceil(threads / lanes);
         let size = (groups.min(limits.groups), threads);
-        let mut buffers = [
-            Buffer::In(self.targets),
-            self.table()?,
-            Buffer::In(parts),
-            Buffer::Out(&mut out.losses),
-            Buffer::maybe_out(&mut out.weights),
-            Buffer::maybe_out(&mut out.statistics),
-        ];
+        self.params.num_parts = num_parts as u64;
+        (self.params.lanes, self.params.along_rows, self.params.segments) = (lanes as u32, 0, 1);
+        let [all_parts, losses, weights, statistics] = out.buffers(&mut self.params);
+        let (targets, table) = (Buffer::In(self.targets), self.table()?);
+        let mut buffers =
+            [targets, table, Buffer::In(parts), all_parts, losses, weights, statistics];
         // SAFETY: as for `forward`; there are `num_parts` parts.
-        unsafe { S::launch(self.device, kernel, size, &mut buffers, &params)? };
+        unsafe { S::launch(self.device, kernel, size, &mut buffers, &self.params)? };
         Ok(())
     }
 
-    /// The gradient of the logits of a range of the classes.
+    /// What comes from upstream to each row of logits of these dimensions.
+    fn set_upstream(
+        &mut self,
+        problem: &Problem,
+        dims: &[usize],
+        upstream: Operand<S>,
+    ) -> Result<()> {
+        let some = self.params.num_rows.min(1) as usize;
+        check_numbers("upstream gradients", upstream.0, A::DTYPE, some)?;
+        self.params.upstream = View::new(upstream, None)?;
+        self.params.positions =
+            dims.iter().skip(problem.class_dim + 1).map(|&len| len as u64).product();
+        Ok(())
+    }
+
+    /// The gradient of the logits of a range of the classes; in their place, if there are none.
     fn backward(
         &mut self,
-        logits: &S,
+        logits: Option<&S>,
         upstream: &S,
         statistics: &S,
         gradient: &mut S,
     ) -> Result<()> {
+        check_numbers("statistics", statistics, A::DTYPE, 3 * self.params.num_rows as usize)?;
         if self.params.num_rows == 0 {
             return Ok(());
         }
@@ -461,8 +486,9 @@ impl<'a, A: WithDType + Default, S: Gpu> Job<'a, A, S> {
         let kernel = self.kernel("backward");
         let limits = S::limits(self.device, kernel)?;
         let size = self.params.share(limits, self.kind.logits, along_rows, TASKS_BACKWARD);
+        self.params.in_place = logits.is_none().into();
         let mut buffers = [
-            Buffer::In(logits),
+            Buffer::maybe_in(logits),
             Buffer::In(self.targets),
             self.table()?,
             Buffer::In(upstream),
@@ -473,6 +499,26 @@ impl<'a, A: WithDType + Default, S: Gpu> Job<'a, A, S> {
         // statistics for each row.
         unsafe { S::launch(self.device, kernel, size, &mut buffers, &self.params)? };
         Ok(())
+    }
+
+    /// The rows' results as `find` finds them, reduced.
+    fn results(
+        mut self,
+        reduce: Reduce,
+        statistics: bool,
+        find: impl FnOnce(&mut Self, Found<S>) -> Result<()>,
+    ) -> Result<Forward<S>> {
+        let num_rows = self.params.num_rows as usize;
+        let weighted = matches!(reduce, Reduce::DividedByWeights);
+        let mut rows = RowResults {
+            losses: self.alloc(num_rows)?,
+            weights: weighted.then(|| self.alloc(num_rows)).transpose()?,
+            statistics: statistics.then(|| self.alloc(3 * num_rows)).transpose()?,
+        };
+        find(&mut self, Found::Results(&mut rows))?;
+        let statistics = rows.statistics.take();
+        let (result, divisor) = self.reduce(rows, reduce)?;
+        Ok(Forward { result, divisor, statistics })
     }
 
     /// The sum of the losses, divided, and what it was divided by if that is the sum of the weights.
@@ -526,6 +572,32 @@ impl<'a, A: WithDType + Default, S: Gpu> Job<'a, A, S> {
     }
 }
 
+/// Where a kernel puts what it has found out of every row.
+enum Found<'a, S> {
+    /// A part for each segment.
+    Parts(&'a mut S),
+    Results(&'a mut RowResults<S>),
+}
+
+impl<S> Found<'_, S> {
+    /// The buffers of the parts, the losses, the weights and the statistics, and in the parameters which of
+    /// them there are.
+    fn buffers<A>(&mut self, params: &mut Params<A>) -> [Buffer<'_, S>; 4] {
+        let unused = || Buffer::Unused;
+        params.wants_parts = matches!(self, Self::Parts(_)).into();
+        match self {
+            Self::Parts(parts) => [Buffer::Out(parts), unused(), unused(), unused()],
+            Self::Results(RowResults { losses, weights, statistics }) => {
+                params.wants_weights = weights.is_some().into();
+                params.wants_statistics = statistics.is_some().into();
+                let (weights, statistics) =
+                    (Buffer::maybe_out(weights), Buffer::maybe_out(statistics));
+                [unused(), Buffer::Out(losses), weights, statistics]
+            }
+        }
+    }
+}
+
 /// What the forward kernel gives, each of it a number a row.
 struct RowResults<S> {
     losses: S,
@@ -533,11 +605,6 @@ struct RowResults<S> {
     weights: Option<S>,
     /// Three numbers a row, each for all rows: the maximum, Σ exp(x − maximum), and S.
     statistics: Option<S>,
-}
-
-fn num_rows(layout: &Layout, class_dim: usize) -> usize {
-    let others = layout.dims().iter().enumerate().filter(|(dim, _)| *dim != class_dim);
-    others.map(|(_, len)| len).product()
 }
 
 /// Every row's loss, or their sum.
@@ -561,20 +628,71 @@ fn forward_in<A: WithDType + Default, S: Gpu>(
     reduce: Reduce,
     statistics: bool,
 ) -> Result<Forward<S>> {
-    let num_rows = num_rows(logits.1, problem.class_dim);
+    let num_rows = num_rows(logits.1.dims(), problem.class_dim);
     let mut job =
         Job::<A, S>::new(problem, logits.0.device(), logits.0.dtype(), targets, num_rows)?;
-    job.params.logits = View::new(logits, Some(problem.class_dim))?;
-    let weighted = matches!(reduce, Reduce::DividedByWeights);
-    let mut rows = RowResults {
-        losses: job.alloc(num_rows)?,
-        weights: weighted.then(|| job.alloc(num_rows)).transpose()?,
-        statistics: statistics.then(|| job.alloc(3 * num_rows)).transpose()?,
-    };
-    job.forward(logits.0, &mut rows)?;
-    let statistics = rows.statistics.take();
-    let (result, divisor) = job.reduce(rows, reduce)?;
-    Ok(Forward { result, divisor, statistics })
+    job.set_logits(problem, logits)?;
+    job.results(reduce, statistics, |job, rows| job.forward(logits.0, rows))
+}
+
+/// The forward kernel on a range of the classes, whose logits are given: what it says of each row is merged
+/// into what the ranges before it have said, if this is not the first.
+pub(crate) fn add_range<S: Gpu>(
+    problem: &Problem,
+    parts: (&mut S, &Layout),
+    logits: Operand<S>,
+    targets: Operand<S>,
+) -> Result<()> {
+    match logits.0.dtype() {
+        DType::F64 => add_range_in::<f64, S>(problem, parts, logits, targets),
+        _ => add_range_in::<f32, S>(problem, parts, logits, targets),
+    }
+}
+
+fn add_range_in<A: WithDType + Default, S: Gpu>(
+    problem: &Problem,
+    (parts, layout): (&mut S, &Layout),
+    logits: Operand<S>,
+    targets: Operand<S>,
+) -> Result<()> {
+    let num_rows = num_rows(logits.1.dims(), problem.class_dim);
+    let device = logits.0.device();
+    let mut job = Job::<A, S>::new(problem, device, logits.0.dtype(), targets, num_rows)?;
+    job.set_logits(problem, logits)?;
+    check_whole("parts", parts, layout)?;
+    check_numbers("parts", parts, A::DTYPE, PART * num_rows)?;
+    job.params.continues = (problem.first_class > 0).into();
+    job.forward(logits.0, Found::Parts(parts))
+}
+
+/// Every row's loss, or their sum, from what was kept of the ranges, whose logits had this dtype.
+pub(crate) fn finish<S: Gpu>(
+    problem: &Problem,
+    logits: DType,
+    parts: Operand<S>,
+    targets: Operand<S>,
+    reduce: Reduce,
+    statistics: bool,
+) -> Result<Forward<S>> {
+    match logits {
+        DType::F64 => finish_in::<f64, S>(problem, logits, parts, targets, reduce, statistics),
+        _ => finish_in::<f32, S>(problem, logits, parts, targets, reduce, statistics),
+    }
+}
+
+fn finish_in<A: WithDType + Default, S: Gpu>(
+    problem: &Problem,
+    logits: DType,
+    (parts, layout): Operand<S>,
+    targets: Operand<S>,
+    reduce: Reduce,
+    statistics: bool,
+) -> Result<Forward<S>> {
+    let num_rows = layout.shape().elem_count() / PART;
+    let job = Job::<A, S>::new(problem, parts.device(), logits, targets, num_rows)?;
+    check_whole("parts", parts, layout)?;
+    check_numbers("parts", parts, A::DTYPE, PART * num_rows)?;
+    job.results(reduce, statistics, |job, rows| job.finish(parts, 1, rows))
 }
 
 /// The gradient of the logits, in their dtype and shape, contiguous.
@@ -599,26 +717,52 @@ fn backward_in<A: WithDType + Default, S: Gpu>(
     statistics: &Tensor,
 ) -> Result<S> {
     let (dims, dtype) = (logits.1.dims(), logits.0.dtype());
-    let num_rows = num_rows(logits.1, problem.class_dim);
-    let positions: usize = dims.iter().skip(problem.class_dim + 1).product();
+    let num_rows = num_rows(dims, problem.class_dim);
     let mut job = Job::<A, S>::new(problem, logits.0.device(), dtype, targets, num_rows)?;
-    check_numbers("upstream gradients", upstream.0, A::DTYPE, num_rows.min(1))?;
-    job.params.logits = View::new(logits, Some(problem.class_dim))?;
-    job.params.upstream = View::new(upstream, None)?;
-    job.params.positions = positions as u64;
+    job.set_logits(problem, logits)?;
+    job.set_upstream(problem, dims, upstream)?;
     let mut gradient = S::alloc(job.device, logits.1.shape().elem_count(), dtype)?;
     let statistics = statistics.storage_and_layout().0;
-    let statistics = own::<S>(&statistics)?;
-    check_numbers("statistics", statistics, A::DTYPE, 3 * num_rows)?;
-    job.backward(logits.0, upstream.0, statistics, &mut gradient)?;
+    job.backward(Some(logits.0), upstream.0, own(&statistics)?, &mut gradient)?;
     Ok(gradient)
+}
+
+/// The backward kernel with the gradient in the logits' place.
+pub(crate) fn backward_in_place<S: Gpu>(
+    problem: &Problem,
+    logits: (&mut S, &Layout),
+    targets: Operand<S>,
+    upstream: Operand<S>,
+    statistics: &Tensor,
+) -> Result<()> {
+    match logits.0.dtype() {
+        DType::F64 => replace::<f64, S>(problem, logits, targets, upstream, statistics),
+        _ => replace::<f32, S>(problem, logits, targets, upstream, statistics),
+    }
+}
+
+fn replace<A: WithDType + Default, S: Gpu>(
+    problem: &Problem,
+    (logits, layout): (&mut S, &Layout),
+    targets: Operand<S>,
+    upstream: Operand<S>,
+    statistics: &Tensor,
+) -> Result<()> {
+    let num_rows = num_rows(layout.dims(), problem.class_dim);
+    let device = targets.0.device();
+    let mut job = Job::<A, S>::new(problem, device, logits.dtype(), targets, num_rows)?;
+    check_whole("logits", logits, layout)?;
+    job.set_logits(problem, (&*logits, layout))?;
+    job.set_upstream(problem, layout.dims(), upstream)?;
+    let statistics = statistics.storage_and_layout().0;
+    job.backward(None, upstream.0, own(&statistics)?, logits)
 }
 
 /// Smoothed targets, f32.
 pub(crate) fn smooth<S: Gpu>(problem: &Problem, labels: Operand<S>) -> Result<S> {
     let num_rows = match labels.0.dtype().is_int() {
         true => labels.1.shape().elem_count(),
-        false => num_rows(labels.1, problem.class_dim),
+        false => num_rows(labels.1.dims(), problem.class_dim),
     };
     let mut job = Job::<f32, S>::new(problem, labels.0.device(), DType::F32, labels, num_rows)?;
     let mut soft = job.alloc(num_rows * problem.num_classes)?;
@@ -632,125 +776,4 @@ pub(crate) fn smooth<S: Gpu>(problem: &Problem, labels: Operand<S>) -> Result<S>
     // SAFETY: as for `forward`; there is an element for each row and class.
     unsafe { S::launch(job.device, kernel, size, &mut buffers, &job.params)? };
     Ok(soft)
-}
-
-#[cfg(all(test, emulator))]
-mod tests {
-    use super::*;
-    use crate::backend::Coefficient;
-    use candle_core::cpu_backend::CpuDevice;
-    use candle_core::{CpuStorage, Device};
-
-    const ROWS: usize = 5;
-    const CLASSES: usize = 100;
-
-    fn operand(tensor: &Tensor) -> (StorageRef<'_>, &Layout) {
-        let (storage, layout) = tensor.storage_and_layout();
-        (storage, layout)
-    }
-
-    fn numbers(storage: &CpuStorage) -> &[f64] {
-        match storage {
-            CpuStorage::F64(numbers) => numbers,
-            other => panic!("{other:?} is not f64"),
-        }
-    }
-
-    fn close(ours: &[f64], theirs: &[f64]) {
-        assert_eq!(ours.len(), theirs.len());
-        for (ours, theirs) in ours.iter().zip(theirs) {
-            let close = (ours - theirs).abs() <= 1e-13 * theirs.abs().max(1.);
-            assert!(close || ours.is_nan() && theirs.is_nan(), "{ours} and {theirs}");
-        }
-    }
-
-    /// The rows' losses from ranges of the classes, each in a tensor of its own, are those from all of them;
-    /// and so is the gradient.
-    fn check(targets: &Tensor, ranges: &[usize], coefficients: Coefficients) -> Result<()> {
-        let problem = Problem {
-            class_dim: 1,
-            num_classes: CLASSES,
-            coefficients,
-            ignore_index: None,
-            z_loss: 0.01,
-        };
-        let logits = (Tensor::arange(0., (ROWS * CLASSES) as f64, &Device::Cpu)?.sin()? * 5.)?;
-        let logits = logits.reshape((ROWS, CLASSES))?;
-        let (targets, targets_layout) = operand(targets);
-        let targets = (own::<CpuStorage>(&targets)?, targets_layout);
-        let (all, layout) = operand(&logits);
-        let all = (own::<CpuStorage>(&all)?, layout);
-        let expected = forward(&problem, all, targets, Reduce::No, true)?;
-
-        let mut job = Job::<f64, CpuStorage>::new(&problem, &CpuDevice, DType::F64, targets, ROWS)?;
-        let mut rows = RowResults {
-            losses: job.alloc(ROWS)?,
-            weights: None,
-            statistics: Some(job.alloc(3 * ROWS)?),
-        };
-        // Some ranges are read by several groups of threads.
-        let mut parts = job.alloc(PART * ROWS * 3 * ranges.len())?;
-        let mut start = 0;
-        for &len in ranges {
-            let range = logits.narrow(1, start, len)?.contiguous()?;
-            let (range, layout) = operand(&range);
-            job.params.logits = View::new((own::<CpuStorage>(&range)?, layout), Some(1))?;
-            (job.params.first_class, job.params.range) = (start as u64, len as u64);
-            job.params.first_part = job.params.num_parts;
-            let limits = CpuStorage::limits(&CpuDevice, job.kernel("forward"))?;
-            job.params.share(limits, DType::F64, false, TASKS_FORWARD);
-            job.params.segment = len.div_ceil(3) as u64;
-            job.params.segments = 3;
-            job.params.wants_statistics = 1;
-            let size = (2, limits.warp.max(job.params.lanes as usize));
-            job.launch_forward(size, own(&range)?, Some(&mut parts), &mut rows)?;
-            job.params.num_parts += 3;
-            start += len;
-        }
-        job.finish(&parts, &mut rows)?;
-        close(numbers(&rows.losses), numbers(&expected.result));
-        let (Some(ours), Some(theirs)) = (rows.statistics, expected.statistics) else {
-            panic!("no statistics");
-        };
-        close(numbers(&ours), numbers(&theirs));
-
-        let upstream = Tensor::arange(1., ROWS as f64 + 1., &Device::Cpu)?;
-        let (upstream, upstream_layout) = operand(&upstream);
-        let upstream = (own::<CpuStorage>(&upstream)?, upstream_layout);
-        let saved = Tensor::from_vec(numbers(&theirs).to_vec(), (3, ROWS), &Device::Cpu)?;
-        let expected = backward(&problem, all, targets, upstream, &saved)?;
-        job.params.upstream = View::new(upstream, None)?;
-        let mut start = 0;
-        for &len in ranges {
-            let range = logits.narrow(1, start, len)?.contiguous()?;
-            let (range, layout) = operand(&range);
-            job.params.logits = View::new((own::<CpuStorage>(&range)?, layout), Some(1))?;
-            (job.params.first_class, job.params.range) = (start as u64, len as u64);
-            let mut gradient = job.alloc(ROWS * len)?;
-            job.backward(own(&range)?, upstream.0, &ours, &mut gradient)?;
-            for (row, ours) in numbers(&gradient).chunks(len).enumerate() {
-                let whole = &numbers(&expected)[row * CLASSES..];
-                close(ours, &whole[start..start + len]);
-            }
-            start += len;
-        }
-        Ok(())
-    }
-
-    #[test]
-    fn ranges_of_classes_make_a_row() -> Result<()> {
-        let labels = Tensor::new(&[0i64, 29, 30, 99, 200], &Device::Cpu)?;
-        let probabilities = (Tensor::arange(0., (ROWS * CLASSES) as f64, &Device::Cpu)? * 1e-3)?;
-        let probabilities = probabilities.reshape((ROWS, CLASSES))?;
-        let uniform = Coefficient { scale: 0.9, spread: 1e-3, own: 0.901, weight: 1. };
-        let table = Tensor::arange(0., (4 * CLASSES) as f64, &Device::Cpu)?;
-        let table = table.reshape((4, CLASSES))?;
-        for targets in [labels, probabilities] {
-            for ranges in [&[100][..], &[30, 70], &[1, 29, 64, 6], &[33, 33, 34]] {
-                check(&targets, ranges, Coefficients::Uniform(uniform))?;
-                check(&targets, ranges, Coefficients::PerClass(table.clone()))?;
-            }
-        }
-        Ok(())
-    }
 }

@@ -48,12 +48,16 @@ struct Params {
   u64 positions;
   // How many classes a block takes, and how many blocks share a row.
   u64 segment, segments;
-  // A row's parts in memory, and where those of this launch begin.
-  u64 num_parts, first_part;
+  // A row's parts in memory.
+  u64 num_parts;
   i64 ignore_index;
   u32 ignores, along_rows, lanes;
   // Which results are asked for: parts or else losses; rows' weights; statistics.
   u32 wants_parts, wants_weights, wants_statistics;
+  // Whether the parts in memory are of earlier ranges of the classes, for these to be merged into.
+  u32 continues;
+  // Whether the gradient takes the logits' place.
+  u32 in_place;
   Real scale, spread, own, weight, z_loss;
 };
 
@@ -431,6 +435,20 @@ __device__ inline u64 part_of(const Params &p, u64 part, u64 row) {
   return 4 * part * p.num_rows + row;
 }
 
+__device__ inline Partial kept(const Params &p, const Real *parts, u64 part, u64 row) {
+  const Real *at = parts + part_of(p, part, row);
+  return {at[0], at[p.num_rows], at[2 * p.num_rows], at[3 * p.num_rows]};
+}
+
+__device__ inline void keep(const Params &p, Real *parts, u64 part, u64 row, Partial found) {
+  if (p.continues) found = merged(kept(p, parts, part, row), found);
+  Real *at = parts + part_of(p, part, row);
+  at[0] = found.max;
+  at[p.num_rows] = found.sum;
+  at[2 * p.num_rows] = found.total;
+  at[3 * p.num_rows] = found.shortfall;
+}
+
 // A sum and what was lost when it was rounded: of a million losses it would be half the digits.
 struct Sum {
   Real high, low;
@@ -454,7 +472,7 @@ __device__ inline Real rounded(Sum sum) {
 
 extern "C" {
 
-// Every row's loss. If several blocks share a row, or the classes are but a range, `finish` follows.
+// Every row's loss; or parts of each row, if several blocks share it or the classes are but a range of all.
 __global__ void __launch_bounds__(THREADS) forward(
     const LOGITS *logits, const TARGETS *targets, const Real *table, Real *parts, Real *losses,
     Real *weights, Real *statistics, const __grid_constant__ Params p) {
@@ -473,11 +491,7 @@ __global__ void __launch_bounds__(THREADS) forward(
     part = merged_lanes(p, place, slots, part);
     if (is_here && place.lane == 0) {
       if (p.wants_parts) {
-        Real *out = parts + part_of(p, p.first_part + segment, row);
-        out[0] = part.max;
-        out[p.num_rows] = part.sum;
-        out[2 * p.num_rows] = part.total;
-        out[3 * p.num_rows] = part.shortfall;
+        keep(p, parts, segment, row, part);
       } else {
         finish_row(p, of, row, part, losses, weights, statistics);
       }
@@ -485,10 +499,10 @@ __global__ void __launch_bounds__(THREADS) forward(
   }
 }
 
-// The same from the parts of each row, which its lanes share.
+// The same from the parts of each row, which its lanes share: its loss, or one part of all.
 __global__ void __launch_bounds__(THREADS) finish(
-    const TARGETS *targets, const Real *table, const Real *parts, Real *losses, Real *weights,
-    Real *statistics, const __grid_constant__ Params p) {
+    const TARGETS *targets, const Real *table, const Real *parts, Real *all_parts, Real *losses,
+    Real *weights, Real *statistics, const __grid_constant__ Params p) {
   __shared__ Partial slots[THREADS];
   Place place(p);
   for (u64 task = blockIdx.x; task < num_tasks(p, place); task += gridDim.x) {
@@ -496,12 +510,15 @@ __global__ void __launch_bounds__(THREADS) finish(
     bool is_here = row < p.num_rows;
     Partial whole = none();
     for (u64 part = place.lane; is_here && part < p.num_parts; part += p.lanes) {
-      const Real *in = parts + part_of(p, part, row);
-      whole = merged(whole, {in[0], in[p.num_rows], in[2 * p.num_rows], in[3 * p.num_rows]});
+      whole = merged(whole, kept(p, parts, part, row));
     }
     whole = merged_lanes(p, place, slots, whole);
     if (is_here && place.lane == 0) {
-      finish_row(p, row_of(p, targets, table, row), row, whole, losses, weights, statistics);
+      if (p.wants_parts) {
+        keep(p, all_parts, 0, row, whole);
+      } else {
+        finish_row(p, row_of(p, targets, table, row), row, whole, losses, weights, statistics);
+      }
     }
   }
 }
@@ -651,11 +668,13 @@ __device__ inline void write_rows(
 
 extern "C" {
 
-// The gradient of the logits, contiguous.
+// The gradient of the logits, contiguous, as they are if it takes their place: whoever writes an element has
+// read it.
 __global__ void __launch_bounds__(THREADS) backward(
     const LOGITS *logits, const TARGETS *targets, const Real *table, const Real *upstream,
     const Real *statistics, LOGITS *gradient, const __grid_constant__ Params p) {
-  write_rows<false>(logits, targets, table, upstream, statistics, gradient, p);
+  const LOGITS *from = p.in_place ? gradient : logits;
+  write_rows<false>(from, targets, table, upstream, statistics, gradient, p);
 }
 
 // The coefficients of all classes themselves.

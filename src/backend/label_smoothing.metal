@@ -49,12 +49,16 @@ struct Params {
   u64 positions;
   // How many classes a block takes, and how many blocks share a row.
   u64 segment, segments;
-  // A row's parts in memory, and where those of this launch begin.
-  u64 num_parts, first_part;
+  // A row's parts in memory.
+  u64 num_parts;
   i64 ignore_index;
   u32 ignores, along_rows, lanes;
   // Which results are asked for: parts or else losses; rows' weights; statistics.
   u32 wants_parts, wants_weights, wants_statistics;
+  // Whether the parts in memory are of earlier ranges of the classes, for these to be merged into.
+  u32 continues;
+  // Whether the gradient takes the logits' place.
+  u32 in_place;
   Real scale, spread, own, weight, z_loss;
 };
 
@@ -442,6 +446,20 @@ inline u64 part_of(constant Params &p, u64 part, u64 row) {
   return 4 * part * p.num_rows + row;
 }
 
+inline Partial kept(constant Params &p, device const Real *parts, u64 part, u64 row) {
+  device const Real *at = parts + part_of(p, part, row);
+  return {at[0], at[p.num_rows], at[2 * p.num_rows], at[3 * p.num_rows]};
+}
+
+inline void keep(constant Params &p, device Real *parts, u64 part, u64 row, Partial found) {
+  if (p.continues) found = merged(kept(p, parts, part, row), found);
+  device Real *at = parts + part_of(p, part, row);
+  at[0] = found.max;
+  at[p.num_rows] = found.sum;
+  at[2 * p.num_rows] = found.total;
+  at[3 * p.num_rows] = found.shortfall;
+}
+
 // A sum and what was lost when it was rounded: of a million losses it would be half the digits.
 struct Sum {
   Real high, low;
@@ -463,7 +481,7 @@ inline Real rounded(Sum sum) {
   return sum.low == sum.low ? sum.high + sum.low : sum.high;
 }
 
-// Every row's loss. If several blocks share a row, or the classes are but a range, `finish` follows.
+// Every row's loss; or parts of each row, if several blocks share it or the classes are but a range of all.
 kernel void forward(
     device const LOGITS *logits [[buffer(0)]],
     device const TARGETS *targets [[buffer(1)]],
@@ -492,11 +510,7 @@ kernel void forward(
     part = merged_lanes(p, place, slots, part);
     if (is_here && place.lane == 0) {
       if (p.wants_parts) {
-        device Real *out = parts + part_of(p, p.first_part + segment, row);
-        out[0] = part.max;
-        out[p.num_rows] = part.sum;
-        out[2 * p.num_rows] = part.total;
-        out[3 * p.num_rows] = part.shortfall;
+        keep(p, parts, segment, row, part);
       } else {
         finish_row(p, of, row, part, losses, weights, statistics);
       }
@@ -504,15 +518,16 @@ kernel void forward(
   }
 }
 
-// The same from the parts of each row, which its lanes share.
+// The same from the parts of each row, which its lanes share: its loss, or one part of all.
 kernel void finish(
     device const TARGETS *targets [[buffer(0)]],
     device const Real *table [[buffer(1)]],
     device const Real *parts [[buffer(2)]],
-    device Real *losses [[buffer(3)]],
-    device Real *weights [[buffer(4)]],
-    device Real *statistics [[buffer(5)]],
-    constant Params &p [[buffer(6)]],
+    device Real *all_parts [[buffer(3)]],
+    device Real *losses [[buffer(4)]],
+    device Real *weights [[buffer(5)]],
+    device Real *statistics [[buffer(6)]],
+    constant Params &p [[buffer(7)]],
     u32 index [[thread_index_in_threadgroup]], u32 count [[threads_per_threadgroup]],
     u32 block [[threadgroup_position_in_grid]], u32 blocks [[threadgroups_per_grid]],
     u32 warp [[threads_per_simdgroup]]) {
@@ -524,12 +539,15 @@ kernel void finish(
     bool is_here = row < p.num_rows;
     Partial whole = none();
     for (u64 part = place.lane; is_here && part < p.num_parts; part += p.lanes) {
-      device const Real *in = parts + part_of(p, part, row);
-      whole = merged(whole, {in[0], in[p.num_rows], in[2 * p.num_rows], in[3 * p.num_rows]});
+      whole = merged(whole, kept(p, parts, part, row));
     }
     whole = merged_lanes(p, place, slots, whole);
     if (is_here && place.lane == 0) {
-      finish_row(p, row_of(p, targets, table, row), row, whole, losses, weights, statistics);
+      if (p.wants_parts) {
+        keep(p, all_parts, 0, row, whole);
+      } else {
+        finish_row(p, row_of(p, targets, table, row), row, whole, losses, weights, statistics);
+      }
     }
   }
 }
@@ -691,7 +709,8 @@ inline void write_rows(
   }
 }
 
-// The gradient of the logits, contiguous.
+// The gradient of the logits, contiguous, as they are if it takes their place: whoever writes an element has
+// read it.
 kernel void backward(
     device const LOGITS *logits [[buffer(0)]],
     device const TARGETS *targets [[buffer(1)]],
@@ -704,7 +723,8 @@ kernel void backward(
     u32 block [[threadgroup_position_in_grid]], u32 blocks [[threadgroups_per_grid]],
     u32 warp [[threads_per_simdgroup]]) {
   Threads threads = {index, count, block, blocks, warp};
-  write_rows<false>(logits, targets, table, upstream, statistics, gradient, p, threads);
+  device const LOGITS *from = p.in_place ? gradient : logits;
+  write_rows<false>(from, targets, table, upstream, statistics, gradient, p, threads);
 }
 
 // The coefficients of all classes themselves.

@@ -1,7 +1,7 @@
 //! The kernels on Apple's GPUs: `label_smoothing.metal`, compiled when a kind of input is first met, and
 //! kept as one pipeline for each device and kernel.
 
-pub(crate) use super::gpu::{backward, forward, smooth};
+pub(crate) use super::gpu::{add_range, backward, backward_in_place, finish, forward, smooth};
 
 use super::gpu::{Buffer, Gpu, Kernel, Limits};
 use candle_core::backend::BackendStorage;

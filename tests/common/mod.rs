@@ -64,6 +64,11 @@ pub fn assert_same(name: &str, dtype: DType, ours: &[f64], theirs: &[f64]) {
     }
 }
 
+/// A tensor where it is computed with.
+pub fn on_device(tensor: &Tensor) -> Result<Tensor> {
+    tensor.to_device(device_for(&[tensor]))
+}
+
 /// The loss on the device under test, of tensors on the CPU and back to there.
 pub trait OnDevice {
     fn on_device(

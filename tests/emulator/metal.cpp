@@ -34,8 +34,8 @@ extern "C" bool KERNELS(
     });
   } else if (is("finish", sizeof p)) {
     launch([&] {
-      finish((TARGETS *)b[0], (Real *)b[1], (Real *)b[2], (Real *)b[3], (Real *)b[4], (Real *)b[5], p,
-             block.index(), threads, block.block_index, groups, manner.warp);
+      finish((TARGETS *)b[0], (Real *)b[1], (Real *)b[2], (Real *)b[3], (Real *)b[4], (Real *)b[5],
+             (Real *)b[6], p, block.index(), threads, block.block_index, groups, manner.warp);
     });
   } else if (is("reduce", sizeof(Reduction))) {
     launch([&] {

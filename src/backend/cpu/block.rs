@@ -36,6 +36,18 @@ impl Default for Partial {
     }
 }
 
+impl From<[f64; 4]> for Partial {
+    fn from([max, sum, total, shortfall]: [f64; 4]) -> Self {
+        Self { max, sum, total, shortfall }
+    }
+}
+
+impl From<Partial> for [f64; 4] {
+    fn from(Partial { max, sum, total, shortfall }: Partial) -> Self {
+        [max, sum, total, shortfall]
+    }
+}
+
 impl Partial {
     /// Two ranges of one row as one: sums move to the common maximum.
     #[inline(always)]

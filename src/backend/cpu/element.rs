@@ -3,7 +3,7 @@
 use super::exp::Exp;
 use super::operands::Values;
 use super::vector::Packed;
-use candle_core::WithDType;
+use candle_core::{CpuStorage, WithDType};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
@@ -17,6 +17,10 @@ pub(super) trait Element: WithDType {
 
     /// The values of a tensor of this dtype, or nothing if its dtype is another.
     fn values<'a>(values: &Values<'a>) -> Option<&'a [Self]>;
+    /// The way back.
+    fn to_values(values: &[Self]) -> Values<'_>;
+    /// The values of a storage of this dtype, likewise.
+    fn values_mut(storage: &mut CpuStorage) -> Option<&mut [Self]>;
     /// The values as they are, if the kernels can take them so.
     fn as_packed(values: &[Self]) -> Option<&[Self::Packed]>;
     /// Values that had to be brought to the stack, by way of a block if need be.
@@ -43,6 +47,12 @@ macro_rules! element {
             #[inline(always)]
             fn values<'a>(values: &Values<'a>) -> Option<&'a [Self]> {
                 if let Values::$variant(values) = values { Some(values) } else { None }
+            }
+            fn to_values(values: &[Self]) -> Values<'_> {
+                Values::$variant(values)
+            }
+            fn values_mut(storage: &mut CpuStorage) -> Option<&mut [Self]> {
+                if let CpuStorage::$variant(values) = storage { Some(values) } else { None }
             }
             #[inline(always)]
             fn as_packed(values: &[Self]) -> Option<&[$packed]> {

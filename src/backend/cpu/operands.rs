@@ -1,9 +1,10 @@
 //! What the kernels read: logits, targets and coefficients, of any dtype and layout.
 
+use super::FEW_CLASSES;
 use super::element::Element;
 use super::parallel::{BLOCK, filled, split};
 use super::vector::Real;
-use crate::backend::{self, Coefficient, Coefficients, Problem, Rows, check_layout};
+use crate::backend::{self, Coefficient, Coefficients, Problem, Rows, check_layout, num_rows};
 use crate::error::{Error, Result};
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, Layout, Storage, StorageRef};
@@ -38,6 +39,14 @@ impl Along {
             _ => Self::Rows,
         }
     }
+
+    /// The direction in which forward reads. With few classes a row is too short to work on alone.
+    pub(super) fn forward(problem: &Problem, dims: &[usize], num_classes: usize) -> Self {
+        match num_classes {
+            ..=FEW_CLASSES => Self::Rows,
+            _ => Self::of(problem, dims),
+        }
+    }
 }
 
 impl Line {
@@ -63,8 +72,12 @@ impl Line {
 /// The numbers of a tensor by row and class.
 pub(super) struct View<'a> {
     values: Values<'a>,
+    /// Where the first of the values would be, were they all of the tensor's.
+    origin: usize,
     rows: Rows,
     pub num_rows: usize,
+    /// The first of the classes that there are.
+    first_class: usize,
     class_stride: usize,
 }
 
@@ -96,13 +109,40 @@ impl<'a> View<'a> {
             }
         };
         check_layout(layout, len)?;
-        let others = layout.dims().iter().enumerate();
-        Ok(Self {
+        Ok(Self::with(values, 0, layout, class_dim))
+    }
+
+    /// Of a contiguous tensor of these dimensions, the values from `origin` on.
+    pub(super) fn of_piece<A: Real>(
+        values: &'a [A],
+        origin: usize,
+        dims: &[usize],
+        class_dim: usize,
+    ) -> Self {
+        Self::with(A::to_values(values), origin, &Layout::contiguous(dims), class_dim)
+    }
+
+    fn with(values: Values<'a>, origin: usize, layout: &Layout, class_dim: usize) -> Self {
+        Self {
             values,
+            origin,
             rows: Rows::new(layout, Some(class_dim)),
-            num_rows: others.filter(|(dim, _)| *dim != class_dim).map(|(_, len)| len).product(),
+            num_rows: num_rows(layout.dims(), class_dim),
+            first_class: 0,
             class_stride: layout.stride().get(class_dim).copied().unwrap_or(0),
-        })
+        }
+    }
+
+    /// The classes are counted from this one on.
+    pub(super) fn with_first_class(mut self, first_class: usize) -> Self {
+        self.first_class = first_class;
+        self
+    }
+
+    /// Where a class is among the values, given where its row is.
+    #[inline(always)]
+    fn position(&self, row: usize, class: usize) -> usize {
+        row + (class - self.first_class) * self.class_stride - self.origin
     }
 
     /// The line's numbers where they are, if they lie next to each other in this dtype.
@@ -114,7 +154,7 @@ impl<'a> View<'a> {
             Along::Classes => self.class_stride == 1,
             Along::Rows => run.stride == 1 && run.len >= len,
         };
-        let start = run.offset + line.class * self.class_stride;
+        let start = self.position(run.offset, line.class);
         if is_contiguous { values.get(start..start + len) } else { None }
     }
 
@@ -138,7 +178,7 @@ impl<'a> View<'a> {
                 Along::Classes => (self.class_stride, out.len()),
                 Along::Rows => (run.stride, run.len.min(out.len() - filled)),
             };
-            let start = run.offset + line.class * self.class_stride;
+            let start = self.position(run.offset, line.class);
             let out = &mut out[filled..filled + len];
             match &self.values {
                 Values::F8(value) => {

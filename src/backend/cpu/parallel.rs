@@ -71,7 +71,30 @@ pub(super) fn build<T: Element>(
     piece: usize,
     f: impl Fn(usize, &mut Sink<T>) + Sync,
 ) -> Result<Vec<T>> {
-    let mut out = reserve(len)?;
+    Ok(build_in(reserve(len)?, len, piece, f))
+}
+
+/// Replaces values: `f` makes new ones from a piece's start and the piece. Each is read and written while it
+/// is in the cache.
+pub(super) fn rewrite<T: Element>(
+    values: &mut [T],
+    piece: usize,
+    f: impl Fn(usize, &[T], &mut Sink<T>) + Sync,
+) {
+    split([values], piece, 1, &|start, [values]| {
+        let len = values.len();
+        let room = Vec::with_capacity(len);
+        values.copy_from_slice(&build_in(room, len, len, |_, sink| f(start, values, sink)));
+    });
+}
+
+/// `len` elements in an empty vector that has room for them.
+fn build_in<T: Element>(
+    mut out: Vec<T>,
+    len: usize,
+    piece: usize,
+    f: impl Fn(usize, &mut Sink<T>) + Sync,
+) -> Vec<T> {
     let room: &mut [MaybeUninit<T>] = &mut out.spare_capacity_mut()[..len];
     advise_huge_pages(room);
     split([room], piece, 1, &|start, [room]| {
@@ -79,12 +102,12 @@ pub(super) fn build<T: Element>(
         f(start, &mut sink);
         sink.room[sink.filled..].fill(MaybeUninit::new(T::ZERO));
     });
-    // SAFETY: the vector has room for `len` elements, and `split` hands out each of them. The closure
-    // above writes those of its piece that the sink has not, and the sink counts only what it has
-    // written. Zeroing them all first instead would write the largest allocation of a training step
-    // twice.
+    // SAFETY: the vector is empty and has room for `len` elements, or the slice above would not be there,
+    // and `split` hands out each of them. The closure above writes those of its piece that the sink has not,
+    // and the sink counts only what it has written. Zeroing them all first instead would write the largest
+    // allocation of a training step twice.
     unsafe { out.set_len(len) };
-    Ok(out)
+    out
 }
 
 /// Asks for large pages under memory that will be written as a whole. Fresh memory comes page by page,

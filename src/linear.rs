@@ -1,0 +1,397 @@
+//! The loss straight from the hidden states, for logits too large to hold.
+//!
+//! The logits are made a tile at a time: some rows of the hidden states by some classes of the weight. Forward
+//! keeps of each tile what the kernels say of its range of the classes, and merges that over the ranges. Backward
+//! makes each tile again, turns it into its gradient where it is, and multiplies it into the gradients of the
+//! hidden states and of the weight.
+
+use crate::backend::{Problem, host, row_shape};
+use crate::error::{Error, Result};
+use crate::loss::{LabelSmoothingLoss, Logits};
+use crate::op::{self, Losses, Parts};
+use candle_core::{DType, Device, Storage, Tensor};
+
+impl LabelSmoothingLoss {
+    /// The loss of `logits = hidden · weightᵀ + bias`, without ever holding all the logits.
+    ///
+    /// `hidden` has shape (.., H), `weight` (K, H) and `bias` (K), as [`candle_nn::Linear`] keeps them; they have
+    /// one dtype, f16, bf16, f32 or f64, and one device. `targets` are those of logits of shape (.., K):
+    /// everything else is as in [`forward`](Self::forward), every option included, and so is the result. The class
+    /// dimension is the last one. Gradients go to those of the three that have any.
+    ///
+    /// ```
+    /// use candle_core::{DType, Device, Tensor};
+    /// use candle_label_smoothing::{LabelSmoothingLoss, Smoothing};
+    /// use candle_nn::{VarBuilder, VarMap, linear};
+    ///
+    /// let variables = VarMap::new();
+    /// let head = linear(64, 1000, VarBuilder::from_varmap(&variables, DType::F32, &Device::Cpu))?;
+    /// let hidden = Tensor::zeros((2, 16, 64), DType::F32, &Device::Cpu)?;
+    /// let next_tokens = Tensor::ones((2, 16), DType::U32, &Device::Cpu)?;
+    ///
+    /// let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?);
+    /// let loss = loss.forward_linear(&hidden, head.weight(), head.bias(), &next_tokens)?;
+    /// let gradients = loss.backward()?;
+    /// assert!(gradients.get(head.weight()).is_some());
+    /// # Ok::<(), candle_label_smoothing::Error>(())
+    /// ```
+    ///
+    /// # When to use it
+    /// When the logits are what does not fit: a vocabulary that is large against the hidden size, and many tokens.
+    /// Logits, their gradient and the copies that candle's autograd makes of that are never there; what is there
+    /// beside the gradients is a tile of the logits, 16 MB in f32 on the CPU and up to 2²⁸ logits on a GPU, some
+    /// pieces as large, and 60 bytes or less a row. The price is that `backward` makes the logits once more, a
+    /// fourth matrix multiplication beside the three of a linear layer, and a sum over tiles for the hidden
+    /// states.
+    ///
+    /// [`forward`](Self::forward) is the better choice for logits that fit easily, for few classes, and where the
+    /// logits are needed anyway.
+    ///
+    /// # How it computes
+    /// A tile has at most 4096 rows on the CPU and 16384 on a GPU, and so many classes that neither it nor the part
+    /// of the weight that makes it has more than 2²² or 2²⁸ elements. f16 and bf16 are computed in f32 on
+    /// the CPU, whose matrix multiplications would convert them at every call; elsewhere a tile has the dtype
+    /// that candle's multiplication gives, and its gradient is rounded to it as in `forward`. What several tiles
+    /// add to a gradient is summed in f32 (f64 for f64) and rounded once.
+    ///
+    /// # Errors
+    /// Those of [`forward`](Self::forward); shapes, dtypes or devices of the three that do not fit together; and
+    /// a class dimension other than the last.
+    ///
+    /// [`candle_nn::Linear`]: https://docs.rs/candle-nn/latest/candle_nn/struct.Linear.html
+    pub fn forward_linear(
+        &self,
+        hidden: &Tensor,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+        targets: &Tensor,
+    ) -> Result<Tensor> {
+        forward(self, hidden, weight, bias, targets, None)
+    }
+}
+
+/// How much of the logits is there at a time.
+#[derive(Clone, Copy, Debug)]
+pub struct Tile {
+    /// Rows of the hidden states, at most.
+    pub rows: usize,
+    /// Rows of the weight, at most.
+    pub classes: usize,
+}
+
+impl Tile {
+    /// For so many rows of hidden states of the size.
+    ///
+    /// A gradient of the hidden states is summed up over the ranges of classes, and one of the weight over the
+    /// slices of rows. Next to the multiplications this takes the less time the larger these are. On the CPU a
+    /// tile stays below the 32 MB above which glibc's allocator gives every block back to the system.
+    fn new(num_rows: usize, hidden_size: usize, device: &Device) -> Self {
+        let (rows, elements): (usize, usize) = match device {
+            Device::Cpu => (1 << 12, 1 << 22),
+            _ => (1 << 14, 1 << 28),
+        };
+        let rows = rows.min(num_rows).max(1);
+        Self { rows, classes: (elements / rows.max(hidden_size)).max(64) }
+    }
+}
+
+/// `forward_linear`, with tiles of a size of one's own.
+pub(crate) fn forward(
+    loss: &LabelSmoothingLoss,
+    hidden: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    targets: &Tensor,
+    tile: Option<Tile>,
+) -> Result<Tensor> {
+    let hidden_size = check(loss, hidden, weight, bias)?;
+    let mut dims = hidden.dims().to_vec();
+    dims.pop();
+    let rows = dims.clone();
+    dims.push(weight.dims()[0]);
+    let logits = Logits { dims: &dims, dtype: hidden.dtype(), device: hidden.device() };
+    let (problem, targets) = loss.problem(&logits, targets)?;
+    let reduce = loss.reduce(&dims, problem.class_dim, &targets);
+
+    let num_rows = rows.iter().product();
+    let tile = tile.unwrap_or_else(|| Tile::new(num_rows, hidden_size, hidden.device()));
+    let head = Head { problem, targets, slices: slices(&rows, tile.rows), classes: tile.classes };
+    let [h, w] = [hidden, weight].map(Tensor::detach);
+    let b = bias.map(Tensor::detach);
+    let parts = head.parts(&h, &w, b.as_ref())?;
+    let is_tracked = [Some(hidden), Some(weight), bias].iter().flatten().any(|t| t.track_op());
+    let Losses { result, reduced, statistics } =
+        parts.finish(&head.problem, rows, &head.targets, reduce, is_tracked)?;
+    let Some(statistics) = statistics else {
+        return Ok(result);
+    };
+    let has_bias = bias.is_some();
+    // Without a bias, a constant stands in its place.
+    let on = [hidden, weight, bias.unwrap_or(&result)];
+    op::graft(&result, on, move |[hidden, weight, bias], gradient| {
+        let upstream = reduced.upstream(gradient, row_shape(&dims, head.problem.class_dim))?;
+        let bias = has_bias.then_some(bias);
+        Ok(head.gradients(hidden, weight, bias, &statistics, &upstream)?)
+    })
+}
+
+/// Checks that the three make logits, and gives the hidden size.
+fn check(
+    loss: &LabelSmoothingLoss,
+    hidden: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+) -> Result<usize> {
+    let fits = match (hidden.dims(), weight.dims(), bias.map(Tensor::dims)) {
+        ([.., hidden_size], [_, size], None) => hidden_size == size,
+        ([.., hidden_size], [classes, size], Some([len])) => hidden_size == size && classes == len,
+        _ => false,
+    };
+    let dims = |tensor: &Tensor| tensor.dims().to_vec();
+    let Some(&hidden_size) = hidden.dims().last().filter(|_| fits) else {
+        let (hidden, weight, bias) = (dims(hidden), dims(weight), bias.map(dims));
+        return Err(Error::LinearShapes { hidden, weight, bias });
+    };
+    let dtype = |tensor: &Tensor| tensor.dtype();
+    if [Some(weight), bias].iter().flatten().any(|tensor| dtype(tensor) != hidden.dtype()) {
+        let (hidden, weight, bias) = (dtype(hidden), dtype(weight), bias.map(dtype));
+        return Err(Error::LinearDTypes { hidden, weight, bias });
+    }
+    let device = |tensor: &Tensor| tensor.device().location();
+    if [Some(weight), bias].iter().flatten().any(|tensor| device(tensor) != device(hidden)) {
+        let (hidden, weight, bias) = (device(hidden), device(weight), bias.map(device));
+        return Err(Error::LinearDevices { hidden, weight, bias });
+    }
+    let last = hidden.rank() - 1;
+    match loss.class_dim(hidden.dims())? {
+        class_dim if class_dim != last => Err(Error::LinearClassDim { class_dim, last }),
+        _ => Ok(hidden_size),
+    }
+}
+
+/// A part of the rows: of each of their dimensions, where it begins and how long it is.
+type Slice = Vec<(usize, usize)>;
+
+/// All rows of these dimensions in their order, at most so many at a time.
+fn slices(dims: &[usize], most: usize) -> Vec<Slice> {
+    if dims.contains(&0) {
+        return Vec::new();
+    }
+    // As many of the last dimensions as fit stay whole, the one before is cut, the others go one by one.
+    let mut slices = vec![Vec::new()];
+    for (dim, &len) in dims.iter().enumerate() {
+        let inner = dims[dim + 1..].iter().product::<usize>();
+        let step = (most / inner).clamp(1, len);
+        let pieces = (0..len).step_by(step).map(|start| (start, step.min(len - start)));
+        slices = slices
+            .into_iter()
+            .flat_map(|slice: Slice| {
+                pieces.clone().map(move |piece| [&slice[..], &[piece]].concat())
+            })
+            .collect();
+    }
+    slices
+}
+
+fn narrow(tensor: &Tensor, slice: &Slice) -> Result<Tensor> {
+    let mut part = tensor.clone();
+    for (dim, &(start, len)) in slice.iter().enumerate() {
+        part = part.narrow(dim, start, len)?;
+    }
+    Ok(part)
+}
+
+/// A classifier's last layer, and the loss of its logits.
+struct Head {
+    problem: Problem,
+    targets: Tensor,
+    slices: Vec<Slice>,
+    /// How many classes are worked on at a time, at most.
+    classes: usize,
+}
+
+/// The part of the weight that makes a range of the classes.
+struct Range {
+    problem: Problem,
+    weight: Tensor,
+    bias: Option<Tensor>,
+}
+
+impl Head {
+    /// What the forward kernel says of all classes of each row.
+    fn parts(&self, hidden: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Parts> {
+        self.check_targets()?;
+        let (device, dtype) = (hidden.device(), computed_in(hidden));
+        let mut all = Vec::with_capacity(self.slices.len());
+        for slice in &self.slices {
+            let (rows, targets) = (self.rows(hidden, slice)?, narrow(&self.targets, slice)?);
+            let parts = Parts::new(rows.dim(0)?, dtype, device)?;
+            for first in self.firsts() {
+                let range = self.range(weight, bias, first)?;
+                let logits = range.logits(&rows, slice)?;
+                parts.add_range(&range.problem, &logits, &targets)?;
+            }
+            all.push(parts);
+        }
+        Parts::join(&all, dtype, device)
+    }
+
+    /// The gradients of those of the three that are tracked. `upstream` is that of each row's loss.
+    fn gradients(
+        &self,
+        hidden: &Tensor,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+        statistics: &Tensor,
+        upstream: &Tensor,
+    ) -> Result<[Option<Tensor>; 3]> {
+        self.check_targets()?;
+        let wanted = |tensor: &Tensor| tensor.track_op();
+        let (wants_hidden, wants_weight) = (wanted(hidden), wanted(weight));
+        let wants_bias = bias.is_some_and(wanted);
+        let [hidden, weight] = [hidden, weight].map(Tensor::detach);
+        let bias = bias.map(Tensor::detach);
+
+        let mut first_row = 0;
+        let mut slices = Vec::with_capacity(self.slices.len());
+        for slice in &self.slices {
+            let num_rows = slice.iter().map(|(_, len)| len).product();
+            let statistics = statistics.narrow(1, first_row, num_rows)?.contiguous()?;
+            let targets = narrow(&self.targets, slice)?;
+            slices.push((slice, targets, statistics, narrow(upstream, slice)?));
+            first_row += num_rows;
+        }
+
+        let mut of_hidden: Vec<_> = self.slices.iter().map(|_| Sum::default()).collect();
+        let of_weight = wants_weight.then(|| weight.zeros_like()).transpose()?;
+        let of_bias = bias.as_ref().filter(|_| wants_bias).map(Tensor::zeros_like).transpose()?;
+        for first in self.firsts() {
+            let range = self.range(&weight, bias.as_ref(), first)?;
+            let (mut of_range, mut of_biases) = (Sum::default(), Sum::default());
+            for ((slice, targets, statistics, upstream), of_rows) in
+                slices.iter().zip(&mut of_hidden)
+            {
+                let rows = self.rows(&hidden, slice)?;
+                let tile = range.logits(&rows, slice)?;
+                op::replace_by_gradient(&range.problem, statistics, &tile, targets, upstream)?;
+                let tile = tile.reshape((rows.dim(0)?, ()))?;
+                if wants_hidden {
+                    of_rows.add(tile.matmul(&range.weight)?)?;
+                }
+                if wants_weight {
+                    of_range.add(tile.t()?.matmul(&rows)?)?;
+                }
+                if wants_bias {
+                    // A multiplication: candle's own sum over rows goes number by number.
+                    let ones = Tensor::ones((1, rows.dim(0)?), tile.dtype(), tile.device())?;
+                    of_biases.add(ones.matmul(&tile)?)?;
+                }
+            }
+            for (gradient, sum) in [(&of_weight, of_range), (&of_bias, of_biases)] {
+                if let (Some(gradient), Some(sum)) = (gradient, sum.0) {
+                    let dims = [&[range.len()?], &gradient.dims()[1..]].concat();
+                    gradient.slice_set(
+                        &sum.to_dtype(gradient.dtype())?.reshape(dims)?,
+                        0,
+                        first,
+                    )?;
+                }
+            }
+        }
+        let of_hidden = match wants_hidden {
+            true => {
+                let parts: Vec<_> = of_hidden.into_iter().filter_map(|sum| sum.0).collect();
+                Some(match parts.is_empty() {
+                    true => hidden.zeros_like()?,
+                    false => {
+                        Tensor::cat(&parts, 0)?.to_dtype(hidden.dtype())?.reshape(hidden.shape())?
+                    }
+                })
+            }
+            false => None,
+        };
+        Ok([of_hidden, of_weight, of_bias])
+    }
+
+    /// Where the device can say so, that a target is no class, by its row of all.
+    fn check_targets(&self) -> Result<()> {
+        let Problem { num_classes, ignore_index, .. } = self.problem;
+        let (storage, layout) = self.targets.storage_and_layout();
+        match &*storage {
+            Storage::Cpu(targets) if self.targets.dtype().is_int() => {
+                host::check_labels((targets, layout), num_classes, ignore_index)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The first classes of the ranges.
+    fn firsts(&self) -> impl Iterator<Item = usize> {
+        (0..self.problem.num_classes).step_by(self.classes.max(1))
+    }
+
+    /// The classes from this one on.
+    fn range(&self, weight: &Tensor, bias: Option<&Tensor>, first: usize) -> Result<Range> {
+        let len = self.classes.max(1).min(self.problem.num_classes - first);
+        let dtype = computed_in(weight);
+        let part = |t: &Tensor| t.narrow(0, first, len)?.to_dtype(dtype)?.contiguous();
+        Ok(Range {
+            problem: Problem { first_class: first, ..self.problem.clone() },
+            weight: part(weight)?,
+            bias: bias.map(part).transpose()?,
+        })
+    }
+
+    /// The hidden states of a slice, (rows, H).
+    fn rows(&self, hidden: &Tensor, slice: &Slice) -> Result<Tensor> {
+        let rows = narrow(hidden, slice)?.to_dtype(computed_in(hidden))?;
+        Ok(rows
+            .reshape((
+                slice.iter().map(|(_, len)| len).product::<usize>(),
+                hidden.dims()[slice.len()],
+            ))?
+            .contiguous()?)
+    }
+}
+
+impl Range {
+    fn len(&self) -> Result<usize> {
+        Ok(self.weight.dim(0)?)
+    }
+
+    /// The logits of some rows, in the shape of their slice.
+    fn logits(&self, rows: &Tensor, slice: &Slice) -> Result<Tensor> {
+        let mut logits = rows.matmul(&self.weight.t()?)?;
+        if let Some(bias) = &self.bias {
+            logits = logits.broadcast_add(bias)?;
+        }
+        let mut dims: Vec<usize> = slice.iter().map(|(_, len)| *len).collect();
+        dims.push(self.len()?);
+        Ok(logits.reshape(dims)?)
+    }
+}
+
+/// The dtype of the multiplications. The CPU's convert half types at every call, bf16 with all of its storage.
+fn computed_in(tensor: &Tensor) -> DType {
+    match (tensor.device(), tensor.dtype()) {
+        (Device::Cpu, DType::F16 | DType::BF16) => DType::F32,
+        (_, dtype) => dtype,
+    }
+}
+
+/// A sum of tensors.
+#[derive(Default)]
+struct Sum(Option<Tensor>);
+
+impl Sum {
+    fn add(&mut self, term: Tensor) -> Result<()> {
+        self.0 = Some(match self.0.take() {
+            None => term,
+            Some(sum) => {
+                let dtype = crate::backend::result_dtype(term.dtype());
+                (sum.to_dtype(dtype)? + term.to_dtype(dtype)?)?
+            }
+        });
+        Ok(())
+    }
+}

@@ -1,0 +1,484 @@
+//! The loss straight from the hidden states, against a multiplication and the loss of all logits.
+
+mod common;
+
+use candle_core::{D, DType, Device, Result, Tensor, Var};
+use candle_label_smoothing::kernels::{self, Tile};
+use candle_label_smoothing::{LabelSmoothingLoss, Reduction, Smoothing};
+use common::{CPU, grid, on_device, random, random_labels, random_probabilities, values, weighted};
+
+/// A way from hidden states, weight and bias to a loss.
+type Way<'a> = &'a dyn Fn(&Tensor, &Tensor, Option<&Tensor>) -> Result<Tensor>;
+
+/// A head of some size and what it is given, all f64 on the CPU.
+struct Inputs {
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Option<Tensor>,
+}
+
+impl Inputs {
+    /// For rows of these dimensions.
+    fn new(rows: &[usize], hidden_size: usize, num_classes: usize, bias: bool) -> Result<Self> {
+        Ok(Self {
+            hidden: random(&[rows, &[hidden_size]].concat(), 1., 11)?,
+            weight: random(&[num_classes, hidden_size], 1., 12)?,
+            bias: bias.then(|| random(&[num_classes], 1., 13)).transpose()?,
+        })
+    }
+
+    fn vars(&self, dtype: DType) -> Result<[Option<Var>; 3]> {
+        let var = |tensor: &Tensor| Var::from_tensor(&on_device(&tensor.to_dtype(dtype)?)?);
+        let bias = self.bias.as_ref().map(var).transpose()?;
+        Ok([Some(var(&self.hidden)?), Some(var(&self.weight)?), bias])
+    }
+
+    /// The loss by `of`, and the gradients of Σ u·loss.
+    fn run(
+        &self,
+        dtype: DType,
+        of: impl Fn(&Tensor, &Tensor, Option<&Tensor>) -> Result<Tensor>,
+    ) -> Result<(Vec<f64>, Vec<Vec<f64>>)> {
+        let vars = self.vars(dtype)?;
+        let [hidden, weight, bias] = vars.each_ref().map(|var| var.as_ref().map(Var::as_tensor));
+        let (hidden, weight) = (hidden.expect("hidden"), weight.expect("weight"));
+        let loss = of(hidden, weight, bias)?;
+        let upstream = random(loss.dims(), 1., 99)?.to_dtype(loss.dtype())?;
+        let upstream = upstream.to_device(loss.device())?;
+        let gradients = (&loss * upstream)?.sum_all()?.backward()?;
+        let gradients = vars.iter().flatten().map(|var| {
+            let gradient = gradients.get(var).expect("no gradient arrived");
+            assert_eq!((gradient.dims(), gradient.dtype()), (var.dims(), dtype));
+            values(gradient)
+        });
+        Ok((values(&loss)?, gradients.collect::<Result<_>>()?))
+    }
+
+    fn whole(
+        &self,
+        loss: &LabelSmoothingLoss,
+        targets: &Tensor,
+    ) -> Result<(Vec<f64>, Vec<Vec<f64>>)> {
+        self.run(DType::F64, |hidden, weight, bias| {
+            let targets = targets.to_device(hidden.device())?;
+            Ok(loss.forward(&logits(hidden, weight, bias)?, &targets)?)
+        })
+    }
+
+    fn tiled(
+        &self,
+        dtype: DType,
+        loss: &LabelSmoothingLoss,
+        targets: &Tensor,
+        tile: Tile,
+    ) -> Result<(Vec<f64>, Vec<Vec<f64>>)> {
+        self.run(dtype, |hidden, weight, bias| {
+            let targets = targets.to_device(hidden.device())?;
+            Ok(kernels::forward_linear(loss, hidden, weight, bias, &targets, tile)?)
+        })
+    }
+}
+
+fn logits(hidden: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let (rows, size) = hidden.dims().split_at(hidden.rank() - 1);
+    let flat = hidden.reshape((rows.iter().product::<usize>(), size[0]))?;
+    let logits = flat.matmul(&weight.t()?)?.reshape([rows, &weight.dims()[..1]].concat())?;
+    match bias {
+        Some(bias) => logits.broadcast_add(bias),
+        None => Ok(logits),
+    }
+}
+
+fn assert_close(name: &str, ours: &[f64], theirs: &[f64], tolerance: f64) {
+    assert_eq!(ours.len(), theirs.len(), "{name}");
+    for (i, (ours, theirs)) in ours.iter().zip(theirs).enumerate() {
+        let error = (ours - theirs).abs();
+        assert!(error <= tolerance * theirs.abs().max(1.), "{name}, {i}: {ours} and {theirs}");
+    }
+}
+
+fn assert_all_close(
+    name: &str,
+    ours: &(Vec<f64>, Vec<Vec<f64>>),
+    theirs: &(Vec<f64>, Vec<Vec<f64>>),
+    tolerance: f64,
+) {
+    assert_close(&format!("{name}: loss"), &ours.0, &theirs.0, tolerance);
+    assert_eq!(ours.1.len(), theirs.1.len());
+    for (i, (ours, theirs)) in ours.1.iter().zip(&theirs.1).enumerate() {
+        assert_close(&format!("{name}: gradient {i}"), ours, theirs, tolerance);
+    }
+}
+
+/// Every option, by tiles that cut the classes and the rows in several ways.
+#[test]
+fn every_option_equals_the_loss_of_all_logits() -> Result<()> {
+    let tiles = [(100, 100), (100, 4), (4, 100), (3, 5), (1, 1), (2, 10)];
+    for (rows, classes) in [(&[2, 3][..], 11), (&[7], 3), (&[2, 1, 3], 40)] {
+        let dims = [rows, &[classes]].concat();
+        for (i, case) in grid(&dims, rows.len())?.into_iter().enumerate() {
+            let inputs = Inputs::new(rows, 5, classes, i % 2 == 0)?;
+            let theirs = inputs.whole(&case.loss, &case.targets)?;
+            let (rows, classes) = tiles[i % tiles.len()];
+            let ours =
+                inputs.tiled(DType::F64, &case.loss, &case.targets, Tile { rows, classes })?;
+            let name = format!("{}, tiles of {rows} x {classes}", case.name);
+            assert_all_close(&name, &ours, &theirs, 1e-12);
+        }
+    }
+    Ok(())
+}
+
+/// Sizes at which the public function cuts rows and classes itself.
+#[test]
+fn the_tiles_of_its_own_choice() -> Result<()> {
+    if cfg!(emulator) {
+        // Too many for threads that are emulated.
+        return Ok(());
+    }
+    let inputs = Inputs::new(&[3, 1400], 3, 1100, true)?;
+    let targets = random_labels(&[3, 1400], 1100, 2)?;
+    let loss = LabelSmoothingLoss::new(Smoothing::over_others(0.1)?)
+        .with_ignore_index(7)
+        .with_class_weights(&random(&[1100], 1., 4)?.abs()?)?
+        .with_z_loss(1e-3)?;
+    let theirs = inputs.whole(&loss, &targets)?;
+    let ours = inputs.run(DType::F64, |hidden, weight, bias| {
+        let targets = targets.to_device(hidden.device())?;
+        Ok(loss.forward_linear(hidden, weight, bias, &targets)?)
+    })?;
+    assert_all_close("4200 x 1100", &ours, &theirs, 1e-11);
+    Ok(())
+}
+
+/// A long row, whose ranges are shared between threads or groups of them; few of its classes are masked.
+#[test]
+fn long_rows() -> Result<()> {
+    let inputs = Inputs::new(&[2], 2, 40_000, true)?;
+    let targets = Tensor::new(&[39_999u32, 3], &CPU)?;
+    let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.2)?).with_reduction(Reduction::None);
+    let theirs = inputs.whole(&loss, &targets)?;
+    for classes in [40_000, 39_000, 17_000] {
+        let ours = inputs.tiled(DType::F64, &loss, &targets, Tile { rows: 9, classes })?;
+        assert_all_close(&format!("{classes} at a time"), &ours, &theirs, 1e-11);
+    }
+    Ok(())
+}
+
+/// Views of larger tensors, transposed and broadcast ones.
+#[test]
+fn layouts() -> Result<()> {
+    let (rows, size, classes) = ([4, 3], 6, 9);
+    let tile = Tile { rows: 5, classes: 4 };
+    let plain = Inputs::new(&rows, size, classes, true)?;
+    let views = Inputs {
+        hidden: plain.hidden.permute((2, 0, 1))?.contiguous()?.permute((1, 2, 0))?,
+        weight: plain.weight.t()?.contiguous()?.t()?,
+        bias: plain
+            .bias
+            .as_ref()
+            .map(|b| Tensor::cat(&[b, b], 0)?.narrow(0, classes, classes))
+            .transpose()?,
+    };
+    let same = random(&[1, 1, size], 1., 3)?.broadcast_as((4, 3, size))?;
+    let broadcast = Inputs { hidden: same, weight: plain.weight.clone(), bias: None };
+    let labels = random_labels(&[3, 4], classes, 2)?.t()?;
+    let probabilities = random_probabilities(&[classes, 3, 4], 0, 3)?.permute((2, 1, 0))?;
+    let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?);
+    for targets in [labels, probabilities] {
+        for (name, inputs) in [("views", &views), ("broadcast", &broadcast)] {
+            // Not as variables, which are made contiguous: as views of some.
+            let of = |forward: Way| {
+                let (hidden, weight) = (inputs.hidden.clone(), inputs.weight.clone());
+                let scale = Var::new(2f64, &CPU)?;
+                let hidden = hidden.broadcast_mul(&scale)?.broadcast_as(hidden.shape())?;
+                let loss = forward(&hidden, &weight, inputs.bias.as_ref())?;
+                let gradients = loss.backward()?;
+                Ok::<_, candle_core::Error>((
+                    values(&loss)?,
+                    vec![values(gradients.get(&scale).expect("no gradient"))?],
+                ))
+            };
+            let theirs = of(&|h, w, b| Ok(loss.forward(&logits(h, w, b)?, &targets)?))?;
+            let ours = of(&|h, w, b| Ok(kernels::forward_linear(&loss, h, w, b, &targets, tile)?))?;
+            assert_all_close(name, &ours, &theirs, 1e-12);
+        }
+    }
+    Ok(())
+}
+
+/// One row without any other dimension, and no rows.
+#[test]
+fn ranks_and_empty_batches() -> Result<()> {
+    let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?);
+    let tile = Tile { rows: 2, classes: 2 };
+    let one = Inputs::new(&[], 4, 5, true)?;
+    let target = Tensor::new(3u32, &CPU)?;
+    let theirs = one.whole(&loss, &target)?;
+    assert_all_close("one row", &one.tiled(DType::F64, &loss, &target, tile)?, &theirs, 1e-12);
+
+    for rows in [&[0][..], &[3, 0], &[0, 2]] {
+        let none = Inputs::new(rows, 4, 5, true)?;
+        let targets = Tensor::zeros(rows, DType::U32, &CPU)?;
+        for (reduction, expected) in [
+            (Reduction::Mean, vec![f64::NAN]),
+            (Reduction::Sum, vec![0.]),
+            (Reduction::None, vec![]),
+        ] {
+            let loss = loss.clone().with_reduction(reduction);
+            let [hidden, weight, bias] = none.vars(DType::F64)?.map(Option::unwrap);
+            let result = loss.forward_linear(&hidden, &weight, Some(bias.as_tensor()), &targets)?;
+            assert_eq!(format!("{:?}", values(&result)?), format!("{expected:?}"));
+            let gradients = result.sum_all()?.backward()?;
+            for var in [&hidden, &weight, &bias] {
+                let gradient = gradients.get(var).expect("no gradient");
+                assert!(values(gradient)?.iter().all(|g| *g == 0.), "{rows:?} {reduction:?}");
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A hidden size of 0: all logits are the bias.
+#[test]
+fn no_hidden_units() -> Result<()> {
+    let inputs = Inputs::new(&[3], 0, 4, true)?;
+    let targets = Tensor::new(&[3u32, 0, 1], &CPU)?;
+    let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?);
+    let theirs = inputs.whole(&loss, &targets)?;
+    let ours = inputs.tiled(DType::F64, &loss, &targets, Tile { rows: 2, classes: 3 })?;
+    assert_all_close("no hidden units", &ours, &theirs, 1e-12);
+    Ok(())
+}
+
+/// f32 and the half types against f64 from the very same numbers.
+#[test]
+fn smaller_dtypes() -> Result<()> {
+    let exact = Inputs::new(&[6, 5], 16, 37, true)?;
+    let targets = random_labels(&[6, 5], 37, 2)?;
+    for reduction in [Reduction::Mean, Reduction::None] {
+        let loss = LabelSmoothingLoss::new(Smoothing::over_others(0.1)?).with_reduction(reduction);
+        for (dtype, ulp) in [
+            (DType::F32, 2f64.powi(-23)),
+            (DType::F16, 2f64.powi(-10)),
+            (DType::BF16, 2f64.powi(-7)),
+        ] {
+            let round = |tensor: &Tensor| tensor.to_dtype(dtype)?.to_dtype(DType::F64);
+            let rounded = Inputs {
+                hidden: round(&exact.hidden)?,
+                weight: round(&exact.weight)?,
+                bias: exact.bias.as_ref().map(round).transpose()?,
+            };
+            let theirs = rounded.whole(&loss, &targets)?;
+            let (losses, gradients) =
+                rounded.tiled(dtype, &loss, &targets, Tile { rows: 8, classes: 10 })?;
+            // The multiplications and the loss run in f32 on the CPU, whatever the dtype; on a GPU the logits
+            // and their gradient are rounded to it.
+            let (absolute, relative) = match common::device() {
+                Device::Cpu => (4e-6, 0.51 * ulp),
+                _ => (4e-6 + 4. * ulp, 2. * ulp),
+            };
+            assert_close(&format!("{dtype:?} loss"), &losses, &theirs.0, absolute);
+            for (ours, theirs) in gradients.iter().zip(&theirs.1) {
+                for (ours, theirs) in ours.iter().zip(theirs) {
+                    let tolerance = absolute + relative * theirs.abs();
+                    assert!((ours - theirs).abs() <= tolerance, "{dtype:?}: {ours} and {theirs}");
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn gradients_go_to_those_that_ask_for_them() -> Result<()> {
+    let inputs = Inputs::new(&[4], 3, 6, true)?;
+    let targets = random_labels(&[4], 6, 2)?;
+    let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?);
+    let theirs = inputs.whole(&loss, &targets)?;
+    let plain = [Some(&inputs.hidden), Some(&inputs.weight), inputs.bias.as_ref()];
+    let plain = plain.map(|tensor| tensor.expect("all three").clone());
+    for asked in 0..8 {
+        let asks = |i: usize| asked >> i & 1 == 1;
+        let vars: Vec<Option<Var>> = (0..3)
+            .map(|i| asks(i).then(|| Var::from_tensor(&plain[i])).transpose())
+            .collect::<Result<_>>()?;
+        let of = |i: usize| vars[i].as_ref().map_or(&plain[i], Var::as_tensor);
+        let result = loss.forward_linear(of(0), of(1), Some(of(2)), &targets)?;
+        assert_close("loss", &values(&result)?, &theirs.0, 1e-12);
+        assert_eq!(result.track_op(), asked != 0);
+        // Of a scalar, twice: the graph is still there.
+        for _ in 0..2 {
+            let gradients = (&result * 1.)?.backward()?;
+            for i in 0..3 {
+                match gradients.get(of(i)) {
+                    Some(gradient) => {
+                        assert!(asks(i));
+                        let mean = weighted(&Tensor::ones((), DType::F64, &CPU)?)?;
+                        let scale = mean.to_scalar::<f64>()?;
+                        let theirs: Vec<f64> = theirs.1[i].iter().map(|g| g / scale).collect();
+                        assert_close("gradient", &values(gradient)?, &theirs, 1e-11);
+                    }
+                    None => assert!(!asks(i), "{i} of {asked}"),
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Hidden states that come from a layer before, and a weight that is used twice (tied embeddings).
+#[test]
+fn within_a_graph() -> Result<()> {
+    let embeddings = Var::from_tensor(&random(&[9, 4], 1., 5)?)?;
+    let tokens = random_labels(&[2, 6], 9, 6)?;
+    let targets = random_labels(&[2, 6], 9, 7)?;
+    let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?);
+    let hidden = || -> Result<Tensor> {
+        let hidden = embeddings.index_select(&tokens.flatten_all()?, 0)?;
+        hidden.reshape((2, 6, 4))?.tanh()
+    };
+    let ours = loss.forward_linear(&hidden()?, &embeddings, None, &targets)?;
+    let theirs = loss.forward(&logits(&hidden()?, &embeddings, None)?, &targets)?;
+    assert_close("loss", &values(&ours)?, &values(&theirs)?, 1e-12);
+    let gradient = |loss: &Tensor| values(loss.backward()?.get(&embeddings).expect("no gradient"));
+    assert_close("gradient", &gradient(&ours)?, &gradient(&theirs)?, 1e-12);
+    Ok(())
+}
+
+/// Ignored rows have loss and gradient 0 whatever their logits.
+#[test]
+fn ignored_rows_with_infinite_logits() -> Result<()> {
+    let hidden = Tensor::new(&[[1f32, 0.], [f32::MAX, 1.], [0., 1.]], &CPU)?;
+    let hidden = Var::from_tensor(&hidden)?;
+    let weight = Tensor::new(&[[2f32, 0.], [0., 3.], [-2., 1.]], &CPU)?;
+    let targets = Tensor::new(&[0i64, -100, 2], &CPU)?;
+    let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?).with_ignore_index(-100);
+    let tile = Tile { rows: 2, classes: 2 };
+    let result = kernels::forward_linear(&loss, &hidden, &weight, None, &targets, tile)?;
+    assert!(result.to_scalar::<f32>()?.is_finite());
+    let gradients = result.backward()?;
+    let gradient = gradients.get(&hidden).expect("no gradient").to_vec2::<f32>()?;
+    assert_eq!(gradient[1], [0., 0.]);
+    assert!(gradient.iter().flatten().all(|g| g.is_finite()));
+    Ok(())
+}
+
+/// A vector of upstream gradients of any size, and a power of two, which scales exactly.
+#[test]
+fn upstream_gradients_scale() -> Result<()> {
+    let inputs = Inputs::new(&[5], 3, 8, false)?;
+    let targets = random_labels(&[5], 8, 2)?;
+    let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?);
+    let tile = Tile { rows: 2, classes: 3 };
+    let of = |scale: f64| {
+        inputs.run(DType::F64, |h, w, b| {
+            let targets = targets.to_device(h.device())?;
+            kernels::forward_linear(&loss, h, w, b, &targets, tile)? * scale
+        })
+    };
+    let (one, large) = (of(1.)?, of(1024.)?);
+    for (one, large) in one.1.iter().zip(&large.1) {
+        for (one, large) in one.iter().zip(large) {
+            assert_eq!(one * 1024., *large);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn errors_name_what_was_given() -> Result<()> {
+    let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?);
+    let of = |dims: &[usize]| Tensor::zeros(dims, DType::F32, &Device::Cpu);
+    let targets = Tensor::zeros(4, DType::U32, &CPU)?;
+    let (hidden, weight, bias) = (of(&[4, 3])?, of(&[7, 3])?, of(&[7])?);
+    let message = |result: candle_label_smoothing::Result<Tensor>| match result {
+        Ok(_) => panic!("no error"),
+        Err(error) => error.to_string(),
+    };
+    let shapes = "expected [.., H], [K, H] and None or Some([K])";
+    for (hidden, weight, bias) in [
+        (of(&[4, 3])?, of(&[3, 7])?, None),
+        (of(&[4, 3])?, of(&[7, 3])?, Some(of(&[3])?)),
+        (of(&[4, 3])?, of(&[7, 3])?, Some(of(&[7, 1])?)),
+        (of(&[4, 3])?, of(&[3])?, None),
+        (of(&[])?, of(&[7, 3])?, None),
+        (of(&[4, 3])?, of(&[1, 7, 3])?, None),
+    ] {
+        let message = message(loss.forward_linear(&hidden, &weight, bias.as_ref(), &targets));
+        assert!(message.contains(shapes), "{message}");
+        assert!(message.contains(&format!("{:?}", hidden.dims())), "{message}");
+        assert!(message.contains(&format!("{:?}", weight.dims())), "{message}");
+    }
+    let half = weight.to_dtype(DType::F16)?;
+    let text = message(loss.forward_linear(&hidden, &half, Some(&bias), &targets));
+    assert!(text.contains("F32") && text.contains("F16"), "{text}");
+    let ints = hidden.to_dtype(DType::U32)?;
+    let text = message(loss.forward_linear(&ints, &weight.to_dtype(DType::U32)?, None, &targets));
+    assert!(text.contains("U32"), "{text}");
+    let images = loss.clone().with_class_dim(0);
+    let text = message(images.forward_linear(&hidden, &weight, None, &targets));
+    assert!(text.contains("class dimension is 0") && text.contains("last dimension, 1"), "{text}");
+    loss.clone().with_class_dim(1).forward_linear(&hidden, &weight, Some(&bias), &targets)?;
+    let text = message(loss.forward_linear(&hidden, &of(&[0, 3])?, None, &targets));
+    assert!(text.contains("no classes"), "{text}");
+    let short = targets.narrow(0, 0, 3)?;
+    let text = message(loss.forward_linear(&hidden, &weight, None, &short));
+    assert!(text.contains("[3]") && text.contains("[4]"), "{text}");
+    Ok(())
+}
+
+/// By its number among all rows, whatever the slice it is in. A GPU makes its row NaN instead.
+#[test]
+fn a_target_that_is_no_class_is_found() -> Result<()> {
+    let inputs = Inputs::new(&[2, 3], 3, 4, false)?;
+    let targets = Tensor::new(&[[0i64, 1, 2], [3, 4, 0]], &CPU)?;
+    let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?).with_reduction(Reduction::None);
+    let tile = Tile { rows: 1, classes: 3 };
+    let (hidden, weight) = (&inputs.hidden, &inputs.weight);
+    let result = kernels::forward_linear(&loss, hidden, weight, None, &targets, tile);
+    if cfg!(emulator) {
+        let is_nan: Vec<bool> = values(&result?)?.iter().map(|loss| loss.is_nan()).collect();
+        assert_eq!(is_nan, [false, false, false, false, true, false]);
+    } else {
+        let text = result.expect_err("no error").to_string();
+        assert!(text.contains("target 4 of row 4"), "{text}");
+    }
+    Ok(())
+}
+
+/// Same bits whatever the number of threads.
+#[test]
+fn bits_do_not_depend_on_threads() -> Result<()> {
+    if cfg!(emulator) {
+        return Ok(());
+    }
+    let inputs = Inputs::new(&[70], 8, 3000, true)?;
+    let targets = random_labels(&[70], 3000, 2)?;
+    let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?);
+    let tile = Tile { rows: 64, classes: 2000 };
+    let statistics_of = |threads: usize| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+        pool.expect("a pool").install(|| inputs.tiled(DType::F32, &loss, &targets, tile))
+    };
+    let one = statistics_of(1)?;
+    for threads in [2, 5] {
+        assert_eq!(statistics_of(threads)?, one, "{threads} threads");
+    }
+    Ok(())
+}
+
+/// candle's own linear layer over a row of shape (.., H), for the documentation's claim about shapes.
+#[test]
+fn as_candle_nn_keeps_them() -> Result<()> {
+    use candle_nn::Module;
+    let inputs = Inputs::new(&[2, 3], 4, 5, true)?;
+    let targets = random_labels(&[2, 3], 5, 2)?;
+    let layer = candle_nn::Linear::new(inputs.weight.clone(), inputs.bias.clone());
+    let loss = LabelSmoothingLoss::new(Smoothing::over_others(0.1)?);
+    let theirs = loss.forward(&layer.forward(&inputs.hidden)?, &targets)?;
+    assert_eq!(inputs.hidden.dim(D::Minus1)?, 4);
+    let ours = loss.forward_linear(&inputs.hidden, layer.weight(), layer.bias(), &targets)?;
+    assert_close("loss", &values(&ours)?, &values(&theirs)?, 1e-12);
+    Ok(())
+}
