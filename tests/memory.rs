@@ -1,8 +1,9 @@
-//! What the loss allocates: a few numbers a row, and the gradient.
+//! What the loss allocates: a few numbers a row, and the gradient; or no more logits than a tile.
 
 mod common;
 
 use candle_core::{DType, Result, Tensor, Var};
+use candle_label_smoothing::kernels::{self, Tile};
 use candle_label_smoothing::{LabelSmoothingLoss, Smoothing};
 use common::{random, random_labels, random_probabilities};
 use peak_alloc::PeakAlloc;
@@ -20,6 +21,11 @@ fn peak<T>(f: impl FnOnce() -> Result<T>) -> Result<(T, usize)> {
 
 /// One test, since the allocator counts for the whole process.
 #[test]
+fn no_more_is_allocated_than_has_to_be() -> Result<()> {
+    nothing_of_the_logits_size_is_allocated_but_the_gradient()?;
+    of_logits_from_hidden_states_there_is_a_tile()
+}
+
 fn nothing_of_the_logits_size_is_allocated_but_the_gradient() -> Result<()> {
     const ROWS: usize = 32;
     const CLASSES: usize = 16_384;
@@ -56,6 +62,35 @@ fn nothing_of_the_logits_size_is_allocated_but_the_gradient() -> Result<()> {
                 );
             }
         }
+    }
+    Ok(())
+}
+
+fn of_logits_from_hidden_states_there_is_a_tile() -> Result<()> {
+    const SIZE: usize = 4;
+    const CLASSES: usize = 1000;
+    const TILE: Tile = Tile { rows: 256, classes: 128 };
+    let weight = Var::from_tensor(&random(&[CLASSES, SIZE], 1., 1)?.to_dtype(DType::F32)?)?;
+    let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?);
+    for rows in [512, 4096, 16_384] {
+        let hidden = Var::from_tensor(&random(&[rows, SIZE], 1., 2)?.to_dtype(DType::F32)?)?;
+        let labels = random_labels(&[rows], CLASSES, 3)?;
+        // The logits of a tile, their gradient's pieces, and what the multiplication keeps for itself.
+        let tile = TILE.rows * TILE.classes * size_of::<f32>();
+        let fixed = 4 * tile + 512 * 1024;
+        let (result, forward) =
+            peak(|| Ok(kernels::forward_linear(&loss, &hidden, &weight, None, &labels, TILE)?))?;
+        // A row has parts, twice while they are joined, and a label, a loss and statistics.
+        assert!(forward < fixed + 128 * rows, "{rows} rows, forward: {forward} bytes");
+        // The gradients, which candle adds to zeros, and those of the hidden states joined.
+        let gradients = 4 * (rows + CLASSES) * SIZE * size_of::<f32>();
+        let (_, backward) = peak(|| result.backward())?;
+        assert!(
+            backward < fixed + gradients + 128 * rows,
+            "{rows} rows, backward: {backward} bytes, of {gradients} the gradients"
+        );
+        // All logits would be more.
+        assert!(rows < 4096 || fixed + 128 * rows < rows * CLASSES * size_of::<f32>());
     }
     Ok(())
 }

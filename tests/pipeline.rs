@@ -1,6 +1,8 @@
 //! The pipeline example, run as a program: what it prints, and what it says to wrong input.
 
-use std::path::{Path, PathBuf};
+mod common;
+
+use std::path::Path;
 use std::process::{Command, Output};
 
 /// The tutorial's figures, and how far the default run may lie from them.
@@ -11,16 +13,8 @@ const ACCURACY_TOLERANCE: f64 = 0.06;
 
 type TestResult = Result<(), Box<dyn std::error::Error>>;
 
-/// Cargo builds the examples before it runs the integration tests, beside their folder `deps`.
-fn program() -> PathBuf {
-    let test = std::env::current_exe().expect("the test has a path");
-    let profile = test.ancestors().nth(2).expect("target/<profile>/deps/test");
-    let name = format!("pipeline{}", std::env::consts::EXE_SUFFIX);
-    profile.join("examples").join(name)
-}
-
 fn run(arguments: &[&str]) -> Output {
-    let output = Command::new(program()).args(arguments).output();
+    let output = Command::new(common::example("pipeline")).args(arguments).output();
     output.expect("`cargo test` builds the example, `cargo test --test pipeline` alone does not")
 }
 
@@ -136,7 +130,7 @@ fn a_seed_fixes_every_figure() -> TestResult {
     let first = printed(&["--seed", "3"]);
     assert_eq!(first, printed(&["--seed", "3"]));
     assert_ne!(first, printed(&["--seed", "4"]));
-    let mut alone = Command::new(program());
+    let mut alone = Command::new(common::example("pipeline"));
     let alone = alone.args(["--seed", "3"]).env("RAYON_NUM_THREADS", "1").output()?;
     assert_eq!(first.as_bytes(), alone.stdout);
     Ok(())

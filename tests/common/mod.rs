@@ -6,9 +6,18 @@ use candle_label_smoothing::{LabelSmoothingLoss, Reduction, Smoothing, smooth_ta
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use std::io::Write;
+use std::path::PathBuf;
 use std::sync::LazyLock;
 
 pub const CPU: Device = Device::Cpu;
+
+/// The program of an example. Cargo builds the examples before it runs the integration tests, beside their
+/// folder `deps`.
+pub fn example(name: &str) -> PathBuf {
+    let test = std::env::current_exe().expect("the test has a path");
+    let profile = test.ancestors().nth(2).expect("target/<profile>/deps/test");
+    profile.join("examples").join(format!("{name}{}", std::env::consts::EXE_SUFFIX))
+}
 
 /// Whether this is the test `gpu`, which runs the other tests' code on a GPU.
 fn is_gpu_test() -> bool {
