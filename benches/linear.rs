@@ -2,21 +2,17 @@
 //! spent on, and memory, on the CPU.
 //!
 //! `cargo bench --bench linear`. Memory is that of a process of its own for each way: what it holds at most beyond
-//! what it held before (Linux). The memory allocator is that of the other benchmarks; with the variable
-//! `MIMALLOC_PURGE_DELAY=-1`, which makes it keep everything, memory says less.
+//! what it held before (Linux). Unlike the other benchmarks this one has the system's allocator, which most programs
+//! have. glibc's can be told to keep what is freed, by `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000`.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_label_smoothing::{LabelSmoothingLoss, Smoothing, kernels};
 use criterion::Criterion;
-use mimalloc::MiMalloc;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use std::process::Command;
 use std::time::Duration;
 use std::{env, fs};
-
-#[global_allocator]
-static ALLOCATOR: MiMalloc = MiMalloc;
 
 /// Rows, hidden size, classes.
 const SHAPES: [[usize; 3]; 3] = [[4096, 256, 32_000], [1024, 1024, 32_000], [64, 64, 100]];

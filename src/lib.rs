@@ -44,6 +44,8 @@
 //!
 //! - [`LabelSmoothingLoss`]: the loss, with class weights, an ignored index, any class dimension,
 //!   z-loss and three reductions.
+//! - [`LabelSmoothingLoss::forward_linear`]: the same loss of hidden states and a classifier's weight, for logits
+//!   that are too large to hold.
 //! - [`Smoothing`]: the conventions, which the field mixes up under one name.
 //! - [`smooth_targets`]: the soft targets themselves.
 //! - [`check_targets`]: whether class targets are in range, for devices that cannot say so.

@@ -37,22 +37,22 @@ impl LabelSmoothingLoss {
     /// ```
     ///
     /// # When to use it
-    /// When the logits are what does not fit: a vocabulary that is large against the hidden size, and many tokens.
-    /// Logits, their gradient and the copies that candle's autograd makes of that are never there; what is there
-    /// beside the gradients is a tile of the logits, 16 MB in f32 on the CPU and up to 2²⁸ logits on a GPU, some
-    /// pieces as large, and 60 bytes or less a row. The price is that `backward` makes the logits once more, a
-    /// fourth matrix multiplication beside the three of a linear layer, and a sum over tiles for the hidden
-    /// states.
+    /// When the logits are what does not fit: many tokens, and a vocabulary that is large against the hidden size.
+    /// Neither the logits nor their gradient nor the copies that candle's autograd makes of it are ever there; what
+    /// is there beside the gradients of the three is a tile of the logits, pieces of the weight and of the hidden
+    /// states as large, and about a hundred bytes a row. The price is that `backward` makes the logits once more:
+    /// a fourth matrix multiplication beside the three of a linear layer.
     ///
-    /// [`forward`](Self::forward) is the better choice for logits that fit easily, for few classes, and where the
-    /// logits are needed anyway.
+    /// [`forward`](Self::forward) is the better choice for logits that fit easily, for few classes, where the hidden
+    /// size is so large that the multiplications take nearly all of the time, and where the logits are needed anyway.
     ///
     /// # How it computes
     /// A tile has at most 4096 rows on the CPU and 16384 on a GPU, and so many classes that neither it nor the part
-    /// of the weight that makes it has more than 2²² or 2²⁸ elements. f16 and bf16 are computed in f32 on
-    /// the CPU, whose matrix multiplications would convert them at every call; elsewhere a tile has the dtype
-    /// that candle's multiplication gives, and its gradient is rounded to it as in `forward`. What several tiles
-    /// add to a gradient is summed in f32 (f64 for f64) and rounded once.
+    /// of the weight that makes it has more than 2²² elements on the CPU and 2²⁸ on a GPU (at least 64 classes), 16 MB
+    /// of f32 or 512 MB of bf16. On the CPU f16 and bf16 are computed in f32, since candle's multiplications there
+    /// would convert whole tensors at every call; elsewhere a tile has the dtype that candle's multiplication gives,
+    /// and its gradient is rounded to it as that of `forward` is. What several tiles add to a gradient is summed in
+    /// f32 (f64 for f64) and rounded once.
     ///
     /// # Errors
     /// Those of [`forward`](Self::forward); shapes, dtypes or devices of the three that do not fit together; and

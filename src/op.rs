@@ -45,14 +45,14 @@ pub(crate) struct Losses {
 }
 
 /// How the row losses became the result: they were left as they are, or added up and divided.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(crate) enum Reduced {
     No,
     By(Divisor),
 }
 
 /// What a sum of losses is divided by.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(crate) enum Divisor {
     Number(f64),
     /// A scalar that is known on the device alone.
@@ -95,7 +95,6 @@ pub(crate) fn forward(
 }
 
 /// What the forward kernel keeps of each row while it is given one range of the classes after the other.
-#[derive(Clone)]
 pub(crate) struct Parts {
     /// Four numbers a row, each for all rows.
     numbers: Tensor,
