@@ -5,11 +5,11 @@
 //! makes each tile again, turns it into its gradient where it is, and multiplies it into the gradients of the
 //! hidden states and of the weight.
 
-use crate::backend::{Problem, host, row_shape};
+use crate::backend::{Problem, host, result_dtype, row_shape};
 use crate::error::{Error, Result};
 use crate::loss::{LabelSmoothingLoss, Logits};
 use crate::op::{self, Losses, Parts};
-use candle_core::{DType, Device, Storage, Tensor};
+use candle_core::{D, DType, Device, Storage, Tensor};
 
 impl LabelSmoothingLoss {
     /// The loss of `logits = hidden · weightᵀ + bias`, without ever holding all the logits.
@@ -114,8 +114,13 @@ pub(crate) fn forward(
     let reduce = loss.reduce(&dims, problem.class_dim, &targets);
 
     let num_rows = rows.iter().product();
+    // A view can have far more rows than there is memory for what is kept of each.
+    if Vec::<[f64; 4]>::new().try_reserve_exact(num_rows).is_err() {
+        return Err(Error::TooLarge { what: "what is kept of rows", shape: rows });
+    }
     let tile = tile.unwrap_or_else(|| Tile::new(num_rows, hidden_size, hidden.device()));
-    let head = Head { problem, targets, slices: slices(&rows, tile.rows), classes: tile.classes };
+    let head =
+        Head { problem, targets, slices: Slice::all(&rows, tile.rows), classes: tile.classes };
     let [h, w] = [hidden, weight].map(Tensor::detach);
     let b = bias.map(Tensor::detach);
     let parts = head.parts(&h, &w, b.as_ref())?;
@@ -170,35 +175,45 @@ fn check(
 }
 
 /// A part of the rows: of each of their dimensions, where it begins and how long it is.
-type Slice = Vec<(usize, usize)>;
+struct Slice(Vec<(usize, usize)>);
 
-/// All rows of these dimensions in their order, at most so many at a time.
-fn slices(dims: &[usize], most: usize) -> Vec<Slice> {
-    if dims.contains(&0) {
-        return Vec::new();
+impl Slice {
+    /// All rows of these dimensions in their order, at most so many at a time.
+    fn all(dims: &[usize], most: usize) -> Vec<Self> {
+        if dims.contains(&0) {
+            return Vec::new();
+        }
+        // As many of the last dimensions as fit stay whole, the one before is cut, the others go one by one.
+        let mut slices = vec![Vec::new()];
+        for (dim, &len) in dims.iter().enumerate() {
+            let inner = dims[dim + 1..].iter().product::<usize>();
+            let step = (most / inner).clamp(1, len);
+            let pieces = (0..len).step_by(step).map(|start| (start, step.min(len - start)));
+            slices = slices
+                .into_iter()
+                .flat_map(|slice: Vec<_>| {
+                    pieces.clone().map(move |piece| [&slice[..], &[piece]].concat())
+                })
+                .collect();
+        }
+        slices.into_iter().map(Self).collect()
     }
-    // As many of the last dimensions as fit stay whole, the one before is cut, the others go one by one.
-    let mut slices = vec![Vec::new()];
-    for (dim, &len) in dims.iter().enumerate() {
-        let inner = dims[dim + 1..].iter().product::<usize>();
-        let step = (most / inner).clamp(1, len);
-        let pieces = (0..len).step_by(step).map(|start| (start, step.min(len - start)));
-        slices = slices
-            .into_iter()
-            .flat_map(|slice: Slice| {
-                pieces.clone().map(move |piece| [&slice[..], &[piece]].concat())
-            })
-            .collect();
-    }
-    slices
-}
 
-fn narrow(tensor: &Tensor, slice: &Slice) -> Result<Tensor> {
-    let mut part = tensor.clone();
-    for (dim, &(start, len)) in slice.iter().enumerate() {
-        part = part.narrow(dim, start, len)?;
+    fn of(&self, tensor: &Tensor) -> candle_core::Result<Tensor> {
+        let mut part = tensor.clone();
+        for (dim, &(start, len)) in self.0.iter().enumerate() {
+            part = part.narrow(dim, start, len)?;
+        }
+        Ok(part)
     }
-    Ok(part)
+
+    fn dims(&self) -> Vec<usize> {
+        self.0.iter().map(|(_, len)| *len).collect()
+    }
+
+    fn num_rows(&self) -> usize {
+        self.dims().iter().product()
+    }
 }
 
 /// A classifier's last layer, and the loss of its logits.
@@ -224,7 +239,7 @@ impl Head {
         let (device, dtype) = (hidden.device(), computed_in(hidden));
         let mut all = Vec::with_capacity(self.slices.len());
         for slice in &self.slices {
-            let (rows, targets) = (self.rows(hidden, slice)?, narrow(&self.targets, slice)?);
+            let (rows, targets) = (self.rows(hidden, slice)?, slice.of(&self.targets)?);
             let parts = Parts::new(rows.dim(0)?, dtype, device)?;
             for first in self.firsts() {
                 let range = self.range(weight, bias, first)?;
@@ -255,11 +270,9 @@ impl Head {
         let mut first_row = 0;
         let mut slices = Vec::with_capacity(self.slices.len());
         for slice in &self.slices {
-            let num_rows = slice.iter().map(|(_, len)| len).product();
-            let statistics = statistics.narrow(1, first_row, num_rows)?.contiguous()?;
-            let targets = narrow(&self.targets, slice)?;
-            slices.push((slice, targets, statistics, narrow(upstream, slice)?));
-            first_row += num_rows;
+            let statistics = statistics.narrow(1, first_row, slice.num_rows())?.contiguous()?;
+            slices.push((slice, statistics, slice.of(&self.targets)?, slice.of(upstream)?));
+            first_row += slice.num_rows();
         }
 
         let mut of_hidden: Vec<_> = self.slices.iter().map(|_| Sum::default()).collect();
@@ -268,7 +281,7 @@ impl Head {
         for first in self.firsts() {
             let range = self.range(&weight, bias.as_ref(), first)?;
             let (mut of_range, mut of_biases) = (Sum::default(), Sum::default());
-            for ((slice, targets, statistics, upstream), of_rows) in
+            for ((slice, statistics, targets, upstream), of_rows) in
                 slices.iter().zip(&mut of_hidden)
             {
                 let rows = self.rows(&hidden, slice)?;
@@ -298,18 +311,14 @@ impl Head {
                 }
             }
         }
-        let of_hidden = match wants_hidden {
-            true => {
-                let parts: Vec<_> = of_hidden.into_iter().filter_map(|sum| sum.0).collect();
-                Some(match parts.is_empty() {
-                    true => hidden.zeros_like()?,
-                    false => {
-                        Tensor::cat(&parts, 0)?.to_dtype(hidden.dtype())?.reshape(hidden.shape())?
-                    }
-                })
+        let of_hidden = wants_hidden.then(|| {
+            let rows: Vec<_> = of_hidden.into_iter().filter_map(|sum| sum.0).collect();
+            match rows.is_empty() {
+                true => hidden.zeros_like(),
+                false => Tensor::cat(&rows, 0)?.to_dtype(hidden.dtype())?.reshape(hidden.shape()),
             }
-            false => None,
-        };
+        });
+        let of_hidden = of_hidden.transpose()?;
         Ok([of_hidden, of_weight, of_bias])
     }
 
@@ -344,13 +353,8 @@ impl Head {
 
     /// The hidden states of a slice, (rows, H).
     fn rows(&self, hidden: &Tensor, slice: &Slice) -> Result<Tensor> {
-        let rows = narrow(hidden, slice)?.to_dtype(computed_in(hidden))?;
-        Ok(rows
-            .reshape((
-                slice.iter().map(|(_, len)| len).product::<usize>(),
-                hidden.dims()[slice.len()],
-            ))?
-            .contiguous()?)
+        let rows = slice.of(hidden)?.to_dtype(computed_in(hidden))?;
+        Ok(rows.reshape((slice.num_rows(), rows.dim(D::Minus1)?))?.contiguous()?)
     }
 }
 
@@ -365,7 +369,7 @@ impl Range {
         if let Some(bias) = &self.bias {
             logits = logits.broadcast_add(bias)?;
         }
-        let mut dims: Vec<usize> = slice.iter().map(|(_, len)| *len).collect();
+        let mut dims = slice.dims();
         dims.push(self.len()?);
         Ok(logits.reshape(dims)?)
     }
@@ -388,7 +392,7 @@ impl Sum {
         self.0 = Some(match self.0.take() {
             None => term,
             Some(sum) => {
-                let dtype = crate::backend::result_dtype(term.dtype());
+                let dtype = result_dtype(term.dtype());
                 (sum.to_dtype(dtype)? + term.to_dtype(dtype)?)?
             }
         });

@@ -428,6 +428,20 @@ fn errors_name_what_was_given() -> Result<()> {
     Ok(())
 }
 
+/// A view of more rows than there is memory for what is kept of each.
+#[test]
+fn too_many_rows() -> Result<()> {
+    let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?);
+    let weight = Tensor::zeros((1, 1), DType::F32, &CPU)?;
+    for rows in [1usize << 50, 1 << 62] {
+        let hidden = Tensor::zeros((1, 1), DType::F32, &CPU)?.broadcast_as((rows, 1))?;
+        let targets = Tensor::zeros(1, DType::U32, &CPU)?.broadcast_as(rows)?;
+        let error = loss.forward_linear(&hidden, &weight, None, &targets).expect_err("no error");
+        assert!(error.to_string().contains("too large for memory"), "{error}");
+    }
+    Ok(())
+}
+
 /// By its number among all rows, whatever the slice it is in. A GPU makes its row NaN instead.
 #[test]
 fn a_target_that_is_no_class_is_found() -> Result<()> {
