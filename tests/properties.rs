@@ -3,6 +3,7 @@
 mod common;
 
 use candle_core::{DType, Result, Tensor, Var};
+use candle_label_smoothing::kernels::{self, Tile};
 use candle_label_smoothing::{LabelSmoothingLoss, Reduction, Smoothing, reference, smooth_targets};
 use common::{CPU, random, random_labels, random_probabilities, values};
 use proptest::prelude::*;
@@ -329,6 +330,60 @@ property! {
         let (a, b) = (a?, b?);
         close("loss", &(a.0 + b.0)?, &whole.0)?;
         close("gradient", &Tensor::cat(&[a.1, b.1], 0)?, &whole.1)?;
+    }
+
+    /// Of any tile, hidden size, layout of the hidden states and the weight, and upstream gradient.
+    fn hidden_states_give_what_their_logits_give(example) {
+        let mut dims = example.dims.clone();
+        let classes = dims.remove(example.class_dim);
+        dims.push(classes);
+        let class_dim = dims.len() - 1;
+        let example = Example { dims, class_dim, ..example };
+        let seed = example.seed;
+        // The tile is as random as all else.
+        let size = (seed % 7) as usize;
+        let tile = Tile {
+            rows: 1 + (seed / 7 % 9) as usize,
+            classes: 1 + (seed / 63) as usize % (2 * classes),
+        };
+        let (num_rows, scale) = (example.num_rows(), example.range / 10.);
+        let hidden = random(&[size, num_rows], scale, seed + 10)?.t()?;
+        let hidden = Var::from_tensor(&hidden.reshape([example.rows(), vec![size]].concat())?)?;
+        let weight = Var::from_tensor(&random(&[size, classes], 1., seed + 11)?)?;
+        let bias = Var::from_tensor(&random(&[classes], 1., seed + 12)?)?;
+        let targets = example.targets()?;
+        let has_bias = !seed.is_multiple_of(3);
+        let reductions = [Reduction::None, Reduction::Sum, Reduction::Mean];
+        let loss = example.loss(reductions[(seed % 3) as usize])?;
+        let gradients_of = |loss: &Tensor| -> Result<[Option<Tensor>; 3]> {
+            let upstream = random(loss.dims(), 1., seed + 13)?;
+            let gradients = (loss * upstream)?.sum_all()?.backward()?;
+            Ok([&hidden, &weight, &bias].map(|var| gradients.get(var).cloned()))
+        };
+        let transposed = weight.t()?;
+        let tiled = kernels::forward_linear(
+            &loss,
+            &hidden,
+            &transposed,
+            has_bias.then_some(&*bias),
+            &targets,
+            tile,
+        )?;
+        let logits = hidden.reshape((num_rows, size))?.matmul(&weight)?;
+        let logits = match has_bias {
+            true => logits.broadcast_add(&bias)?,
+            false => logits,
+        };
+        let whole = loss.forward(&logits.reshape(example.dims.as_slice())?, &targets)?;
+        close("loss", &tiled, &whole)?;
+        if numbers(&whole)?.iter().all(|loss| loss.is_finite()) {
+            for (ours, theirs) in gradients_of(&tiled)?.iter().zip(gradients_of(&whole)?) {
+                match (ours, theirs) {
+                    (Some(ours), Some(theirs)) => close("gradient", ours, &theirs)?,
+                    (ours, theirs) => prop_assert!(ours.is_none() && theirs.is_none()),
+                }
+            }
+        }
     }
 }
 
