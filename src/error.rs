@@ -116,7 +116,8 @@ pub enum Error {
 
     /// Hidden states, weight and bias that do not make logits.
     #[error(
-        "the hidden states have shape {hidden:?}, the weight {weight:?} and the bias {bias:?}, expected [.., H], [K, H] and None or Some([K])"
+        "the hidden states have shape {hidden:?}, the weight {weight:?} and the bias {}, expected [.., H], [K, H] and [K] (or no bias), as candle_nn::Linear keeps them",
+        or_none(bias)
     )]
     LinearShapes {
         /// The hidden states' shape.
@@ -129,7 +130,8 @@ pub enum Error {
 
     /// Hidden states, weight and bias of several dtypes.
     #[error(
-        "the hidden states have dtype {hidden:?}, the weight {weight:?} and the bias {bias:?}, expected one dtype"
+        "the hidden states have dtype {hidden:?}, the weight {weight:?} and the bias {}, expected one dtype: F16, BF16, F32 or F64",
+        or_none(bias)
     )]
     LinearDTypes {
         /// The hidden states' dtype.
@@ -142,7 +144,8 @@ pub enum Error {
 
     /// Hidden states, weight and bias on several devices.
     #[error(
-        "the hidden states are on {hidden:?}, the weight on {weight:?} and the bias on {bias:?}, expected one device"
+        "the hidden states are on {hidden:?}, the weight on {weight:?} and the bias on {}, expected one device",
+        or_none(bias)
     )]
     LinearDevices {
         /// Where the hidden states are.
@@ -289,6 +292,10 @@ pub enum Error {
     /// An error of candle's own.
     #[error(transparent)]
     Candle(candle_core::Error),
+}
+
+fn or_none(value: &Option<impl fmt::Debug>) -> String {
+    value.as_ref().map_or("none".to_string(), |value| format!("{value:?}"))
 }
 
 /// A hint for the commonest way to a target out of range: padding.

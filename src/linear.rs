@@ -16,8 +16,9 @@ impl LabelSmoothingLoss {
     ///
     /// `hidden` has shape (.., H), `weight` (K, H) and `bias` (K), as [`candle_nn::Linear`] keeps them; they have
     /// one dtype, f16, bf16, f32 or f64, and one device. `targets` are those of logits of shape (.., K):
-    /// everything else is as in [`forward`](Self::forward), every option included, and so is the result. The class
-    /// dimension is the last one. Gradients go to those of the three that have any.
+    /// everything else is as in [`forward`](Self::forward), every option included, and so is the result, but for the
+    /// rounding of logits to a half type. The class dimension is the last one. Gradients go to those of the three
+    /// that have any; none of them may be changed before `backward`, which makes the logits from them again.
     ///
     /// ```
     /// use candle_core::{DType, Device, Tensor};
@@ -47,12 +48,12 @@ impl LabelSmoothingLoss {
     /// size is so large that the multiplications take nearly all of the time, and where the logits are needed anyway.
     ///
     /// # How it computes
-    /// A tile has at most 4096 rows on the CPU and 16384 on a GPU, and so many classes that neither it nor the part
-    /// of the weight that makes it has more than 2²² elements on the CPU and 2²⁸ on a GPU (at least 64 classes), 16 MB
-    /// of f32 or 512 MB of bf16. On the CPU f16 and bf16 are computed in f32, since candle's multiplications there
+    /// A tile has at most 4096 rows on the CPU and 16384 on a GPU, and so many classes that neither it nor the parts
+    /// of the hidden states and of the weight that make it have more than 2²² elements on the CPU and 2²⁸ on a GPU (at
+    /// least 64 rows and classes), 16 MB of f32 or 512 MB of bf16. On the CPU f16 and bf16 are computed in f32, since candle's multiplications there
     /// would convert whole tensors at every call; elsewhere a tile has the dtype that candle's multiplication gives,
     /// and its gradient is rounded to it as that of `forward` is. What several tiles add to a gradient is summed in
-    /// f32 (f64 for f64) and rounded once.
+    /// f32 (f64 for f64) and rounded once, so for a half type there is an f32 copy of the hidden states' gradient too.
     ///
     /// # Errors
     /// Those of [`forward`](Self::forward); shapes, dtypes or devices of the three that do not fit together; and
@@ -90,8 +91,9 @@ impl Tile {
             Device::Cpu => (1 << 12, 1 << 22),
             _ => (1 << 14, 1 << 28),
         };
-        let rows = rows.min(num_rows).max(1);
-        Self { rows, classes: (elements / rows.max(hidden_size)).max(64) }
+        let at_most = |len: usize| (elements / len.max(1)).max(64);
+        let rows = rows.min(at_most(hidden_size)).min(num_rows).max(1);
+        Self { rows, classes: at_most(rows.max(hidden_size)) }
     }
 }
 
@@ -104,21 +106,18 @@ pub(crate) fn forward(
     targets: &Tensor,
     tile: Option<Tile>,
 ) -> Result<Tensor> {
-    let hidden_size = check(loss, hidden, weight, bias)?;
-    let mut dims = hidden.dims().to_vec();
-    dims.pop();
-    let rows = dims.clone();
-    dims.push(weight.dims()[0]);
+    let dims = check(loss, hidden, weight, bias)?;
     let logits = Logits { dims: &dims, dtype: hidden.dtype(), device: hidden.device() };
     let (problem, targets) = loss.problem(&logits, targets)?;
     let reduce = loss.reduce(&dims, problem.class_dim, &targets);
+    let rows = row_shape(&dims, problem.class_dim);
 
     let num_rows = rows.iter().product();
     // A view can have far more rows than there is memory for what is kept of each.
     if Vec::<[f64; 4]>::new().try_reserve_exact(num_rows).is_err() {
         return Err(Error::TooLarge { what: "what is kept of rows", shape: rows });
     }
-    let tile = tile.unwrap_or_else(|| Tile::new(num_rows, hidden_size, hidden.device()));
+    let tile = tile.unwrap_or_else(|| Tile::new(num_rows, weight.dims()[1], hidden.device()));
     let head =
         Head { problem, targets, slices: Slice::all(&rows, tile.rows), classes: tile.classes };
     let [h, w] = [hidden, weight].map(Tensor::detach);
@@ -140,25 +139,30 @@ pub(crate) fn forward(
     })
 }
 
-/// Checks that the three make logits, and gives the hidden size.
+/// Checks that the three make logits, and gives their shape.
 fn check(
     loss: &LabelSmoothingLoss,
     hidden: &Tensor,
     weight: &Tensor,
     bias: Option<&Tensor>,
-) -> Result<usize> {
-    let fits = match (hidden.dims(), weight.dims(), bias.map(Tensor::dims)) {
-        ([.., hidden_size], [_, size], None) => hidden_size == size,
-        ([.., hidden_size], [classes, size], Some([len])) => hidden_size == size && classes == len,
-        _ => false,
+) -> Result<Vec<usize>> {
+    let logits = match (hidden.dims(), weight.dims(), bias.map(Tensor::dims)) {
+        ([rows @ .., size], [classes, columns], None) if size == columns => Some((rows, classes)),
+        ([rows @ .., size], [classes, columns], Some([len]))
+            if size == columns && len == classes =>
+        {
+            Some((rows, classes))
+        }
+        _ => None,
     };
     let dims = |tensor: &Tensor| tensor.dims().to_vec();
-    let Some(&hidden_size) = hidden.dims().last().filter(|_| fits) else {
+    let Some((rows, &classes)) = logits else {
         let (hidden, weight, bias) = (dims(hidden), dims(weight), bias.map(dims));
         return Err(Error::LinearShapes { hidden, weight, bias });
     };
     let dtype = |tensor: &Tensor| tensor.dtype();
-    if [Some(weight), bias].iter().flatten().any(|tensor| dtype(tensor) != hidden.dtype()) {
+    let is_one = [Some(weight), bias].iter().flatten().all(|t| dtype(t) == hidden.dtype());
+    if !is_one || !matches!(dtype(hidden), DType::F16 | DType::BF16 | DType::F32 | DType::F64) {
         let (hidden, weight, bias) = (dtype(hidden), dtype(weight), bias.map(dtype));
         return Err(Error::LinearDTypes { hidden, weight, bias });
     }
@@ -167,10 +171,10 @@ fn check(
         let (hidden, weight, bias) = (device(hidden), device(weight), bias.map(device));
         return Err(Error::LinearDevices { hidden, weight, bias });
     }
-    let last = hidden.rank() - 1;
-    match loss.class_dim(hidden.dims())? {
+    let (last, logits) = (rows.len(), [rows, &[classes]].concat());
+    match loss.class_dim(&logits)? {
         class_dim if class_dim != last => Err(Error::LinearClassDim { class_dim, last }),
-        _ => Ok(hidden_size),
+        _ => Ok(logits),
     }
 }
 
@@ -311,18 +315,13 @@ impl Head {
                 }
             }
         }
-        let of_hidden = wants_hidden.then(|| {
-            let rows: Vec<_> = of_hidden.into_iter().filter_map(|sum| sum.0).collect();
-            match rows.is_empty() {
-                true => hidden.zeros_like(),
-                false => Tensor::cat(&rows, 0)?.to_dtype(hidden.dtype())?.reshape(hidden.shape()),
-            }
-        });
-        let of_hidden = of_hidden.transpose()?;
+        let of_rows = of_hidden.into_iter().filter_map(|sum| sum.0).collect();
+        let of_hidden = wants_hidden.then(|| joined(of_rows, &hidden)).transpose()?;
         Ok([of_hidden, of_weight, of_bias])
     }
 
-    /// Where the device can say so, that a target is no class, by its row of all.
+    /// Finds a class target that is out of range, on the CPU. The kernels check again what they are given, but
+    /// count its rows from the first of the slice. The targets may have changed before `backward`.
     fn check_targets(&self) -> Result<()> {
         let Problem { num_classes, ignore_index, .. } = self.problem;
         let (storage, layout) = self.targets.storage_and_layout();
@@ -381,6 +380,27 @@ fn computed_in(tensor: &Tensor) -> DType {
         (Device::Cpu, DType::F16 | DType::BF16) => DType::F32,
         (_, dtype) => dtype,
     }
+}
+
+/// The gradient of the hidden states from those of all slices, each of which is gone once it is in.
+fn joined(slices: Vec<Tensor>, hidden: &Tensor) -> candle_core::Result<Tensor> {
+    let dtype = hidden.dtype();
+    let slices = match <[Tensor; 1]>::try_from(slices) {
+        Ok([whole]) => return whole.to_dtype(dtype)?.reshape(hidden.shape()),
+        Err(slices) => slices,
+    };
+    let gradient = hidden.zeros_like()?;
+    let rows = match gradient.elem_count() {
+        // As many as there are cannot be inferred.
+        0 => return Ok(gradient),
+        _ => gradient.reshape(((), gradient.dim(D::Minus1)?))?,
+    };
+    let mut first = 0;
+    for slice in slices {
+        rows.slice_set(&slice.to_dtype(dtype)?, 0, first)?;
+        first += slice.dim(0)?;
+    }
+    Ok(gradient)
 }
 
 /// A sum of tensors.

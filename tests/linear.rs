@@ -396,7 +396,7 @@ fn errors_name_what_was_given() -> Result<()> {
         Ok(_) => panic!("no error"),
         Err(error) => error.to_string(),
     };
-    let shapes = "expected [.., H], [K, H] and None or Some([K])";
+    let shapes = "expected [.., H], [K, H] and [K] (or no bias)";
     for (hidden, weight, bias) in [
         (of(&[4, 3])?, of(&[3, 7])?, None),
         (of(&[4, 3])?, of(&[7, 3])?, Some(of(&[3])?)),
@@ -415,7 +415,10 @@ fn errors_name_what_was_given() -> Result<()> {
     assert!(text.contains("F32") && text.contains("F16"), "{text}");
     let ints = hidden.to_dtype(DType::U32)?;
     let text = message(loss.forward_linear(&ints, &weight.to_dtype(DType::U32)?, None, &targets));
-    assert!(text.contains("U32"), "{text}");
+    assert!(text.contains("hidden states have dtype U32"), "{text}");
+    let text =
+        message(loss.clone().with_class_dim(9).forward_linear(&hidden, &weight, None, &targets));
+    assert!(text.contains("[4, 7]"), "{text}");
     let images = loss.clone().with_class_dim(0);
     let text = message(images.forward_linear(&hidden, &weight, None, &targets));
     assert!(text.contains("class dimension is 0") && text.contains("last dimension, 1"), "{text}");

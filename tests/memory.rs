@@ -92,5 +92,20 @@ fn of_logits_from_hidden_states_there_is_a_tile() -> Result<()> {
         // All logits would be more.
         assert!(rows < 4096 || fixed + 128 * rows < rows * CLASSES * size_of::<f32>());
     }
+
+    // Of a half type there are the sums in f32 and the gradient; candle's zeros and its sum.
+    let (rows, size, dtype) = (2048, 256, DType::BF16);
+    let hidden = Var::from_tensor(&random(&[rows, size], 1., 2)?.to_dtype(dtype)?)?;
+    let weight = random(&[300, size], 1., 1)?.to_dtype(dtype)?;
+    let labels = random_labels(&[rows], 300, 3)?;
+    let result = kernels::forward_linear(&loss, &hidden, &weight, None, &labels, TILE)?;
+    let (_, backward) = peak(|| result.backward())?;
+    // A tile's logits, weight and rows; what it adds to the sum, and the sum; and blocks of the multiplication.
+    let piece = TILE.rows * size * size_of::<f32>();
+    assert!(
+        backward < 10 * rows * size + 5 * piece + 512 * 1024,
+        "bf16: {backward} bytes, of {} in f32",
+        rows * size * size_of::<f32>()
+    );
     Ok(())
 }

@@ -74,7 +74,7 @@ fn forward_of<T: Element>(
 }
 
 /// The dtype of what is kept of each row while one range of the classes follows the other: the fields of a
-/// [`Partial`], in their order, each for all rows.
+/// [`Partial`], in their order, each for all rows. f64 whatever the logits; a GPU has no more than their arithmetic.
 pub(crate) fn parts_dtype(_logits: DType) -> DType {
     DType::F64
 }
