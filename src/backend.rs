@@ -92,6 +92,11 @@ pub(crate) struct Forward<S> {
     pub statistics: Option<S>,
 }
 
+/// Whether logits may have the dtype.
+pub(crate) fn is_of_logits(dtype: DType) -> bool {
+    matches!(dtype, DType::F16 | DType::BF16 | DType::F32 | DType::F64)
+}
+
 /// The dtype of the arithmetic, which is also that of the result.
 pub(crate) fn result_dtype(logits: DType) -> DType {
     match logits {

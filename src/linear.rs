@@ -5,7 +5,7 @@
 //! makes each tile again, turns it into its gradient where it is, and multiplies it into the gradients of the
 //! hidden states and of the weight.
 
-use crate::backend::{Problem, host, result_dtype, row_shape};
+use crate::backend::{Problem, host, is_of_logits, result_dtype, row_shape};
 use crate::error::{Error, Result};
 use crate::loss::{LabelSmoothingLoss, Logits};
 use crate::op::{self, Losses, Parts};
@@ -49,11 +49,12 @@ impl LabelSmoothingLoss {
     ///
     /// # How it computes
     /// A tile has at most 4096 rows on the CPU and 16384 on a GPU, and so many classes that neither it nor the parts
-    /// of the hidden states and of the weight that make it have more than 2²² elements on the CPU and 2²⁸ on a GPU (at
-    /// least 64 rows and classes), 16 MB of f32 or 512 MB of bf16. On the CPU f16 and bf16 are computed in f32, since candle's multiplications there
-    /// would convert whole tensors at every call; elsewhere a tile has the dtype that candle's multiplication gives,
-    /// and its gradient is rounded to it as that of `forward` is. What several tiles add to a gradient is summed in
-    /// f32 (f64 for f64) and rounded once, so for a half type there is an f32 copy of the hidden states' gradient too.
+    /// of the hidden states and of the weight that make it have more than 2²² elements on the CPU and 2²⁸ on a GPU
+    /// (at least 64 rows and classes), 16 MB of f32 or 512 MB of bf16. On the CPU f16 and bf16 are computed in f32,
+    /// since candle's multiplications there would convert whole tensors at every call; elsewhere a tile has the
+    /// dtype that candle's multiplication gives, and its gradient is rounded to it as that of `forward` is. What
+    /// several tiles add to a gradient is summed in f32 (f64 for f64) and rounded once, so for a half type there is
+    /// an f32 copy of the hidden states' gradient too.
     ///
     /// # Errors
     /// Those of [`forward`](Self::forward); shapes, dtypes or devices of the three that do not fit together; and
@@ -118,8 +119,8 @@ pub(crate) fn forward(
         return Err(Error::TooLarge { what: "what is kept of rows", shape: rows });
     }
     let tile = tile.unwrap_or_else(|| Tile::new(num_rows, weight.dims()[1], hidden.device()));
-    let head =
-        Head { problem, targets, slices: Slice::all(&rows, tile.rows), classes: tile.classes };
+    let (slices, classes) = (Slice::all(&rows, tile.rows), tile.classes.max(1));
+    let head = Head { problem, targets, slices, classes };
     let [h, w] = [hidden, weight].map(Tensor::detach);
     let b = bias.map(Tensor::detach);
     let parts = head.parts(&h, &w, b.as_ref())?;
@@ -162,7 +163,7 @@ fn check(
     };
     let dtype = |tensor: &Tensor| tensor.dtype();
     let is_one = [Some(weight), bias].iter().flatten().all(|t| dtype(t) == hidden.dtype());
-    if !is_one || !matches!(dtype(hidden), DType::F16 | DType::BF16 | DType::F32 | DType::F64) {
+    if !is_one || !is_of_logits(dtype(hidden)) {
         let (hidden, weight, bias) = (dtype(hidden), dtype(weight), bias.map(dtype));
         return Err(Error::LinearDTypes { hidden, weight, bias });
     }
@@ -335,12 +336,12 @@ impl Head {
 
     /// The first classes of the ranges.
     fn firsts(&self) -> impl Iterator<Item = usize> {
-        (0..self.problem.num_classes).step_by(self.classes.max(1))
+        (0..self.problem.num_classes).step_by(self.classes)
     }
 
     /// The classes from this one on.
     fn range(&self, weight: &Tensor, bias: Option<&Tensor>, first: usize) -> Result<Range> {
-        let len = self.classes.max(1).min(self.problem.num_classes - first);
+        let len = self.classes.min(self.problem.num_classes - first);
         let dtype = computed_in(weight);
         let part = |t: &Tensor| t.narrow(0, first, len)?.to_dtype(dtype)?.contiguous();
         Ok(Range {

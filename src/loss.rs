@@ -193,7 +193,7 @@ impl LabelSmoothingLoss {
         if num_classes == 0 {
             return Err(Error::NoClasses { shape: dims.to_vec() });
         }
-        if !matches!(dtype, DType::F16 | DType::BF16 | DType::F32 | DType::F64) {
+        if !backend::is_of_logits(dtype) {
             return Err(Error::LogitsDType { dtype });
         }
         backend::check_size("logits", dims)?;

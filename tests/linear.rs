@@ -151,16 +151,24 @@ fn the_tiles_of_its_own_choice() -> Result<()> {
     Ok(())
 }
 
-/// A long row, whose ranges are shared between threads or groups of them; few of its classes are masked.
+/// Long rows, whose ranges are shared between threads or groups of them.
 #[test]
 fn long_rows() -> Result<()> {
     let inputs = Inputs::new(&[2], 2, 40_000, true)?;
-    let targets = Tensor::new(&[39_999u32, 3], &CPU)?;
-    let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.2)?).with_reduction(Reduction::None);
-    let theirs = inputs.whole(&loss, &targets)?;
-    for classes in [40_000, 39_000, 17_000] {
-        let ours = inputs.tiled(DType::F64, &loss, &targets, Tile { rows: 9, classes })?;
-        assert_all_close(&format!("{classes} at a time"), &ours, &theirs, 1e-11);
+    let labels = Tensor::new(&[39_999u32, 3], &CPU)?;
+    let probabilities = random_probabilities(&[2, 40_000], 1, 3)?;
+    let plain = LabelSmoothingLoss::new(Smoothing::over_all(0.2)?)
+        .with_reduction(Reduction::None)
+        .with_z_loss(0.01)?;
+    let weighted = plain.clone().with_class_weights(&random(&[40_000], 1., 4)?.abs()?)?;
+    for targets in [labels, probabilities] {
+        for loss in [&plain, &weighted] {
+            let theirs = inputs.whole(loss, &targets)?;
+            for classes in [40_000, 39_000, 17_000] {
+                let ours = inputs.tiled(DType::F64, loss, &targets, Tile { rows: 9, classes })?;
+                assert_all_close(&format!("{classes} at a time"), &ours, &theirs, 1e-11);
+            }
+        }
     }
     Ok(())
 }
