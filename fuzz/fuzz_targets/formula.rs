@@ -203,7 +203,7 @@ impl Formula {
             let pull = total.value + 2. * self.z_loss * lse;
             let pull_magnitude = total.error + 2. * self.z_loss * (lse.abs() + 1.);
             for (class, (x, r)) in row_of.iter().enumerate() {
-                let softmax = (x - lse).exp();
+                let softmax = (x - max).exp() / sum;
                 let magnitude = softmax * pull_magnitude * (1. + max - x) + r.error;
                 let error = relative * magnitude + smallest * (pull_magnitude + 4.);
                 let error = if is_tame { error } else { f64::INFINITY };
