@@ -163,7 +163,6 @@ impl Formula {
         let smallest = limits(arithmetic(dtype)).1;
         // How many roundings there are, in blocks and vectors.
         let relative = (64 + classes / 4) as f64 * unit + 4. * slack;
-        let is_light = self.class_weights.iter().flatten().all(|weight| *weight < 1e30);
         let mut losses = vec![Near::default(); rows];
         let mut gradient = vec![Near::default(); logits.len()];
         for row in (0..rows).filter(|row| counts(*row)) {
@@ -174,8 +173,9 @@ impl Formula {
                     Aims::Probabilities(p) => p[shape.at(row, class)],
                 };
                 let mut r = self.target(p, class, classes).times(self.weight(class));
-                // Of a number that is hardly more than 0, fewer digits are there.
-                r.error += smallest / unit;
+                // Of a number that is hardly more than 0, fewer digits are there; beyond f32 there are none.
+                let is_tame = p.abs().max(self.weight(class)) < 1e30;
+                r.error += if is_tame { smallest / unit } else { f64::INFINITY };
                 (x, r)
             };
             let row_of: Vec<(f64, Near)> = (0..classes).map(of_class).collect();
@@ -192,7 +192,7 @@ impl Formula {
                 magnitude += r.error * (max - x + log_sum + 1.);
                 total = total.add(*r);
             }
-            let is_tame = is_light && magnitude < 1e30 && total.error < 1e30 && max.abs() < 1e30;
+            let is_tame = magnitude < 1e30 && total.error < 1e30 && max.abs() < 1e30;
             let error = if is_tame { relative * magnitude } else { f64::INFINITY };
             losses[row] = Near { value: loss, error };
 
