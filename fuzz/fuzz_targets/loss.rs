@@ -428,7 +428,8 @@ impl Test<'_> {
         match misfit.get() {
             Some(0) => hidden_dims.clear(),
             Some(1) => hidden_dims[rows.len()] += 1,
-            Some(2) => weight_dims[0] = classes.saturating_add(1),
+            // Without a bias, only the targets could tell.
+            Some(2) => weight_dims[0] = classes.saturating_add(bias.is_some().into()),
             Some(3) => drop(weight_dims.pop()),
             Some(4) => bias_dims[0] = classes.saturating_add(1),
             Some(5) => bias_dims.push(1),
