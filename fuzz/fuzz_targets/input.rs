@@ -212,7 +212,7 @@ pub enum Number {
 impl Number {
     pub fn get(&self) -> f64 {
         match self {
-            Self::Fraction(byte) => f64::from(*byte) / 255.,
+            Self::Fraction(byte) => f64::from(byte % 33) / 32.,
             Self::Any(number) => *number,
         }
     }
