@@ -2,13 +2,25 @@
 
 use anyhow::Result;
 use candle_core::Tensor;
+use console::{StyledObject, style};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use crate::model::Epoch;
 
 pub const QUALITIES: [&str; 3] = ["accuracy", "mean top probability", "expected calibration error"];
 
-/// Means over the batches of one epoch.
-pub struct Epoch {
-    pub loss: f64,
-    pub accuracy: f64,
+pub fn heading(text: &str) -> StyledObject<&str> {
+    style(text).bold()
+}
+
+pub fn verdict(is_right: bool) -> StyledObject<&'static str> {
+    if is_right { style("right").green() } else { style("wrong").red() }
+}
+
+/// A bar where the lines go, if that is a terminal.
+pub fn progress(steps: u64) -> Result<ProgressBar> {
+    let bar = ProgressBar::with_draw_target(Some(steps), ProgressDrawTarget::stdout());
+    Ok(bar.with_style(ProgressStyle::with_template("  {bar:40.cyan} {pos}/{len} {msg} {eta}")?))
 }
 
 /// What the figures of the last epoch say, against the one before or against a guess.
@@ -50,7 +62,8 @@ pub fn print_chart(trace: &[Epoch]) {
     let level = |loss: f64| ((high - loss) / step).round() as usize;
     println!("   loss");
     for row in 0..HEIGHT {
-        let mark = |&(_, loss): &(usize, f64)| if level(loss) == row { "    *" } else { "     " };
+        let star = format!("    {}", style("*").cyan());
+        let mark = |&(_, loss): &(usize, f64)| if level(loss) == row { &star } else { "     " };
         let line: String = shown.iter().map(mark).collect();
         println!("  {:5.2} |{}", high - step * row as f64, line.trim_end());
     }

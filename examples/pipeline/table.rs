@@ -3,6 +3,7 @@
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{Device, Tensor};
 use csv::StringRecord;
+use rand::seq::SliceRandom;
 use rand_distr::{Distribution, StandardNormal};
 use std::collections::HashMap;
 use std::f64::consts::{FRAC_1_SQRT_2, TAU};
@@ -26,6 +27,12 @@ pub struct Table {
     pub rows: Vec<Vec<f64>>,
     pub labels: Vec<u32>,
     pub classes: Vec<String>,
+}
+
+impl Table {
+    pub fn columns(&self) -> usize {
+        self.rows[0].len()
+    }
 }
 
 /// Groups of rows with normal noise. Each group raises two of the columns, and only the two together
@@ -160,8 +167,32 @@ fn announced_classes(records: &[StringRecord]) -> Option<Vec<String>> {
     fits.then(|| names.iter().map(|name| name.to_string()).collect())
 }
 
+/// The rows to train on and those to test on: where they stand in the table, and as tensors, standardised,
+/// with their labels.
+pub struct Split {
+    pub training_rows: Vec<usize>,
+    pub test_rows: Vec<usize>,
+    pub training: (Tensor, Tensor),
+    pub test: (Tensor, Tensor),
+}
+
+impl Split {
+    pub fn new(table: &Table, seed: u64, device: &Device) -> Result<Self> {
+        let rows = table.rows.len();
+        let mut training_rows: Vec<usize> = (0..rows).collect();
+        training_rows.shuffle(&mut rng(seed, Use::Split));
+        let test_rows = training_rows.split_off(rows - rows / 5);
+        // Features in different units would need weights of different sizes. What the test rows look
+        // like is not known at this point, so the training rows alone set the scale.
+        let scale = statistics(table, &training_rows);
+        let training = tensors(table, &training_rows, &scale, device)?;
+        let test = tensors(table, &test_rows, &scale, device)?;
+        Ok(Self { training_rows, test_rows, training, test })
+    }
+}
+
 /// Mean and standard deviation of each column over the given rows.
-pub fn statistics(table: &Table, rows: &[usize]) -> Vec<(f64, f64)> {
+fn statistics(table: &Table, rows: &[usize]) -> Vec<(f64, f64)> {
     let column = |j: usize| {
         let values = || rows.iter().map(move |&row| table.rows[row][j]);
         let mean = values().sum::<f64>() / rows.len() as f64;
@@ -170,11 +201,11 @@ pub fn statistics(table: &Table, rows: &[usize]) -> Vec<(f64, f64)> {
         let is_constant = variance.sqrt() <= 1e-12 * mean.abs();
         (mean, if is_constant { 1. } else { variance.sqrt() })
     };
-    (0..table.rows[0].len()).map(column).collect()
+    (0..table.columns()).map(column).collect()
 }
 
 /// The given rows standardised (rows, columns), and their labels (rows).
-pub fn tensors(
+fn tensors(
     table: &Table,
     rows: &[usize],
     scale: &[(f64, f64)],
