@@ -2,6 +2,9 @@
 
 mod common;
 
+use std::collections::HashSet;
+use std::fs::File;
+use std::io::BufReader;
 use std::path::Path;
 use std::process::{Command, Output};
 
@@ -13,9 +16,17 @@ const ACCURACY_TOLERANCE: f64 = 0.06;
 
 type TestResult = Result<(), Box<dyn std::error::Error>>;
 
+fn program(arguments: &[&str]) -> Command {
+    let mut command = Command::new(common::example("pipeline"));
+    // Whoever runs the tests may want colours.
+    command.args(arguments).env_remove("CLICOLOR_FORCE");
+    command
+}
+
 fn run(arguments: &[&str]) -> Output {
-    let output = Command::new(common::example("pipeline")).args(arguments).output();
-    output.expect("`cargo test` builds the example, `cargo test --test pipeline` alone does not")
+    program(arguments)
+        .output()
+        .expect("`cargo test` builds the example, `cargo test --test pipeline` alone does not")
 }
 
 fn printed(arguments: &[&str]) -> String {
@@ -130,8 +141,7 @@ fn a_seed_fixes_every_figure() -> TestResult {
     let first = printed(&["--seed", "3"]);
     assert_eq!(first, printed(&["--seed", "3"]));
     assert_ne!(first, printed(&["--seed", "4"]));
-    let mut alone = Command::new(common::example("pipeline"));
-    let alone = alone.args(["--seed", "3"]).env("RAYON_NUM_THREADS", "1").output()?;
+    let alone = program(&["--seed", "3"]).env("RAYON_NUM_THREADS", "1").output()?;
     assert_eq!(first.as_bytes(), alone.stdout);
     Ok(())
 }
@@ -148,9 +158,19 @@ fn options_change_what_they_name() {
         "{deep}"
     );
     let help = printed(&["--help"]);
-    for option in
-        ["data", "epsilon", "convention", "epochs", "batch-size", "lr", "hidden", "seed", "device"]
-    {
+    for option in [
+        "data",
+        "epsilon",
+        "convention",
+        "epochs",
+        "batch-size",
+        "lr",
+        "hidden",
+        "seed",
+        "seeds",
+        "plot",
+        "device",
+    ] {
         assert!(help.contains(&format!("--{option} ")), "{help}");
     }
 }
@@ -169,6 +189,7 @@ fn wrong_options_get_a_message() {
         ("--lr", "inf", "--lr is inf"),
         ("--lr", "1e30", "too large"),
         ("--seed", "-1", "seed"),
+        ("--seeds", "1", "seeds"),
         ("--convention", "some", "others, all, none"),
         ("--device", "abacus", "cpu, cuda, metal"),
         ("--data", "no/such/file.csv", "no/such/file.csv"),
@@ -236,5 +257,181 @@ fn labels_may_be_words_or_numbers_with_or_without_a_header() -> TestResult {
         assert!(printed.contains(classes), "{printed}");
         assert!(printed.contains("training 40 x 2"), "{printed}");
     }
+    Ok(())
+}
+
+#[test]
+fn the_data_sets_are_learned() {
+    for (name, shape) in [
+        ("iris", "150 rows x 4 columns, 3 classes"),
+        ("wine", "178 rows x 13 columns, 3 classes"),
+        ("digits", "800 rows x 64 columns, 10 classes"),
+        ("glass", "214 rows x 9 columns, 6 classes"),
+    ] {
+        let file = format!("{}/examples/pipeline/data/{name}.csv", env!("CARGO_MANIFEST_DIR"));
+        let printed = printed(&["--data", &file, "--epochs", "10", "--lr", "0.1"]);
+        assert!(printed.contains(shape), "{printed}");
+        // The most frequent class has 36% of the rows at most.
+        for accuracy in &figures(&printed)[0] {
+            assert!(*accuracy > 0.5, "{printed}");
+        }
+    }
+}
+
+/// The table at the end: a line for each quality, a figure for each column.
+fn figures(printed: &str) -> Vec<Vec<f64>> {
+    let lines = printed.lines().skip_while(|line| !line.starts_with("  on the test rows"));
+    let lines = lines.skip(1).take_while(|line| line.contains(" | "));
+    let cells = lines.map(|line| line.split(['|', '±']).skip(1));
+    cells.map(|cells| cells.map(|cell| cell.trim().parse().expect("a figure")).collect()).collect()
+}
+
+#[test]
+fn seeds_give_the_means_of_single_runs() -> TestResult {
+    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/pipeline/data/iris.csv");
+    for rows in [&["--epochs", "2"][..], &["--epochs", "2", "--data", file]] {
+        let printed_with = |option, value| printed(&[rows, &[option, value]].concat());
+        let single = ["5", "6", "7"].map(|seed| figures(&printed_with("--seed", seed)));
+        let many = figures(&printed(&[rows, &["--seed", "5", "--seeds", "3"]].concat()));
+        assert_eq!(many.len(), 3);
+        for (i, line) in many.iter().enumerate() {
+            let column = |of: fn(&[f64]) -> f64| {
+                let values = single.each_ref().map(|run| of(&run[i]));
+                let mean = values.iter().sum::<f64>() / 3.;
+                let squares: f64 = values.iter().map(|value| (value - mean).powi(2)).sum();
+                [mean, (squares / 2.).sqrt()]
+            };
+            let columns: [fn(&[f64]) -> f64; 3] =
+                [|run| run[0], |run| run[1], |run| run[0] - run[1]];
+            let expected = columns.map(column).concat();
+            // Three decimals are printed: of the single figures, and of what they come to.
+            assert_near("seeds", line, &expected, 2e-3);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_picture_has_both_trainings() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let file = folder.path().join("picture.SVG");
+    // What was there before, and longer, is gone.
+    std::fs::write(&file, vec![b'x'; 1 << 20])?;
+    let printed = printed(&["--plot", path(&file)]);
+    assert_eq!(printed, self::printed(&[]));
+    let text = std::fs::read_to_string(&file)?;
+    assert!(run(&["--plot", path(&file)]).status.success());
+    assert_eq!(text, std::fs::read_to_string(&file)?, "the same run, another picture");
+
+    let document = roxmltree::Document::parse(&text)?;
+    let of_kind = |kind| document.descendants().filter(move |node| node.has_tag_name(kind));
+    let words: Vec<_> = of_kind("text").filter_map(|node| node.text()).map(str::trim).collect();
+    for word in ["smoothed", "not smoothed", "Loss", "Accuracy", "epoch", "5"] {
+        assert!(words.contains(&word), "no {word:?} among {words:?}");
+    }
+    // The lines of five points are the training's, the smoothed one's loss and accuracy among them.
+    let heights = |colour| {
+        let lines =
+            of_kind("polyline").filter(move |node| node.attribute("stroke") == Some(colour));
+        let points = lines.filter_map(|node| node.attribute("points"));
+        let points = points.map(|points| points.split_whitespace().collect::<Vec<_>>());
+        let lines = points.filter(|points| points.len() == 5);
+        let y = |point: &&str| point.split(',').nth(1).and_then(|y| y.parse::<f64>().ok());
+        lines.filter_map(move |line| line.iter().map(y).collect()).collect::<Vec<Vec<f64>>>()
+    };
+    let (losses, accuracies) = trace(&printed);
+    let part = |line: &[f64]| -> Vec<f64> {
+        line.iter().map(|value| (value - line[0]) / (line[4] - line[0])).collect()
+    };
+    let smoothed = heights("#0072B2");
+    assert_near("loss", &part(&smoothed[0]), &part(&losses), 0.02);
+    assert_near("accuracy", &part(&smoothed[1]), &part(&accuracies), 0.02);
+    assert_eq!(heights("#D55E00").len(), 2);
+    for colour in ["#0072B2", "#D55E00"] {
+        let dots = of_kind("circle").filter(|node| {
+            node.attribute("fill") == Some(colour) && node.attribute("opacity") == Some("0.7")
+        });
+        // Three classes: no top probability lies in the first three of ten bins.
+        assert!((4..=7).contains(&dots.count()), "{text}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_picture_may_be_a_bitmap() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    let file = folder.path().join("picture.png");
+    for epochs in ["1", "30"] {
+        assert!(run(&["--epochs", epochs, "--plot", path(&file)]).status.success());
+        let mut reader = png::Decoder::new(BufReader::new(File::open(&file)?)).read_info()?;
+        let mut pixels = vec![0; reader.output_buffer_size().ok_or("too large")?];
+        let info = reader.next_frame(&mut pixels)?;
+        assert_eq!((info.width, info.height), (2160, 800));
+        let colours: HashSet<&[u8]> = pixels.chunks(3).collect();
+        for colour in [[255, 255, 255], [0, 114, 178], [213, 94, 0]] {
+            assert!(colours.contains(&colour[..]), "{epochs} epochs: no {colour:?}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_wrong_picture_is_told_before_training() -> TestResult {
+    let folder = tempfile::tempdir()?;
+    std::fs::create_dir(folder.path().join("folder.svg"))?;
+    for (name, message) in [
+        ("picture.jpg", "ends in .svg or .png"),
+        ("svg", "ends in .svg or .png"),
+        ("no/such/folder/picture.svg", "cannot draw"),
+        ("folder.svg", "cannot draw"),
+    ] {
+        let output = run(&["--plot", path(&folder.path().join(name))]);
+        assert_fails(&output, message);
+        assert_fails(&output, name);
+        let printed = String::from_utf8(output.stdout)?;
+        assert!(!printed.contains("Model training"), "{name}: {printed}");
+    }
+    assert_fails(&run(&["--seeds", "2", "--plot", "picture.svg"]), "cannot be used with");
+    Ok(())
+}
+
+/// What the default run writes to a terminal.
+#[cfg(target_os = "linux")]
+fn on_terminal(variables: &[(&str, &str)]) -> Result<String, std::io::Error> {
+    use std::io::Read;
+    use std::os::fd::{FromRawFd, OwnedFd};
+
+    let (mut ours, mut theirs) = (0, 0);
+    let [name, settings, size] = [std::ptr::null_mut(); 3];
+    // SAFETY: openpty writes the two descriptors, and nothing else owns them.
+    let (mut ours, theirs) = unsafe {
+        if libc::openpty(&mut ours, &mut theirs, name, settings.cast(), size.cast()) != 0 {
+            return Err(std::io::Error::last_os_error());
+        }
+        (File::from_raw_fd(ours), OwnedFd::from_raw_fd(theirs))
+    };
+    let mut command = program(&[]);
+    command.env_remove("NO_COLOR").envs(variables.iter().copied()).stdout(theirs);
+    let mut child = command.spawn()?;
+    drop(command);
+    let mut written = Vec::new();
+    // Linux answers with an error when the program has closed its end.
+    let _ = ours.read_to_end(&mut written);
+    assert!(child.wait()?.success());
+    Ok(String::from_utf8_lossy(&written).replace("\r\n", "\n"))
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn colours_and_a_bar_are_for_terminals() -> TestResult {
+    let piped = printed(&[]);
+    assert!(!piped.contains('\x1b'), "{piped}");
+    let coloured = |text: &str| text.contains("\x1b[1m") || text.contains("\x1b[36m");
+    let bar = |text: &str| text.contains('█');
+    let shown = on_terminal(&[("TERM", "xterm")])?;
+    assert!(coloured(&shown) && bar(&shown), "{shown:?}");
+    let plain = on_terminal(&[("TERM", "xterm"), ("NO_COLOR", "1")])?;
+    assert!(!coloured(&plain) && bar(&plain), "{plain:?}");
+    assert_eq!(piped, on_terminal(&[("TERM", "dumb")])?);
     Ok(())
 }
