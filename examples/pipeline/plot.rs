@@ -121,7 +121,7 @@ fn draw_legend<DB: DrawingBackend>(area: &DrawingArea<DB, Shift>, scale: u32) ->
 where
     DB::ErrorType: 'static,
 {
-    let text = font(14, scale).pos(Pos::new(HPos::Left, VPos::Center));
+    let text = font(16, scale).pos(Pos::new(HPos::Left, VPos::Center));
     let (mut x, y) = (60 * scale as i32, 20 * scale as i32);
     for (name, colour, dash) in [
         ("smoothed", COLOURS[0], SAMPLE),
@@ -139,6 +139,7 @@ where
     Ok(())
 }
 
+/// Confidence and accuracy of each bin; the dotted line is where the two agree.
 fn draw_calibration<DB: DrawingBackend>(
     area: &DrawingArea<DB, Shift>,
     scale: u32,
@@ -148,9 +149,9 @@ where
     DB::ErrorType: 'static,
 {
     let texts = [
-        "Calibration (dot area: test rows)",
+        "Calibration (dot area: rows)",
         "confidence (mean top probability)",
-        "accuracy (share of the bin)",
+        "accuracy (share of test rows)",
     ];
     let mut chart = axes(area, scale, texts, 0. ..1., 0. ..1., usize::MAX)?;
     let ideal = [(0., 0.), (1., 1.)];
@@ -161,8 +162,8 @@ where
         let rows: f64 = bins().map(|bin| bin.rows).sum();
         let point = |bin: &Bin| (bin.confidence / bin.rows, bin.right / bin.rows);
         let dot = |bin: &Bin| {
-            let radius = LARGEST_DOT * (bin.rows / rows).sqrt() * f64::from(scale);
-            Circle::new(point(bin), radius.round().max(2.) as u32, colour.mix(0.7).filled())
+            let radius = (LARGEST_DOT * (bin.rows / rows).sqrt()).max(2.) * f64::from(scale);
+            Circle::new(point(bin), radius.round() as u32, colour.mix(0.7).filled())
         };
         chart.draw_series(LineSeries::new(bins().map(point), colour.stroke_width(scale)))?;
         chart.draw_series(bins().map(dot))?;
@@ -189,9 +190,9 @@ where
     let mut chart = ChartBuilder::on(panel)
         .margin(8 * scale)
         .margin_right(16 * scale)
-        .caption(title, font(16, scale))
-        .x_label_area_size(40 * scale)
-        .y_label_area_size(52 * scale)
+        .caption(title, font(18, scale))
+        .x_label_area_size(44 * scale)
+        .y_label_area_size(58 * scale)
         .build_cartesian_2d(x_range, y_range)?;
     let number = FloatPrettyPrinter { allow_scientific: false, min_decimal: 0, max_decimal: 3 };
     let format = |value: &f64| number.print(*value);
@@ -204,8 +205,8 @@ where
         .y_labels(6)
         .x_label_formatter(&format)
         .y_label_formatter(&format)
-        .label_style(font(13, scale))
-        .axis_desc_style(font(14, scale))
+        .label_style(font(15, scale))
+        .axis_desc_style(font(16, scale))
         .x_desc(x)
         .y_desc(y)
         .draw()?;
