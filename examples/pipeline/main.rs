@@ -51,9 +51,9 @@ struct Args {
     /// Seed of the generated rows, the split, the initial weights and the order of the batches
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Repeat it with so many seeds, from --seed on, and print the means alone
+    /// Repeat it with this many seeds, from --seed on, and print the means alone
     #[arg(long, value_name = "N", conflicts_with = "plot",
-          value_parser = value_parser!(u32).range(2..))]
+          value_parser = value_parser!(u32).range(2..=10_000))]
     seeds: Option<u32>,
     /// Draw the training and the calibration
     #[arg(long, value_name = "FILE.svg|png")]
