@@ -65,6 +65,9 @@
 
 mod backend;
 mod error;
+// Nothing but documentation.
+#[cfg(any(doc, doctest))]
+pub mod guide;
 #[doc(hidden)]
 pub mod kernels;
 mod linear;
