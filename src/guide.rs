@@ -1,17 +1,9 @@
-//! Guides to the loss in use, each read in two minutes. Their code is run with the tests.
+//! Guides to the loss in use, each read in two minutes.
 //!
-//! | | |
-//! | --- | --- |
-//! | [`epsilon`] | which ε, which convention, and what to expect of either |
-//! | [`migration`] | coming from candle-nn's `cross_entropy` or PyTorch's `CrossEntropyLoss` |
-//! | [`padding`] | sequences of unequal length, and `ignore_index` |
-//! | [`soft_targets`] | mixup and distillation: probabilities as targets |
-//! | [`class_weights`] | rare classes, and what a mean divides by |
-//! | [`accumulation`] | one batch in several pieces, on one device or on many |
-//! | [`segmentation`] | images, with the classes in dimension 1 |
-//! | [`mixed_precision`] | logits in f16 and bf16 |
-//! | [`large_vocabularies`] | `forward_linear`, and when `forward` is better |
-//! | [`architecture`] | how the crate is built |
+//! - To begin with: [`epsilon`], [`migration`].
+//! - What the targets are: [`padding`], [`segmentation`], [`soft_targets`], [`class_weights`].
+//! - How the training goes: [`accumulation`], [`mixed_precision`], [`large_vocabularies`].
+//! - How the crate is built: [`architecture`].
 
 #[doc = include_str!("guide/epsilon.md")]
 pub mod epsilon {}
