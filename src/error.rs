@@ -210,7 +210,8 @@ pub enum Error {
         num_classes: usize,
     },
 
-    /// Targets in a dtype that is neither class index nor probability.
+    /// Targets or labels in a dtype that is neither class index nor probability, or probabilities where only
+    /// class indices are possible.
     #[error("the targets have dtype {dtype:?}, expected {expected}")]
     TargetsDType {
         /// The dtype given.
@@ -241,12 +242,12 @@ pub enum Error {
         targets: DeviceLocation,
     },
 
-    /// Logits or targets in f64 on a Metal device.
+    /// Logits, targets or labels in f64 on a Metal device.
     #[error(
         "the {what} have dtype F64, which Metal does not have: make them F32 before they go there, or use the CPU"
     )]
     MetalF64 {
-        /// The logits, or the targets.
+        /// Which of them.
         what: &'static str,
     },
 

@@ -49,15 +49,20 @@
 //! - [`Smoothing`]: the conventions, which the field mixes up under one name.
 //! - [`smooth_targets`]: the soft targets themselves.
 //! - [`check_targets`]: whether class targets are in range, for devices that cannot say so.
+//! - [`guide`]: which ε and which convention, coming from PyTorch, padding, mixup, class weights, batches in
+//!   pieces, half types, large vocabularies.
 //!
 //! # Devices
 //!
 //! The CPU; with the feature `cuda` NVIDIA's GPUs; with the feature `metal` Apple's, which have no f64
-//! ([`Error::MetalF64`]). On a GPU nothing waits for the device, and a
-//! class target that is out of range makes its row's loss and gradient NaN where the CPU gives an error:
-//! [`check_targets`] finds it. The CPU adds up the rows' losses in f64, a GPU in the dtype of the
-//! arithmetic, with what rounding loses kept beside the sum. Results have the same bits in every run, on
-//! the CPU for every number of threads; two devices differ by some roundings.
+//! ([`Error::MetalF64`]). Logits and targets are on one device, which is where the loss and the gradient
+//! are made; class weights and priors may be on any.
+//!
+//! On a GPU nothing waits for the device, and a class target that is out of range makes its row's loss and
+//! gradient NaN where the CPU gives an error: [`check_targets`] finds it. The CPU adds up the rows' losses in
+//! f64, a GPU in the dtype of the arithmetic, with what rounding loses kept beside the sum. Results have
+//! the same bits in every run, on the CPU for every number of threads; two devices differ by some
+//! roundings.
 //!
 //! Errors convert into candle's and back ([`Error`]), so `?` works in a candle model.
 

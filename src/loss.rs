@@ -14,11 +14,14 @@ pub enum Reduction {
     /// No reduction: a loss for each row, 0 for ignored rows, in the logits' shape without the class
     /// dimension.
     None,
-    /// The sum of the rows' losses, a scalar; 0 if there are none.
+    /// The sum of the rows' losses, a scalar; 0 if there are none. What a batch in several pieces needs:
+    /// see [the guide](crate::guide::accumulation).
     Sum,
     /// The mean of the rows' losses, a scalar, by PyTorch's rule: for class targets the sum is
     /// divided by Σ w_y over the rows that are not ignored (their number, without class weights),
-    /// for probability targets by the number of rows. NaN if nothing is left to divide by.
+    /// for probability targets by the number of rows. If there is no row, or all are ignored, it is NaN
+    /// and the gradient 0. If the weights of all targets are 0, it is a division by 0: infinite or NaN,
+    /// and so is the gradient.
     #[default]
     Mean,
 }
@@ -91,12 +94,14 @@ impl LabelSmoothingLoss {
     /// read to the host here and taken as a constant.
     ///
     /// As in PyTorch, the weight w_k stands at each class's term of the sum, so with smoothing the
-    /// other classes' weights count too; [`Reduction::Mean`] divides by the weights of the targets.
-    /// The weights are rounded to the dtype of the arithmetic, f32 unless the logits are f64.
+    /// other classes' weights count too; [`Reduction::Mean`] divides by the weights of the targets if
+    /// these are class indices. The weights are rounded to the dtype of the arithmetic, f32 unless the
+    /// logits are f64. [The guide](crate::guide::class_weights) says how to choose them.
     ///
     /// # Errors
-    /// More or fewer dimensions than one, an integer dtype, and values that are negative or not
-    /// finite. That the length is K is checked by [`forward`](Self::forward).
+    /// More or fewer dimensions than one, an integer dtype, values that are negative or not finite, sizes
+    /// beyond the memory, and errors of the device they are read from. That the length is K is checked by
+    /// [`forward`](Self::forward).
     pub fn with_class_weights(mut self, weights: &Tensor) -> Result<Self> {
         self.class_weights = Some(smoothing::vector(CLASS_WEIGHTS, weights)?.into());
         self.tables = Arc::default();
@@ -107,21 +112,24 @@ impl LabelSmoothingLoss {
     /// Their loss and gradient are exactly 0, whatever their logits hold, and [`Reduction::Mean`]
     /// does not count them. PyTorch's default is −100; here nothing is ignored unless it is set.
     ///
-    /// Targets are compared as `i64`, so −100 needs targets of a signed dtype.
+    /// Targets are compared as `i64`, so −100 needs targets of a signed dtype. Probabilities name no
+    /// class: with them an ignored index is an error of [`forward`](Self::forward).
     pub fn with_ignore_index(mut self, index: i64) -> Self {
         self.ignore_index = Some(index);
         self
     }
 
     /// Sets the dimension of the logits that holds the classes; the last one otherwise. For
-    /// PyTorch's image layout (N, C, H, W) it is 1.
+    /// PyTorch's image layout (N, C, H, W) it is 1. That the logits have this dimension is checked by
+    /// [`forward`](Self::forward); [`forward_linear`](Self::forward_linear) takes the last one alone.
     pub fn with_class_dim(mut self, dim: usize) -> Self {
         self.class_dim = Some(dim);
         self
     }
 
     /// Adds `coefficient`·lse² to each row's loss, which keeps the logits from drifting: the z-loss
-    /// of [PaLM](https://arxiv.org/abs/2204.02311), with 1e-4 there. Ignored rows add nothing.
+    /// of [PaLM](https://arxiv.org/abs/2204.02311), with 1e-4 there. Class weights do not enter it;
+    /// ignored rows add nothing; [`Reduction::Mean`] divides it like the rest of the loss.
     ///
     /// # Errors
     /// The coefficient must be finite and not negative.

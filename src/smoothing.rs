@@ -19,6 +19,7 @@ use std::sync::Arc;
 /// | [`toward`](Self::toward) | (1−ε)·p + ε·prior | | [Pereyra et al. 2017](https://arxiv.org/abs/1701.06548) |
 ///
 /// `over_others(ε)` equals `over_all(ε·K/(K−1))`, for hard and for soft targets alike.
+/// [The guide](crate::guide::epsilon) says which one others mean, and how to choose ε.
 ///
 /// ```
 /// use candle_label_smoothing::{Smoothing, smooth_targets};
@@ -81,8 +82,9 @@ impl Smoothing {
     ///
     /// # Errors
     /// ε must lie in 0 to 1, ends included; the prior must have one dimension and finite, not
-    /// negative values whose sum is 1 within 0.001 (the remaining difference is normalised away).
-    /// That its length is K is checked when the smoothing is used.
+    /// negative values whose sum is 1 within 0.001 (the remaining difference is normalised away). Sizes
+    /// beyond the memory and errors of the device it is read from are errors too. That its length is K is
+    /// checked when the smoothing is used.
     pub fn toward(epsilon: f64, prior: &Tensor) -> Result<Self> {
         let mut prior = vector("prior probabilities", prior)?;
         let sum = prior.iter().fold(0., |sum, p| sum + p);
@@ -226,8 +228,9 @@ pub(crate) fn check_length(what: &'static str, values: &[f64], num_classes: usiz
 /// ```
 ///
 /// # Errors
-/// A label outside 0 to K−1 (on a GPU its distribution is NaN instead), probabilities whose last dimension is not K, K = 0, K = 1 with
-/// [`Smoothing::over_others`], and a prior of another length than K.
+/// A label outside 0 to K−1 (on a GPU its distribution is NaN instead), probabilities whose last
+/// dimension is not K, a dtype that is neither class index nor probability, f64 on Metal, K = 0, K = 1
+/// with [`Smoothing::over_others`], a prior of another length than K, and sizes beyond the memory.
 pub fn smooth_targets(
     labels: &Tensor,
     num_classes: usize,
