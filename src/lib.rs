@@ -75,12 +75,14 @@ mod error;
 pub mod guide;
 #[doc(hidden)]
 pub mod kernels;
-mod linear;
 mod loss;
 mod op;
 #[doc(hidden)]
 pub mod reference;
 mod smoothing;
+
+// After `loss`, so that the documentation of its type begins with `new`.
+mod linear;
 
 pub use error::{Error, Result};
 pub use loss::{LabelSmoothingLoss, Reduction, check_targets};

@@ -12,11 +12,12 @@ use std::sync::Arc;
 /// The field uses one word for several formulas, so there is no default and no conversion from a
 /// number: a reader sees at the call which one is meant.
 ///
-/// | | q of K classes | label, other classes at ε = 0.1, K = 3 | where |
-/// | --- | --- | --- | --- |
-/// | [`over_all`](Self::over_all) | (1−ε)·p + ε/K | 0.9333, 0.0333 | [Szegedy et al. 2016](https://arxiv.org/abs/1512.00567), PyTorch, Keras, optax |
-/// | [`over_others`](Self::over_others) | (1−ε)·p + ε·(1−p)/(K−1) | 0.9, 0.05 | tensor2tensor, fairseq |
-/// | [`toward`](Self::toward) | (1−ε)·p + ε·prior | | [Pereyra et al. 2017](https://arxiv.org/abs/1701.06548) |
+/// - [`over_all`](Self::over_all): q = (1−ε)·p + ε/K. [Szegedy et al. 2016](https://arxiv.org/abs/1512.00567),
+///   PyTorch, Keras, optax. With ε = 0.1 the second of three classes becomes [0.0333, 0.9333, 0.0333].
+/// - [`over_others`](Self::over_others): q = (1−ε)·p + ε·(1−p)/(K−1). tensor2tensor, fairseq. The same class
+///   becomes [0.05, 0.9, 0.05].
+/// - [`toward`](Self::toward): q = (1−ε)·p + ε·prior. [Pereyra et al. 2017](https://arxiv.org/abs/1701.06548).
+/// - [`none`](Self::none): q = p.
 ///
 /// `over_others(ε)` equals `over_all(ε·K/(K−1))`, for hard and for soft targets alike.
 /// [The guide](crate::guide::epsilon) says which one others mean, and how to choose ε.
