@@ -253,6 +253,15 @@ fn sizes_beyond_memory() -> Result<()> {
     Ok(())
 }
 
+/// The CPU keeps class indices in 32 bits. More classes than that are for probabilities alone.
+#[test]
+fn class_indices_beyond_32_bits() -> Result<()> {
+    let logits = zeros(&[1, 1], DType::F32)?.broadcast_as((1, (1 << 32) + 1))?;
+    let result = loss().forward(&logits, &zeros(&[1], DType::U32)?);
+    assert_error(result, &["class indices beyond 32 bits", "4294967297", "too large"]);
+    Ok(())
+}
+
 /// candle's unchecked constructor makes tensors whose layout reaches beyond their storage.
 #[test]
 fn layouts_beyond_their_storage() -> Result<()> {

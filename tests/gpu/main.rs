@@ -10,6 +10,8 @@ mod kernels;
 mod layouts;
 #[path = "../lengths.rs"]
 mod lengths;
+#[path = "../limits.rs"]
+mod limits;
 #[path = "../linear.rs"]
 mod linear;
 #[path = "../numerics.rs"]
