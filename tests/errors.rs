@@ -4,9 +4,9 @@ mod common;
 
 use candle_core::{DType, DeviceLocation, Result, Shape, Storage, Tensor, Var};
 use candle_label_smoothing::{
-    Error, LabelSmoothingLoss, Reduction, Smoothing, check_targets, smooth_targets,
+    Error, LabelSmoothingLoss, Reduction, Smoothing, check_targets, kernels, smooth_targets,
 };
-use common::{CPU, random};
+use common::{CPU, random, random_labels, values};
 
 /// Checks the message, and that the error survives a way through candle's `Result` and back.
 #[track_caller]
@@ -142,6 +142,32 @@ fn dtypes() -> Result<()> {
         let result = loss().forward(&zeros(&[2, 3], dtype)?, &labels);
         assert_error(result, &["logits", &format!("{dtype:?}"), "F32"]);
     }
+    // Neither an index nor a number: the exponents of a block of smaller floats.
+    let storage = Storage::Cpu(candle_core::CpuStorage::F8E8M0(vec![0; 6]));
+    let none = candle_core::op::BackpropOp::none();
+    let scales = Tensor::from_storage(storage, Shape::from((2, 3)), none, false);
+    let expected = ["targets", "F8E8M0", "class indices", "probabilities"];
+    assert_error(loss().forward(&zeros(&[2, 3], DType::F32)?, &scales), &expected);
+    assert_error(smooth_targets(&scales, 3, &Smoothing::none()), &expected);
+    Ok(())
+}
+
+/// The kernels alone, as benchmarks call them, are those of the loss.
+#[test]
+fn kernels_alone() -> Result<()> {
+    let logits = Var::from_tensor(&random(&[4, 5], 3., 1)?)?;
+    let labels = random_labels(&[4], 5, 2)?;
+    let (losses, saved) = kernels::forward(&loss(), &logits, &labels)?;
+    let rows = loss().with_reduction(Reduction::None).forward(&logits, &labels)?;
+    assert_eq!(values(&losses)?, values(&rows)?);
+    let saved = saved.expect("statistics");
+    let upstream = random(&[4], 1., 3)?;
+    let gradients = (&rows * &upstream)?.sum_all()?.backward()?;
+    let gradient = kernels::backward(&saved, &logits, &upstream)?;
+    assert_eq!(values(&gradient)?, values(gradients.get(&logits).expect("no gradient"))?);
+    let short = upstream.narrow(0, 0, 3)?;
+    assert_error(kernels::backward(&saved, &logits, &short), &["[4]", "[3]"]);
+    assert_error(kernels::backward(&saved, &logits.t()?, &upstream), &["[4, 5]", "[5, 4]"]);
     Ok(())
 }
 
