@@ -161,8 +161,9 @@ impl Formula {
         };
         let unit = unit(arithmetic(dtype));
         let smallest = limits(arithmetic(dtype)).1;
-        // How many roundings there are, in blocks and vectors.
-        let relative = (64 + classes / 4) as f64 * unit + 4. * slack;
+        // How many roundings there are, in blocks and vectors there, one by one here.
+        let here = classes as f64 * f64::EPSILON;
+        let relative = (64 + classes / 4) as f64 * unit + here + 4. * slack;
         let mut losses = vec![Near::default(); rows];
         let mut gradient = vec![Near::default(); logits.len()];
         for row in (0..rows).filter(|row| counts(*row)) {
