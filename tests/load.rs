@@ -15,21 +15,20 @@ static ALLOCATOR: PeakAlloc = PeakAlloc;
 const SIZE: usize = 8;
 const CLASSES: usize = 300;
 
+/// From hidden states, weight, bias and targets to a loss.
+type Forward = fn(&LabelSmoothingLoss, [&Tensor; 4]) -> Result<Tensor>;
+
 /// One of several trainings side by side.
 struct Training {
     dtype: DType,
     weight: Var,
     bias: Var,
-    /// From hidden states, weight, bias and targets to a loss.
-    forward: fn(&LabelSmoothingLoss, [&Tensor; 4]) -> Result<Tensor>,
+    forward: Forward,
     optimizer: SGD,
 }
 
 impl Training {
-    fn new(
-        dtype: DType,
-        forward: fn(&LabelSmoothingLoss, [&Tensor; 4]) -> Result<Tensor>,
-    ) -> Result<Self> {
+    fn new(dtype: DType, forward: Forward) -> Result<Self> {
         let weight = Var::from_tensor(&random(&[CLASSES, SIZE], 0.1, 1)?.to_dtype(dtype)?)?;
         let bias = Var::zeros(CLASSES, dtype, &CPU)?;
         let optimizer = SGD::new(vec![weight.clone(), bias.clone()], 0.1)?;
