@@ -1,5 +1,6 @@
 //! Everything that can be wrong with what the caller gave, in the caller's terms.
 
+use crate::backend::row_shape;
 use candle_core::{DType, DeviceLocation};
 use std::fmt;
 
@@ -11,6 +12,8 @@ pub type Result<T> = std::result::Result<T, Error>;
 /// The error converts into [`candle_core::Error`] and back without loss, so `?` works in a function
 /// that returns candle's `Result`, and `Error::from` gives the very error back, unless candle's
 /// `context` was wrapped around it on the way. `Debug` prints the message, as candle's own error does.
+///
+/// [`candle_core::Error`]: https://docs.rs/candle-core/latest/candle_core/enum.Error.html
 #[derive(thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -99,7 +102,7 @@ pub enum Error {
     OneClass,
 
     /// Logits must be f16, bf16, f32 or f64.
-    #[error("the logits have dtype {dtype:?}, expected F16, BF16, F32 or F64")]
+    #[error("the logits have dtype {dtype:?}, expected F16, BF16, F32 or F64{}", swapped(*dtype))]
     LogitsDType {
         /// The dtype given.
         dtype: DType,
@@ -169,7 +172,8 @@ pub enum Error {
 
     /// Integer targets whose shape is not that of the logits' rows.
     #[error(
-        "class targets ({dtype:?}) have shape {targets:?}, expected {expected:?}: the shape of the logits {logits:?} without their class dimension {class_dim}"
+        "class targets ({dtype:?}) have shape {targets:?}, expected {expected:?}: the shape of the logits {logits:?} without their class dimension {class_dim}{}",
+        reshaping(targets, expected, logits)
     )]
     ClassTargetsShape {
         /// The targets' dtype.
@@ -186,7 +190,7 @@ pub enum Error {
 
     /// Floating-point targets whose shape is not the logits'.
     #[error(
-        "floating-point targets ({dtype:?}) are probabilities and need the shape of the logits {logits:?}, got {targets:?}; class indices need an integer dtype: to_dtype(DType::U32)"
+        "floating-point targets ({dtype:?}) are probabilities and need the shape of the logits {logits:?}, got {targets:?}; class indices need an integer dtype: to_dtype(DType::I64)"
     )]
     ProbabilityTargetsShape {
         /// The targets' dtype.
@@ -199,7 +203,7 @@ pub enum Error {
 
     /// Probabilities handed to `smooth_targets` with another number of classes.
     #[error(
-        "labels of dtype {dtype:?} are probabilities and need num_classes = {num_classes} as their last dimension, got shape {shape:?}"
+        "labels of dtype {dtype:?} are probabilities and need num_classes = {num_classes} as their last dimension, got shape {shape:?}; class indices need an integer dtype: to_dtype(DType::I64)"
     )]
     ProbabilityLabelsShape {
         /// The labels' dtype.
@@ -222,7 +226,7 @@ pub enum Error {
 
     /// Probabilities name no class that could be ignored.
     #[error(
-        "ignore_index {ignore_index} was set, but the targets ({dtype:?}) are probabilities, which name no class to ignore"
+        "ignore_index {ignore_index} was set, but the targets ({dtype:?}) are probabilities, which name no class to ignore: leave it unset, and pass only the rows that count"
     )]
     IgnoreIndexWithProbabilities {
         /// The index set.
@@ -252,7 +256,7 @@ pub enum Error {
     },
 
     /// A class target that is no class, on the CPU.
-    #[error("target {target} of row {row} is no class: expected at least 0 and less than {num_classes}{}", ignoring(*target))]
+    #[error("target {target} of row {row} is no class: expected at least 0 and less than {num_classes}{}", ignoring(*target, *num_classes))]
     TargetOutOfRange {
         /// The row, counted over all dimensions but the classes' in row-major order.
         row: usize,
@@ -299,16 +303,45 @@ fn or_none(value: &Option<impl fmt::Debug>) -> String {
     value.as_ref().map_or("none".to_string(), |value| format!("{value:?}"))
 }
 
-/// A hint for the commonest way to a target out of range: padding.
-fn ignoring(target: i64) -> String {
+/// A hint for arguments in the wrong order.
+fn swapped(logits: DType) -> &'static str {
+    if logits.is_int() {
+        "; class indices are the second argument: forward(&logits, &targets)"
+    } else {
+        ""
+    }
+}
+
+/// A hint for the commonest ways to class targets of another shape.
+fn reshaping(targets: &[usize], expected: &[usize], logits: &[usize]) -> String {
+    // A view's length may exceed any integer.
+    let len = |dims: &[usize]| dims.iter().try_fold(1usize, |len, dim| len.checked_mul(*dim));
+    if targets == logits {
+        "; one-hot targets are probabilities: to_dtype(DType::F32)".to_string()
+    } else if let Some(dim) = (0..logits.len()).find(|&dim| row_shape(logits, dim) == targets) {
+        format!("; if the classes are in dimension {dim}, use with_class_dim({dim})")
+    } else if len(targets) == len(expected) {
+        "; their number is right: reshape them".to_string()
+    } else {
+        String::new()
+    }
+}
+
+/// A hint for the commonest ways to a target out of range: padding, counting from 1, and a single
+/// logit for two classes.
+fn ignoring(target: i64, num_classes: usize) -> String {
     // What a negative i32 looks like once stored as u32.
     let unwrapped = u32::try_from(target).map_or(target, |t| i64::from(t.cast_signed()));
-    if target < 0 {
+    if target < 0 || target == 255 {
         format!("; to leave such rows out, use with_ignore_index({target})")
     } else if unwrapped < 0 {
         format!(
             "; this is {unwrapped} stored as u32: keep such targets in i64 and use with_ignore_index({unwrapped})"
         )
+    } else if num_classes == 1 {
+        "; two classes need two logits a row, not one".to_string()
+    } else if usize::try_from(target) == Ok(num_classes) {
+        "; classes are counted from 0".to_string()
     } else {
         String::new()
     }

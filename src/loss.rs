@@ -253,15 +253,16 @@ impl LabelSmoothingLoss {
     ) -> Result<()> {
         let dtype = targets.dtype();
         if dtype.is_float() {
-            if let Some(ignore_index) = self.ignore_index {
-                return Err(Error::IgnoreIndexWithProbabilities { ignore_index, dtype });
-            }
             if targets.dims() != logits {
                 return Err(Error::ProbabilityTargetsShape {
                     dtype,
                     targets: targets.dims().to_vec(),
                     logits: logits.to_vec(),
                 });
+            }
+            // After the shape, by which class indices in a float dtype are told from probabilities.
+            if let Some(ignore_index) = self.ignore_index {
+                return Err(Error::IgnoreIndexWithProbabilities { ignore_index, dtype });
             }
         } else {
             let expected = backend::row_shape(logits, class_dim);

@@ -120,16 +120,39 @@ fn shapes() -> Result<()> {
     );
     // Labels of another length, flattened, one-hot, or for another class dimension.
     assert_error(forward(loss(), &[3, 4], &[2], labels), &["[2]", "[3]", "[3, 4]"]);
-    assert_error(forward(loss(), &[2, 3, 4], &[6], labels), &["[6]", "[2, 3]", "[2, 3, 4]"]);
-    assert_error(forward(loss(), &[3, 4], &[3, 4], labels), &["[3, 4]", "[3]"]);
+    assert_error(
+        forward(loss(), &[2, 3, 4], &[6], labels),
+        &["[6]", "[2, 3]", "[2, 3, 4]", "reshape"],
+    );
+    assert_error(forward(loss(), &[3, 4], &[3, 1], labels), &["[3, 1]", "[3]", "reshape"]);
+    assert_error(forward(loss(), &[4], &[1], labels), &["[1]", "[]", "reshape"]);
+    assert_error(
+        forward(loss(), &[3, 4], &[3, 4], labels),
+        &["[3, 4]", "[3]", "one-hot", "to_dtype(DType::F32)"],
+    );
     assert_error(
         forward(loss(), &[2, 5, 3, 4], &[2, 3, 4], labels),
-        &["[2, 3, 4]", "[2, 5, 3]", "class dimension 3"],
+        &["[2, 3, 4]", "[2, 5, 3]", "class dimension 3", "with_class_dim(1)"],
     );
+    // As many as expected, which reshaping would only mix up.
+    assert_error(
+        forward(loss(), &[2, 4, 3, 4], &[2, 3, 4], labels),
+        &["[2, 3, 4]", "[2, 4, 3]", "with_class_dim(1)"],
+    );
+    assert_error(
+        forward(loss().with_class_dim(1), &[2, 3, 4, 5], &[2, 3, 4], labels),
+        &["[2, 4, 5]", "class dimension 1", "with_class_dim(3)"],
+    );
+    let lengths = forward(loss(), &[3, 4], &[2], labels).expect_err("no error").to_string();
+    assert!(lengths.ends_with("without their class dimension 1"), "no hint fits: {lengths}");
     // Floats are probabilities.
     assert_error(
         forward(loss(), &[3, 4], &[3], DType::F32),
         &["F32", "probabilities", "[3]", "[3, 4]", "integer dtype"],
+    );
+    assert_error(
+        forward(loss().with_ignore_index(-100), &[3, 4], &[3], DType::F32),
+        &["F32", "probabilities", "[3]", "[3, 4]", "to_dtype(DType::I64)"],
     );
     assert_error(forward(loss(), &[3, 4], &[4, 3], DType::F32), &["[4, 3]", "[3, 4]"]);
     Ok(())
@@ -142,6 +165,9 @@ fn dtypes() -> Result<()> {
         let result = loss().forward(&zeros(&[2, 3], dtype)?, &labels);
         assert_error(result, &["logits", &format!("{dtype:?}"), "F32"]);
     }
+    // The two arguments in the wrong order.
+    let result = loss().forward(&labels, &zeros(&[2, 3], DType::F32)?);
+    assert_error(result, &["U32", "forward(&logits, &targets)"]);
     // Neither an index nor a number: the exponents of a block of smaller floats.
     let storage = Storage::Cpu(candle_core::CpuStorage::F8E8M0(vec![0; 6]));
     let none = candle_core::op::BackpropOp::none();
@@ -175,7 +201,7 @@ fn kernels_alone() -> Result<()> {
 fn ignore_index_with_probabilities() -> Result<()> {
     let logits = zeros(&[2, 3], DType::F32)?;
     let result = loss().with_ignore_index(-100).forward(&logits, &logits);
-    assert_error(result, &["ignore_index -100", "probabilities"]);
+    assert_error(result, &["ignore_index -100", "probabilities", "unset"]);
     Ok(())
 }
 
@@ -195,7 +221,9 @@ fn targets_out_of_range() -> Result<()> {
     let logits = zeros(&[3, 5], DType::F32)?;
     let targets = |values: [i64; 3]| Tensor::new(&values, &CPU);
     let forward = |values| loss().forward(&logits, &targets(values)?);
-    assert_error(forward([0, 5, 9]), &["target 5", "row 1", "less than 5"]);
+    assert_error(forward([0, 5, 9]), &["target 5", "row 1", "less than 5", "from 0"]);
+    let far = forward([0, 6, 9]).expect_err("no error").to_string();
+    assert!(far.ends_with("less than 5"), "no hint fits: {far}");
     assert_error(forward([0, 4, -100]), &["target -100", "row 2", "with_ignore_index(-100)"]);
     assert_error(forward([i64::MIN, 0, 0]), &["target -9223372036854775808", "row 0"]);
     let padded = targets([0, 1, -100])?.to_dtype(DType::U32)?;
@@ -203,6 +231,10 @@ fn targets_out_of_range() -> Result<()> {
         loss().forward(&logits, &padded),
         &["target 4294967196", "-100 stored as u32", "i64"],
     );
+    let unlabelled = targets([0, 255, 1])?.to_dtype(DType::U8)?;
+    assert_error(loss().forward(&logits, &unlabelled), &["target 255", "with_ignore_index(255)"]);
+    let result = loss().forward(&zeros(&[3, 1], DType::F32)?, &targets([0, 1, 0])?);
+    assert_error(result, &["target 1", "less than 1", "two logits"]);
     // The ignored index may lie outside, others may not.
     let ignoring = loss().with_ignore_index(-1);
     assert!(ignoring.forward(&logits, &targets([0, -1, 4])?).is_ok());
@@ -242,6 +274,8 @@ fn smoothing_targets() -> Result<()> {
     assert_error(smooth_targets(&labels, 0, &none), &["no classes", "[2, 0]"]);
     let probabilities = zeros(&[2, 3], DType::F32)?;
     assert_error(smooth_targets(&probabilities, 4, &none), &["F32", "num_classes = 4", "[2, 3]"]);
+    let as_floats = labels.to_dtype(DType::F32)?;
+    assert_error(smooth_targets(&as_floats, 4, &none), &["F32", "[2]", "to_dtype(DType::I64)"]);
     let scalar = zeros(&[], DType::F32)?;
     assert_error(smooth_targets(&scalar, 4, &none), &["num_classes = 4", "[]"]);
     assert_error(smooth_targets(&labels, usize::MAX, &none), &["too large"]);
@@ -274,6 +308,8 @@ fn sizes_beyond_memory() -> Result<()> {
     let many = labels.broadcast_as(1 << 59)?;
     assert_error(smooth_targets(&many, 8, &Smoothing::none()), &["too large"]);
     assert_error(check_targets(&many, 8, None), &["too large"]);
+    let wide = labels.reshape((1, 1))?.broadcast_as((1 << 59, 64))?;
+    assert_error(loss().forward(&one, &wide), &["[576460752303423488, 64]", "[1]"]);
     let one = one.broadcast_as((1 << 59, 1))?;
     assert_error(loss().forward(&one, &many), &["too large"]);
     Ok(())
