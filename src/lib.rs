@@ -33,7 +33,8 @@
 //!      = (1−ε)·p_k + ε·(1−p_k)/(K−1)       Smoothing::over_others(ε)
 //!      = (1−ε)·p_k + ε·prior_k             Smoothing::toward(ε, prior)
 //!
-//! loss = Σ_k w_k·q_k·(lse − x_k) + z·lse²             lse = log Σ_k exp(x_k)
+//! lse  = log Σ_k exp(x_k)
+//! loss = Σ_k w_k·q_k·(lse − x_k) + z·lse²
 //! ∂loss/∂x_k = softmax(x)_k·(Σ_j w_j·q_j + 2·z·lse) − w_k·q_k
 //! ```
 //!

@@ -32,7 +32,8 @@ pub enum Reduction {
 /// w (1 if there are none) and the z-loss coefficient z (0 if not set), the row's loss is
 ///
 /// ```text
-/// loss = Σ_k w_k·q_k·(lse − x_k) + z·lse²        lse = log Σ_k exp(x_k)
+/// lse  = log Σ_k exp(x_k)
+/// loss = Σ_k w_k·q_k·(lse − x_k) + z·lse²
 /// ```
 ///
 /// which for w = 1 and z = 0 is the cross-entropy −Σ q_k·log softmax(x)_k, and agrees with
@@ -121,7 +122,9 @@ impl LabelSmoothingLoss {
 
     /// Sets the dimension of the logits that holds the classes; the last one otherwise. For
     /// PyTorch's image layout (N, C, H, W) it is 1. That the logits have this dimension is checked by
-    /// [`forward`](Self::forward); [`forward_linear`](Self::forward_linear) takes the last one alone.
+    /// [`forward`](Self::forward); [`forward_linear`](Self::forward_linear) takes the last one alone. Where the
+    /// targets' shape fits several dimensions, as it does for probabilities and for C = H = W, a wrong
+    /// one is no error.
     pub fn with_class_dim(mut self, dim: usize) -> Self {
         self.class_dim = Some(dim);
         self
@@ -147,8 +150,13 @@ impl LabelSmoothingLoss {
     /// on, or has the classes at [`with_class_dim`](Self::with_class_dim); their dtype is f16, bf16,
     /// f32 or f64; their layout is any, views included. `targets` are, on the same device,
     /// - class indices, of any integer dtype, in the logits' shape without the class dimension; or
-    /// - probabilities, of any floating-point dtype, in the logits' own shape, not checked to sum to
-    ///   1. They are taken as constants: no gradient flows to them.
+    /// - probabilities, of any floating-point dtype, in the logits' own shape, taken as constants: no
+    ///   gradient flows to them.
+    ///
+    /// Some mistakes give a number all the same. After a softmax a model hardly learns, since no logit
+    /// leads another by more than 1. Probabilities are not checked to sum to one: another sum weighs the
+    /// row. If logits and probabilities change places, no gradient reaches the model. A single logit a row, as
+    /// for a sigmoid, is one class and has loss 0: two classes need two.
     ///
     /// The result is f64 for f64 logits and f32 otherwise: a scalar, or with [`Reduction::None`] a
     /// loss a row. The arithmetic runs in the result's dtype. The gradient has the logits' dtype;
