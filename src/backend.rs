@@ -31,7 +31,7 @@ pub(crate) use cpu as host;
 pub(crate) use emulated as host;
 
 use crate::error::{Error, Result};
-use candle_core::{DType, Device, Layout, Tensor};
+use candle_core::{CpuStorage, DType, Device, Layout, Storage, Tensor};
 
 /// What a row's targets weigh for one class.
 #[derive(Clone, Copy, Debug)]
@@ -128,6 +128,29 @@ pub(crate) fn check_layout(layout: &Layout, len: usize) -> Result<()> {
         });
     }
     Ok(())
+}
+
+/// Checks that a tensor stays inside its storage, before candle's own operations read it: they rely on it.
+pub(crate) fn check_storage(tensor: &Tensor) -> Result<()> {
+    let (storage, layout) = tensor.storage_and_layout();
+    let len = match &*storage {
+        Storage::Cpu(storage) => match storage {
+            CpuStorage::F8E4M3(values) => values.len(),
+            CpuStorage::BF16(values) => values.len(),
+            CpuStorage::F16(values) => values.len(),
+            CpuStorage::F32(values) => values.len(),
+            CpuStorage::F64(values) => values.len(),
+            // What is given here is floating-point numbers.
+            _ => return Ok(()),
+        },
+        #[cfg(feature = "cuda")]
+        Storage::Cuda(storage) => gpu::Gpu::len(storage),
+        #[cfg(feature = "metal")]
+        Storage::Metal(storage) => gpu::Gpu::len(storage),
+        #[allow(unreachable_patterns, reason = "with both features there is no other")]
+        _ => return Ok(()),
+    };
+    check_layout(layout, len)
 }
 
 /// Checks that a tensor of this shape can be addressed in bytes, of whatever dtype. A view made by

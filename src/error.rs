@@ -55,6 +55,18 @@ pub enum Error {
         value: f64,
     },
 
+    /// A class weight too large for the arithmetic, which is that of f32 unless the logits are f64.
+    #[error(
+        "the class weight {value:?} of class {class} is beyond F32, in which the loss of these logits is computed, expected at most {:?}: divide all weights by the largest",
+        f32::MAX
+    )]
+    WeightRange {
+        /// The first class concerned.
+        class: usize,
+        /// Its weight.
+        value: f64,
+    },
+
     /// A prior that is no probability distribution.
     #[error(
         "the prior probabilities sum to {sum}, expected 1 (within 0.001): divide counts by their sum first, in f32 or f64 since half types round by more"

@@ -5,7 +5,7 @@
 //! makes each tile again, turns it into its gradient where it is, and multiplies it into the gradients of the
 //! hidden states and of the weight.
 
-use crate::backend::{Problem, host, is_of_logits, result_dtype, row_shape};
+use crate::backend::{Problem, check_storage, host, is_of_logits, result_dtype, row_shape};
 use crate::error::{Error, Result};
 use crate::loss::{LabelSmoothingLoss, Logits};
 use crate::op::{self, Losses, Parts};
@@ -167,6 +167,7 @@ fn check(
         let (hidden, weight, bias) = (dtype(hidden), dtype(weight), bias.map(dtype));
         return Err(Error::LinearDTypes { hidden, weight, bias });
     }
+    [Some(hidden), Some(weight), bias].into_iter().flatten().try_for_each(check_storage)?;
     let device = |tensor: &Tensor| tensor.device().location();
     if [Some(weight), bias].iter().flatten().any(|tensor| device(tensor) != device(hidden)) {
         let (hidden, weight, bias) = (device(hidden), device(weight), bias.map(device));

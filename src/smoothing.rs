@@ -124,6 +124,11 @@ impl Smoothing {
         if weights.is_none() && !matches!(self.spread, Spread::Prior(_)) {
             return Ok(Coefficients::Uniform(self.coefficient(num_classes, 0, 1.)));
         }
+        let mut of_classes = weights.into_iter().flatten().enumerate();
+        let is_beyond = |weight: f64| dtype == DType::F32 && (weight as f32).is_infinite();
+        if let Some((class, &value)) = of_classes.find(|(_, weight)| is_beyond(**weight)) {
+            return Err(Error::WeightRange { class, value });
+        }
         let weight = |class| weights.map_or(1., |w: &[f64]| w.get(class).copied().unwrap_or(0.));
         let of_class: Vec<Coefficient> = (0..num_classes)
             .map(|class| self.coefficient(num_classes, class, weight(class)))
@@ -181,6 +186,7 @@ pub(crate) fn vector(what: &'static str, tensor: &Tensor) -> Result<Vec<f64>> {
         // candle's conversion of an empty view looks beyond its storage.
         return Ok(Vec::new());
     }
+    backend::check_storage(tensor)?;
     // A view can be far larger than the memory behind it, and candle would abort.
     if Vec::<f64>::new().try_reserve_exact(len).is_err() {
         return Err(Error::TooLarge { what, shape: vec![len] });

@@ -340,6 +340,48 @@ fn layouts_beyond_their_storage() -> Result<()> {
     let logits = zeros(&[2, 3, 4], DType::F32)?;
     assert_error(loss().forward(&logits, &labels), &expected);
     assert_error(check_targets(&labels, 4, None), &expected);
+
+    // What candle's own operations are to read is looked at before they do.
+    let vector = |len, shape: &[usize]| {
+        let none = candle_core::op::BackpropOp::none();
+        let storage = Storage::Cpu(candle_core::CpuStorage::F32(vec![1.; len]));
+        Tensor::from_storage(storage, Shape::from(shape), none, false)
+    };
+    let expected = ["[5]", "beyond its storage of 2"];
+    assert_error(loss().with_class_weights(&vector(2, &[5])), &expected);
+    assert_error(Smoothing::toward(0.1, &vector(2, &[5])), &expected);
+    let (hidden, weight, bias) = (vector(8, &[2, 4]), vector(12, &[3, 4]), vector(3, &[3]));
+    let labels = zeros(&[2], DType::U32)?;
+    loss().forward_linear(&hidden, &weight, Some(&bias), &labels)?;
+    let result = loss().forward_linear(&vector(7, &[2, 4]), &weight, Some(&bias), &labels);
+    assert_error(result, &["[2, 4]", "beyond its storage of 7"]);
+    let result = loss().forward_linear(&hidden, &vector(11, &[3, 4]), Some(&bias), &labels);
+    assert_error(result, &["[3, 4]", "beyond its storage of 11"]);
+    let result = loss().forward_linear(&hidden, &weight, Some(&vector(2, &[3])), &labels);
+    assert_error(result, &["[3]", "beyond its storage of 2"]);
+    let short = Storage::Cpu(candle_core::CpuStorage::U32(vec![0; 1]));
+    let none = candle_core::op::BackpropOp::none();
+    let labels = Tensor::from_storage(short, Shape::from(2), none, false);
+    let result = loss().forward_linear(&hidden, &weight, Some(&bias), &labels);
+    assert_error(result, &["[2]", "beyond its storage of 1"]);
+    Ok(())
+}
+
+/// A weight that the arithmetic cannot hold would make the loss infinite or NaN.
+#[test]
+fn class_weights_beyond_f32() -> Result<()> {
+    let weighted = loss().with_class_weights(&Tensor::new(&[1f64, 1e39, 1.], &CPU)?)?;
+    let labels = zeros(&[2], DType::U32)?;
+    for dtype in [DType::F16, DType::BF16, DType::F32] {
+        let result = weighted.forward(&zeros(&[2, 3], dtype)?, &labels);
+        assert_error(result, &["class weight 1e39", "class 1", "at most 3.4028235e38"]);
+    }
+    let in_f64 = weighted.forward(&zeros(&[2, 3], DType::F64)?, &labels)?;
+    assert!(in_f64.to_scalar::<f64>()?.is_finite());
+    // The largest one is none of them.
+    let largest = Tensor::new(&[1f64, f32::MAX.into(), 1.], &CPU)?;
+    let weighted = loss().with_class_weights(&largest)?;
+    weighted.forward(&zeros(&[2, 3], DType::F32)?, &labels)?;
     Ok(())
 }
 

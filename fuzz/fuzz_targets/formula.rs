@@ -42,9 +42,16 @@ impl Near {
         }
     }
 
-    /// 0 of an ignored row, NaN of a mean of none.
+    /// Nothing is known.
+    const UNKNOWN: Self = Self { value: 0., error: f64::INFINITY };
+
+    const fn exactly(value: f64) -> Self {
+        Self { value, error: 0. }
+    }
+
+    /// 0 of an ignored row, NaN of a mean of none, and what is infinite or NaN by the formula.
     fn is_exact(self) -> bool {
-        self.error == 0. && (self.value == 0. || self.value.is_nan())
+        self.error == 0. && (self.value == 0. || !self.value.is_finite())
     }
 }
 
@@ -91,6 +98,15 @@ pub struct Formula {
 pub enum Aims {
     Labels(Vec<i64>),
     Probabilities(Vec<f64>),
+}
+
+/// What is known of a class of a row.
+struct Class {
+    x: f64,
+    r: Near,
+    /// Whether no term of r is other than 0.
+    is_nothing: bool,
+    is_nan: bool,
 }
 
 /// Where logits lie.
@@ -161,6 +177,8 @@ impl Formula {
         };
         let unit = unit(arithmetic(dtype));
         let smallest = limits(arithmetic(dtype)).1;
+        // Products of numbers below this one stay finite on every way.
+        let beyond = if dtype == DType::F64 { 1e290 } else { 1e30 };
         // How many roundings there are, in blocks and vectors there, one by one here.
         let here = classes as f64 * f64::EPSILON;
         let relative = (64 + classes / 4) as f64 * unit + here + 4. * slack;
@@ -174,45 +192,62 @@ impl Formula {
                     Aims::Probabilities(p) => p[shape.at(row, class)],
                 };
                 let mut r = self.target(p, class, classes).times(self.weight(class));
-                // Of a number that is hardly more than 0, fewer digits are there; beyond f32 there are none.
-                let is_tame = p.abs().max(self.weight(class)) < 1e30;
+                let is_nothing = r.error == 0.;
+                // Of a number that is hardly more than 0, fewer digits are there; beyond the arithmetic there are none.
+                let is_tame = p.abs() < beyond && self.weight(class) < beyond;
                 r.error += if is_tame { smallest / unit } else { f64::INFINITY };
-                (x, r)
+                Class { x, r, is_nothing, is_nan: x.is_nan() || p.is_nan() }
             };
-            let row_of: Vec<(f64, Near)> = (0..classes).map(of_class).collect();
-            let larger = |max: f64, x: f64| max.max(if x.is_nan() { f64::INFINITY } else { x });
-            let max = row_of.iter().fold(f64::NEG_INFINITY, |max, (x, _)| larger(max, *x));
-            let sum: f64 = row_of.iter().map(|(x, _)| (x - max).exp()).sum();
-            let log_sum = sum.ln();
-            let lse = max + log_sum;
-            let mut loss = self.z_loss * lse * lse;
-            let mut magnitude = self.z_loss * (lse * lse + 2. * lse.abs() + 1.);
-            let mut total = Near { value: 0., error: 0. };
-            for (x, r) in &row_of {
-                loss += r.value * (log_sum - (x - max));
-                magnitude += r.error * (max - x + log_sum + 1.);
-                total = total.add(*r);
-            }
-            let is_tame = magnitude < 1e30 && total.error < 1e30 && max.abs() < 1e30;
-            let error = if is_tame { relative * magnitude } else { f64::INFINITY };
-            losses[row] = Near { value: loss, error };
-
+            let row_of: Vec<Class> = (0..classes).map(of_class).collect();
             let upstream = match self.reduction {
                 Reduction::None => upstream[row],
                 _ => upstream[0] / divisor,
             };
+            let max = row_of.iter().fold(f64::NEG_INFINITY, |max, class| max.max(class.x));
+            // Where the logits are products, other ways to them may stay finite.
+            if slack.is_finite() && (max.is_infinite() || row_of.iter().any(|class| class.is_nan)) {
+                losses[row] = Near::exactly(f64::NAN);
+                (0..classes).for_each(|class| gradient[shape.at(row, class)] = losses[row]);
+                continue;
+            }
+            let sum: f64 = row_of.iter().map(|class| (class.x - max).exp()).sum();
+            let log_sum = sum.ln();
+            let lse = max + log_sum;
+            let mut loss = self.z_loss * lse * lse;
+            let mut magnitude = self.z_loss * (lse * lse + 2. * lse.abs() + 1.);
+            let mut total = Near::default();
+            let mut is_infinite = false;
+            for Class { x, r, is_nothing, .. } in &row_of {
+                total = total.add(*r);
+                if *x > f64::NEG_INFINITY {
+                    loss += r.value * (log_sum - (x - max));
+                    magnitude += r.error * (max - x + log_sum + 1.);
+                } else if r.value > 4. * relative * r.error {
+                    is_infinite = true;
+                } else if !is_nothing {
+                    // Whether anything is left of the target is for rounding to say.
+                    magnitude = f64::INFINITY;
+                }
+            }
+            let is_tame = magnitude < beyond && total.error < beyond && max.abs() < beyond;
+            losses[row] = match is_tame && relative.is_finite() {
+                false => Near::UNKNOWN,
+                true if is_infinite => Near::exactly(f64::INFINITY),
+                true => Near { value: loss, error: relative * magnitude },
+            };
+
             let pull = total.value + 2. * self.z_loss * lse;
             let pull_magnitude = total.error + 2. * self.z_loss * (lse.abs() + 1.);
-            for (class, (x, r)) in row_of.iter().enumerate() {
+            for (class, Class { x, r, .. }) in row_of.iter().enumerate() {
                 let softmax = (x - max).exp() / sum;
-                let magnitude = softmax * pull_magnitude * (1. + max - x) + r.error;
+                let distance = if softmax > 0. { 1. + max - x } else { 1. };
+                let magnitude = softmax * pull_magnitude * distance + r.error;
                 let error = relative * magnitude + smallest * (pull_magnitude + 4.);
-                let error = if is_tame { error } else { f64::INFINITY };
                 let near = Near { value: softmax * pull - r.value, error }.times(upstream);
                 let error = near.error + smallest * (pull_magnitude + r.error + 1.);
-                let is_tame = near.value.abs() + error < 1e30 && divisor >= 1e-25;
+                let is_tame = is_tame && near.value.abs() + error < beyond && divisor >= 1e-25;
                 gradient[shape.at(row, class)] =
-                    Near { error: if is_tame { error } else { f64::INFINITY }, ..near };
+                    if is_tame { Near { error, ..near } } else { Near::UNKNOWN };
             }
         }
         if self.reduction != Reduction::None {
@@ -221,10 +256,15 @@ impl Formula {
             let mut reduced = sum.summed(rows, f64::EPSILON, magnitude).times(1. / divisor);
             // The class weights in the divisor were rounded too, and may be 0 by it.
             reduced.error += 4. * unit * reduced.value.abs();
-            if !(0..rows).any(counts) && self.reduction == Reduction::Mean {
-                reduced = Near { value: f64::NAN, error: 0. };
+            let exact =
+                |is: fn(f64) -> bool| losses.iter().any(|loss| loss.is_exact() && is(loss.value));
+            let is_nothing = !(0..rows).any(counts) && self.reduction == Reduction::Mean;
+            if is_nothing || exact(f64::is_nan) {
+                reduced = Near::exactly(f64::NAN);
             } else if divisor < 1e-25 {
-                reduced.error = f64::INFINITY;
+                reduced = Near::UNKNOWN;
+            } else if exact(f64::is_infinite) && losses.iter().all(|loss| loss.error.is_finite()) {
+                reduced = Near::exactly(f64::INFINITY);
             }
             losses = vec![reduced];
         }

@@ -116,7 +116,7 @@ fn cast(tensor: Tensor, dtype: DType) -> Result<Tensor> {
 /// How a tensor lies in a larger storage, or a smaller one.
 #[derive(Arbitrary, Debug)]
 pub struct View {
-    /// Rotates the dimensions.
+    /// Rotates the dimensions; or the storage is too short, as only `Tensor::from_storage` makes it.
     order: u8,
     /// Leaves out what comes before and after in one dimension.
     narrowed: u8,
@@ -138,6 +138,34 @@ pub struct Given<'a> {
 pub struct Made {
     pub base: Tensor,
     pub view: Tensor,
+    /// Whether it reaches beyond its storage.
+    pub is_short: bool,
+}
+
+impl Made {
+    /// A tensor of the same shape whose storage lacks the last element.
+    fn shortened(self) -> Self {
+        macro_rules! shortened {
+            ($storage:expr, $len:expr, $($dtype:ident)*) => {
+                match $storage {
+                    $(CpuStorage::$dtype(values) => {
+                        CpuStorage::$dtype(values.iter().copied().cycle().take($len).collect())
+                    })*
+                }
+            };
+        }
+        let view = {
+            let (storage, layout) = self.view.storage_and_layout();
+            let Storage::Cpu(storage) = &*storage else { unreachable!("it was made there") };
+            let storage = shortened!(
+                storage, layout.shape().elem_count() - 1,
+                U8 U32 I16 I32 I64 BF16 F16 F32 F64 F8E4M3 F6E2M3 F6E3M2 F4 F8E8M0
+            );
+            let none = BackpropOp::none();
+            Tensor::from_storage(Storage::Cpu(storage), layout.shape(), none, false)
+        };
+        Self { base: view.clone(), view, is_short: true }
+    }
 }
 
 impl Given<'_> {
@@ -198,7 +226,10 @@ impl Given<'_> {
         if view.dims() != dims {
             view = view.broadcast_as(dims)?;
         }
-        Ok(Some(Made { base, view }))
+        let made = Made { base, view, is_short: false };
+        let len = dims.iter().try_fold(1usize, |len, dim| len.checked_mul(*dim));
+        let can_be_short = len.is_some_and(|len| (1..=LONGEST).contains(&len));
+        Ok(Some(if can_be_short && self.view.order > 250 { made.shortened() } else { made }))
     }
 }
 
@@ -228,19 +259,18 @@ pub struct Vector<'a> {
 
 impl Vector<'_> {
     /// Mostly such as they should be.
-    pub fn make(&self, num_classes: usize, is_prior: bool) -> Result<Option<Tensor>> {
+    pub fn make(&self, num_classes: usize, is_prior: bool) -> Result<Option<Made>> {
         let fits = matches!(self.given.numbers, Numbers::Small(_));
         let len = if self.misfit.get().is_some() { self.len.get() } else { num_classes };
         let dims: &[usize] = if self.misfit.get() == Some(0) { &[len, 1] } else { &[len] };
         let dtype = self.given.dtype(4);
-        let vector = self.given.make(dims, |dims| {
+        self.given.make(dims, |dims| {
             let floats = self.given.numbers.floats(dims, DType::F64)?;
             let floats = if fits { floats.abs()? } else { floats };
             let sum = floats.sum_all()?;
             let is_prior = is_prior && fits && sum.to_scalar::<f64>()? > 0.;
             cast(if is_prior { floats.broadcast_div(&sum)? } else { floats }, dtype)
-        })?;
-        Ok(vector.map(|made| made.view))
+        })
     }
 }
 
