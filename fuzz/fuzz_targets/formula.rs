@@ -240,7 +240,7 @@ impl Formula {
             let pull_magnitude = total.error + 2. * self.z_loss * (lse.abs() + 1.);
             for (class, Class { x, r, .. }) in row_of.iter().enumerate() {
                 let softmax = (x - max).exp() / sum;
-                let distance = if softmax > 0. { 1. + max - x } else { 1. };
+                let distance = if softmax > 0. { 1. + (max - x) } else { 1. };
                 let magnitude = softmax * pull_magnitude * distance + r.error;
                 let error = relative * magnitude + smallest * (pull_magnitude + 4.);
                 let near = Near { value: softmax * pull - r.value, error }.times(upstream);
