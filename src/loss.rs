@@ -91,7 +91,7 @@ impl LabelSmoothingLoss {
         self
     }
 
-    /// Weighs each class: `weights` has shape (K), any floating-point dtype and any device. It is
+    /// Weighs each class: `weights` has shape (K), dtype F8E4M3, F16, BF16, F32 or F64, and any device. It is
     /// read to the host here and taken as a constant.
     ///
     /// As in PyTorch, the weight w_k stands at each class's term of the sum, so with smoothing the
@@ -100,9 +100,9 @@ impl LabelSmoothingLoss {
     /// logits are f64. [The guide](crate::guide::class_weights) says how to choose them.
     ///
     /// # Errors
-    /// More or fewer dimensions than one, an integer dtype, values that are negative or not finite, sizes
-    /// beyond the memory, and errors of the device they are read from. That the length is K is checked by
-    /// [`forward`](Self::forward).
+    /// More or fewer dimensions than one, another dtype, values that are negative or not finite, sizes
+    /// beyond the memory, and errors of the device they are read from. That the length is K, and that no
+    /// weight is beyond the dtype of the arithmetic, is checked by [`forward`](Self::forward).
     pub fn with_class_weights(mut self, weights: &Tensor) -> Result<Self> {
         self.class_weights = Some(smoothing::vector(CLASS_WEIGHTS, weights)?.into());
         self.tables = Arc::default();
@@ -150,7 +150,7 @@ impl LabelSmoothingLoss {
     /// on, or has the classes at [`with_class_dim`](Self::with_class_dim); their dtype is f16, bf16,
     /// f32 or f64; their layout is any, views included. `targets` are, on the same device,
     /// - class indices, of any integer dtype, in the logits' shape without the class dimension; or
-    /// - probabilities, of any floating-point dtype, in the logits' own shape, taken as constants: no
+    /// - probabilities, of dtype F8E4M3, F16, BF16, F32 or F64, in the logits' own shape, taken as constants: no
     ///   gradient flows to them.
     ///
     /// Some mistakes give a number all the same. After a softmax a model hardly learns, since no logit

@@ -19,7 +19,7 @@ use std::sync::Arc;
 /// - [`toward`](Self::toward): q = (1−ε)·p + ε·prior. [Pereyra et al. 2017](https://arxiv.org/abs/1701.06548).
 /// - [`none`](Self::none): q = p.
 ///
-/// `over_others(ε)` equals `over_all(ε·K/(K−1))`, for hard and for soft targets alike.
+/// `over_others(ε)` equals `over_all(ε·K/(K−1))` where that is at most 1, for hard and for soft targets alike.
 /// [The guide](crate::guide::epsilon) says which one others mean, and how to choose ε.
 ///
 /// ```
@@ -65,7 +65,7 @@ impl Smoothing {
     /// ε is spread evenly over the K−1 classes other than the label's: q = (1−ε)·p + ε·(1−p)/(K−1).
     ///
     /// This is the formula of tensor2tensor and fairseq; with three classes and ε = 0.1 the label
-    /// `1` becomes `[0.05, 0.9, 0.05]`. It equals `over_all(ε·K/(K−1))`.
+    /// `1` becomes `[0.05, 0.9, 0.05]`. It equals `over_all(ε·K/(K−1))` where that is at most 1.
     ///
     /// # Errors
     /// ε must lie in 0 to 1, ends included. One class alone (K = 1) is an error when the smoothing
@@ -78,7 +78,7 @@ impl Smoothing {
     ///
     /// A prior is for example the relative frequency of each class, or the unigram distribution of
     /// a vocabulary, as in [Pereyra et al. 2017](https://arxiv.org/abs/1701.06548). Its shape is
-    /// (K), its dtype any floating-point one, on any device; it is read to the host here and taken
+    /// (K), its dtype F8E4M3, F16, BF16, F32 or F64, on any device; it is read to the host here and taken
     /// as a constant.
     ///
     /// # Errors
