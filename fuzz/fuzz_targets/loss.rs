@@ -426,7 +426,7 @@ impl Test<'_> {
         let tile = tile.map(|[rows, classes]| Tile { rows: rows.into(), classes: classes.into() });
         let tiles = tile.map_or(1, |tile| {
             let slices = if tile.rows < num_rows { num_rows } else { 1 };
-            slices.saturating_mul(classes / tile.classes.max(1))
+            slices.saturating_mul(classes.div_ceil(tile.classes.max(1)))
         });
         let work = num_rows.max(1).saturating_mul(classes).saturating_mul(hidden_size.max(1));
         let is_small = work <= 4 * LONGEST && tiles <= LONGEST / 64;
