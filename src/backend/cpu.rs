@@ -80,7 +80,8 @@ pub(crate) fn parts_dtype(_logits: DType) -> DType {
 }
 
 /// The forward kernel on a range of the classes, whose logits are given: what it says of each row is merged
-/// into what the ranges before it have said, if this is not the first.
+/// into what the ranges before it have said, if this is not the first. Only for the dtypes of the arithmetic, in
+/// which logits are made on the CPU.
 pub(crate) fn add_range(
     problem: &Problem,
     parts: (&mut CpuStorage, &Layout),
@@ -88,8 +89,6 @@ pub(crate) fn add_range(
     targets: Operand,
 ) -> Result<()> {
     match logits.0.dtype() {
-        DType::BF16 => add_range_of::<bf16>(problem, parts, logits, targets),
-        DType::F16 => add_range_of::<f16>(problem, parts, logits, targets),
         DType::F32 => add_range_of::<f32>(problem, parts, logits, targets),
         DType::F64 => add_range_of::<f64>(problem, parts, logits, targets),
         dtype => Err(Error::LogitsDType { dtype }),
