@@ -154,8 +154,8 @@ impl LabelSmoothingLoss {
     ///   gradient flows to them.
     ///
     /// Some mistakes give a number all the same. After a softmax a model hardly learns, since no logit
-    /// leads another by more than 1. Probabilities are not checked to sum to one: another sum weighs the
-    /// row. If logits and probabilities change places, no gradient reaches the model. A single logit a row, as
+    /// leads another by more than 1. Probabilities are not checked to sum to one, nor to be positive: another sum weighs
+    /// the row. If logits and probabilities change places, no gradient reaches the model. A single logit a row, as
     /// for a sigmoid, is one class and has loss 0: two classes need two.
     ///
     /// The result is f64 for f64 logits and f32 otherwise: a scalar, or with [`Reduction::None`] a

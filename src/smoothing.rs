@@ -14,7 +14,7 @@ use std::sync::Arc;
 ///
 /// - [`over_all`](Self::over_all): q = (1−ε)·p + ε/K. [Szegedy et al. 2016](https://arxiv.org/abs/1512.00567),
 ///   PyTorch, Keras, optax. With ε = 0.1 the second of three classes becomes [0.0333, 0.9333, 0.0333].
-/// - [`over_others`](Self::over_others): q = (1−ε)·p + ε·(1−p)/(K−1). tensor2tensor, fairseq. The same class
+/// - [`over_others`](Self::over_others): q = (1−ε)·p + ε·(1−p)/(K−1). tensor2tensor, newer fairseq. The same class
 ///   becomes [0.05, 0.9, 0.05].
 /// - [`toward`](Self::toward): q = (1−ε)·p + ε·prior. [Pereyra et al. 2017](https://arxiv.org/abs/1701.06548).
 /// - [`none`](Self::none): q = p.
@@ -64,7 +64,7 @@ impl Smoothing {
 
     /// ε is spread evenly over the K−1 classes other than the label's: q = (1−ε)·p + ε·(1−p)/(K−1).
     ///
-    /// This is the formula of tensor2tensor and fairseq; with three classes and ε = 0.1 the label
+    /// This is the formula of tensor2tensor and newer fairseq; with three classes and ε = 0.1 the label
     /// `1` becomes `[0.05, 0.9, 0.05]`. It equals `over_all(ε·K/(K−1))` where that is at most 1.
     ///
     /// # Errors
@@ -215,7 +215,8 @@ pub(crate) fn check_length(what: &'static str, values: &[f64], num_classes: usiz
 ///
 /// `labels` of an integer dtype are class indices of any shape (..); the result has shape (.., K)
 /// with K = `num_classes`. `labels` of a floating-point dtype are probabilities of shape (.., K)
-/// already, as mixup makes them, and keep their shape. The result is f32, on the labels' device, and
+/// already, as mixup makes them, and keep their shape; K class indices left in a float dtype would be taken for
+/// one row of these. The result is f32, on the labels' device, and
 /// a constant: no gradient flows back to the labels. The formulas stand at [`Smoothing`].
 ///
 /// [`LabelSmoothingLoss`](crate::LabelSmoothingLoss) does not need this function: given plain

@@ -6,7 +6,7 @@ use std::collections::HashSet;
 use std::fs::File;
 use std::io::BufReader;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 /// The tutorial's figures, and how far the default run may lie from them.
 const LOSSES: [f64; 5] = [1.20, 0.95, 0.80, 0.70, 0.62];
@@ -433,5 +433,16 @@ fn colours_and_a_bar_are_for_terminals() -> TestResult {
     let plain = on_terminal(&[("TERM", "xterm"), ("NO_COLOR", "1")])?;
     assert!(!coloured(&plain) && bar(&plain), "{plain:?}");
     assert_eq!(piped, on_terminal(&[("TERM", "dumb")])?);
+    Ok(())
+}
+
+/// As with `pipeline | head`.
+#[test]
+fn a_reader_that_has_enough_is_no_error() -> TestResult {
+    let mut child = program(&[]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    drop(child.stdout.take());
+    let output = child.wait_with_output()?;
+    let complaint = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && complaint.is_empty(), "{complaint}");
     Ok(())
 }

@@ -1,6 +1,14 @@
 //! A small classifier from raw rows to calibrated probabilities, in the order in which one writes it.
 //! Run `cargo run --example pipeline`, or `cargo run --example pipeline -- --help` for the options.
 
+/// `println!`, but an error where nobody reads on, and not a panic.
+macro_rules! say {
+    ($($line:tt)*) => {{
+        use std::io::Write;
+        writeln!(std::io::stdout(), $($line)*)?;
+    }};
+}
+
 mod model;
 mod plot;
 mod report;
@@ -18,6 +26,7 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use report::{QUALITIES, conclude, heading, observe, print_chart, progress, show, verdict};
 use seeds::repeat;
+use std::io;
 use std::path::PathBuf;
 use table::{Split, Table, generate, read_csv};
 
@@ -110,6 +119,14 @@ fn rng(seed: u64, purpose: Use) -> ChaCha8Rng {
 }
 
 fn main() -> Result<()> {
+    run().or_else(|error| match error.downcast_ref::<io::Error>() {
+        // Whoever reads the output, `head` say, has enough.
+        Some(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        _ => Err(error),
+    })
+}
+
+fn run() -> Result<()> {
     let args = Args::parse();
     let lr = args.lr;
     ensure!(lr > 0. && lr.is_finite(), "--lr is {lr}, expected more than 0");
@@ -126,7 +143,7 @@ fn main() -> Result<()> {
     }
     .context("--device cannot be used; cuda and metal need `--features` of the same name")?;
 
-    println!("{}", heading("Raw data input"));
+    say!("{}", heading("Raw data input"));
     let table = match &args.data {
         Some(path) => read_csv(path).with_context(|| format!("cannot use {}", path.display()))?,
         None => generate(args.seed),
@@ -136,25 +153,25 @@ fn main() -> Result<()> {
     });
     let picture = picture.transpose()?;
     let (rows, columns, classes) = (table.rows.len(), table.columns(), table.classes.len());
-    println!("  {rows} rows x {columns} columns, {classes} classes");
+    say!("  {rows} rows x {columns} columns, {classes} classes");
     let names = table.classes.iter().enumerate();
     let names: Vec<_> = names.map(|(i, name)| format!("{i} = {name}")).collect();
-    println!("  classes: {}", names.join(", "));
-    println!("  first row {:?}, class {}\n", table.rows[0], table.labels[0]);
+    say!("  classes: {}", names.join(", "));
+    say!("  first row {:?}, class {}\n", table.rows[0], table.labels[0]);
 
     if let Some(seeds) = args.seeds {
         return repeat(&args, seeds, &table, &smoothing, &device);
     }
 
-    println!("{}", heading("Train/test split"));
+    say!("{}", heading("Train/test split"));
     let split = Split::new(&table, args.seed, &device)?;
     let (y_train, (x_test, y_test)) = (&split.training.1, &split.test);
-    println!("  training {} x {columns}", split.training_rows.len());
-    println!("  test     {} x {columns}", split.test_rows.len());
+    say!("  training {} x {columns}", split.training_rows.len());
+    say!("  test     {} x {columns}", split.test_rows.len());
 
-    println!("\n{}", heading("Label smoothing applied"));
+    say!("\n{}", heading("Label smoothing applied"));
     let soft = smooth_targets(y_train, classes, &smoothing)?;
-    println!("  soft targets {} x {}", soft.dim(0)?, soft.dim(1)?);
+    say!("  soft targets {} x {}", soft.dim(0)?, soft.dim(1)?);
     let soft = soft.to_vec2::<f32>()?;
     // A small file may have no row of class 1 among its training rows.
     let example = split.training_rows.iter().position(|&row| table.labels[row] == 1);
@@ -162,42 +179,42 @@ fn main() -> Result<()> {
     let row = split.training_rows[example];
     let label = table.labels[row];
     let hard: Vec<u32> = (0..classes as u32).map(|k| (k == label) as u32).collect();
-    println!("  first training row of class {label}: {:.2?}", table.rows[row]);
-    println!("  hard label {hard:?}");
-    println!("  soft label {:?}", soft[example]);
+    say!("  first training row of class {label}: {:.2?}", table.rows[row]);
+    say!("  hard label {hard:?}");
+    say!("  soft label {:?}", soft[example]);
     // No prediction has a lower loss than the soft label itself, and that is its entropy.
     let terms = soft[example].iter().filter(|&&q| q > 0.);
     let floor: f64 = terms.map(|&q| -f64::from(q) * f64::from(q).ln()).sum();
 
-    println!("\n{}", heading("Model training"));
+    say!("\n{}", heading("Model training"));
     let sizes = args.sizes(&table);
-    println!("  layer sizes {sizes:?}, ReLU between them");
-    println!("  SGD, learning rate up to {lr}, batches of {}", args.batch_size);
+    say!("  layer sizes {sizes:?}, ReLU between them");
+    say!("  SGD, learning rate up to {lr}, batches of {}", args.batch_size);
     let loss = LabelSmoothingLoss::new(smoothing.clone());
     let bar = progress(args.steps(split.training_rows.len()))?;
     let smoothed = train(&args, &sizes, &split, &loss, &bar)?;
     bar.finish_and_clear();
     let trace = &smoothed.trace;
 
-    println!("\n{}", heading("Training trace"));
-    println!("  epoch |   loss | accuracy | observation");
+    say!("\n{}", heading("Training trace"));
+    say!("  epoch |   loss | accuracy | observation");
     for (i, epoch) in trace.iter().enumerate() {
         let (loss, accuracy) = (epoch.loss, epoch.accuracy);
         let observation = observe(&trace[..=i], classes, floor);
         let number = i + 1;
-        println!("  {number:5} | {loss:6.3} | {accuracy:8.3} | {observation}");
+        say!("  {number:5} | {loss:6.3} | {accuracy:8.3} | {observation}");
     }
     let accuracy = smoothed.quality[0];
     let gap = accuracy - trace.last().map_or(0., |epoch| epoch.accuracy);
-    println!("  accuracy on the test rows: {accuracy:.3}");
-    println!("  ({gap:+.3} against the training rows of the last epoch)\n");
-    print_chart(trace);
+    say!("  accuracy on the test rows: {accuracy:.3}");
+    say!("  ({gap:+.3} against the training rows of the last epoch)\n");
+    print_chart(trace)?;
 
-    println!("\n{}", heading("Prediction trace"));
+    say!("\n{}", heading("Prediction trace"));
     let (x, y) = (x_test.narrow(0, 0, 1)?, y_test.narrow(0, 0, 1)?);
     let target = table.labels[split.test_rows[0]] as usize;
-    println!("  the first test row, label {target}");
-    println!("  layer 1, {columns} values, input: {}", show(&x)?);
+    say!("  the first test row, label {target}");
+    say!("  layer 1, {columns} values, input: {}", show(&x)?);
     let outputs = smoothed.model.trace(&x)?;
     for (i, output) in outputs.iter().enumerate() {
         let is_hidden = i + 1 < outputs.len();
@@ -205,30 +222,30 @@ fn main() -> Result<()> {
         let active = format!("ReLU, {} above 0", active.to_scalar::<f32>()?);
         let kind = if is_hidden { &active } else { "output" };
         let (layer, size) = (i + 2, sizes[i + 1]);
-        println!("  layer {layer}, {size} values, {kind}: {}", show(output)?);
+        say!("  layer {layer}, {size} values, {kind}: {}", show(output)?);
     }
     let logits = smoothed.model.forward(&x)?;
     let predicted = logits.argmax(D::Minus1)?.to_vec1::<u32>()?[0] as usize;
     let (softened, probabilities) =
         (smooth_targets(&y, classes, &smoothing)?, softmax(&logits, D::Minus1)?);
-    println!("  softmax        {}", show(&probabilities)?);
-    println!("  smoothed label {}", show(&softened)?);
-    println!("  predicted {predicted}, labelled {target}: {}", verdict(predicted == target));
+    say!("  softmax        {}", show(&probabilities)?);
+    say!("  smoothed label {}", show(&softened)?);
+    say!("  predicted {predicted}, labelled {target}: {}", verdict(predicted == target));
     let own = loss.forward(&logits, &y)?.to_scalar::<f32>()?;
-    println!("  loss of this row: {own:.3} (at best {floor:.3})");
+    say!("  loss of this row: {own:.3} (at best {floor:.3})");
 
-    println!("\n{}", heading("Key insight, measured"));
+    say!("\n{}", heading("Key insight, measured"));
     // The same initial weights and the same batches: only the targets differ.
     let plain = LabelSmoothingLoss::new(Smoothing::none());
     bar.reset();
     let hard = train(&args, &sizes, &split, &plain, &bar)?;
     bar.finish_and_clear();
-    println!("  on the test rows           | smoothed | not smoothed");
+    say!("  on the test rows           | smoothed | not smoothed");
     for (i, name) in QUALITIES.iter().enumerate() {
-        println!("  {name:26} | {:8.3} | {:12.3}", smoothed.quality[i], hard.quality[i]);
+        say!("  {name:26} | {:8.3} | {:12.3}", smoothed.quality[i], hard.quality[i]);
     }
-    println!("  (calibration error over {BINS} bins of equal width)");
-    println!("  {}", conclude(smoothed.quality, hard.quality));
+    say!("  (calibration error over {BINS} bins of equal width)");
+    say!("  {}", conclude(smoothed.quality, hard.quality));
     if let Some(picture) = picture {
         picture.draw([&smoothed, &hard])?;
     }

@@ -51,7 +51,7 @@ pub fn observe(trace: &[Epoch], classes: usize, floor: f64) -> String {
 }
 
 /// The loss over the epochs.
-pub fn print_chart(trace: &[Epoch]) {
+pub fn print_chart(trace: &[Epoch]) -> Result<()> {
     const HEIGHT: usize = 8;
     // A long training shows every n-th epoch, so that the chart stays within 60 characters.
     let losses = trace.iter().map(|epoch| epoch.loss).enumerate();
@@ -60,16 +60,17 @@ pub fn print_chart(trace: &[Epoch]) {
     let high = shown.iter().fold(low, |high, point| high.max(point.1));
     let step = ((high - low) / (HEIGHT - 1) as f64).max(1e-9);
     let level = |loss: f64| ((high - loss) / step).round() as usize;
-    println!("   loss");
+    say!("   loss");
     for row in 0..HEIGHT {
         let star = format!("    {}", style("*").cyan());
         let mark = |&(_, loss): &(usize, f64)| if level(loss) == row { &star } else { "     " };
         let line: String = shown.iter().map(mark).collect();
-        println!("  {:5.2} |{}", high - step * row as f64, line.trim_end());
+        say!("  {:5.2} |{}", high - step * row as f64, line.trim_end());
     }
-    println!("        +{}", "-----".repeat(shown.len()));
+    say!("        +{}", "-----".repeat(shown.len()));
     let numbers: String = shown.iter().map(|(i, _)| format!("{:5}", i + 1)).collect();
-    println!("   epoch {numbers}");
+    say!("   epoch {numbers}");
+    Ok(())
 }
 
 /// The values of one row, the middle of a long one left out.

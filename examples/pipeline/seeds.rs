@@ -33,9 +33,9 @@ pub fn repeat(
     }
     bar.finish_and_clear();
 
-    println!("{}", heading("Key insight, measured"));
-    println!("  {seeds} seeds, {} epochs; means ± standard deviations", args.epochs);
-    println!("  on the test rows           |      smoothed |  not smoothed |     difference");
+    say!("{}", heading("Key insight, measured"));
+    say!("  {seeds} seeds, {} epochs; means ± standard deviations", args.epochs);
+    say!("  on the test rows           |      smoothed |  not smoothed |     difference");
     for (i, name) in QUALITIES.iter().enumerate() {
         let figures = |of: fn(&[f64; 3], &[f64; 3], usize) -> f64| {
             let figures = results.iter().map(|(smoothed, hard)| of(smoothed, hard, i));
@@ -44,12 +44,12 @@ pub fn repeat(
         let (smoothed, smoothed_spread) = figures(|smoothed, _, i| smoothed[i]);
         let (hard, hard_spread) = figures(|_, hard, i| hard[i]);
         let (difference, spread) = figures(|smoothed, hard, i| smoothed[i] - hard[i]);
-        println!(
+        say!(
             "  {name:26} | {smoothed:.3} ± {smoothed_spread:.3} | {hard:.3} ± {hard_spread:.3} | \
             {difference:+.3} ± {spread:.3}"
         );
     }
-    println!("  (calibration error over {BINS} bins of equal width; differences within each seed)");
+    say!("  (calibration error over {BINS} bins of equal width; differences within each seed)");
     Ok(())
 }
 

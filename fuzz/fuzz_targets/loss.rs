@@ -10,6 +10,7 @@
 //!
 //! ```sh
 //! RUSTC_BOOTSTRAP=1 cargo fuzz run loss fuzz/seeds/loss -- -runs=0
+//! mkdir -p fuzz/corpus/loss
 //! RUSTC_BOOTSTRAP=1 cargo fuzz run loss fuzz/corpus/loss fuzz/seeds/loss -- -max_len=400 -timeout=10 -max_total_time=3600
 //! ```
 
