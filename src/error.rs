@@ -55,16 +55,20 @@ pub enum Error {
         value: f64,
     },
 
-    /// A class weight too large for the arithmetic, which is that of f32 unless the logits are f64.
+    /// A class weight so large or small that the arithmetic, which is that of f32 unless the logits are f64, would
+    /// lose it.
     #[error(
-        "the class weight {value:?} of class {class} is beyond F32, in which the loss of these logits is computed, expected at most {:?}: divide all weights by the largest",
-        f32::MAX
+        "the class weight {value:?} of class {class} is beyond the arithmetic of these logits, expected 0 or a number from {least:.1e} to {most:.1e}: divide all weights by the largest, and set to 0 what is still too small"
     )]
     WeightRange {
         /// The first class concerned.
         class: usize,
         /// Its weight.
         value: f64,
+        /// The least weight other than 0 that is possible.
+        least: f64,
+        /// The largest weight that is possible.
+        most: f64,
     },
 
     /// A prior that is no probability distribution.
@@ -328,32 +332,41 @@ fn swapped(logits: DType) -> &'static str {
 fn reshaping(targets: &[usize], expected: &[usize], logits: &[usize]) -> String {
     // A view's length may exceed any integer.
     let len = |dims: &[usize]| dims.iter().try_fold(1usize, |len, dim| len.checked_mul(*dim));
-    if targets == logits {
+    let lens = |dims: &[usize]| dims.iter().copied().filter(|len| *len != 1).collect::<Vec<_>>();
+    // Where both have several dimensions, they may be in another order.
+    let is_flat = targets.len() < 2 || expected.len() < 2 || lens(targets) == lens(expected);
+    if targets == logits && len(targets) == len(expected) {
+        TWO_LOGITS.to_string()
+    } else if targets == logits {
         "; one-hot targets are probabilities: to_dtype(DType::F32)".to_string()
     } else if let Some(dim) = (0..logits.len()).find(|&dim| row_shape(logits, dim) == targets) {
-        format!("; if the classes are in dimension {dim}, use with_class_dim({dim})")
-    } else if len(targets) == len(expected) {
+        format!(
+            "; if the classes of forward's logits are in dimension {dim}, use with_class_dim({dim})"
+        )
+    } else if is_flat && len(targets) == len(expected) {
         "; their number is right: reshape them".to_string()
     } else {
         String::new()
     }
 }
 
-/// A hint for the commonest ways to a target out of range: padding, counting from 1, and a single
-/// logit for two classes.
+const TWO_LOGITS: &str = "; two classes need two logits a row, not one";
+
+/// A hint for the commonest ways to a target out of range: a single logit for two classes, counting
+/// from 1, and padding.
 fn ignoring(target: i64, num_classes: usize) -> String {
     // What a negative i32 looks like once stored as u32.
     let unwrapped = u32::try_from(target).map_or(target, |t| i64::from(t.cast_signed()));
-    if target < 0 || target == 255 {
-        format!("; to leave such rows out, use with_ignore_index({target})")
+    if num_classes == 1 && (target == 1 || target == 255) {
+        TWO_LOGITS.to_string()
+    } else if target > 0 && usize::try_from(target) == Ok(num_classes) {
+        "; classes are counted from 0".to_string()
+    } else if target < 0 || target == 255 {
+        format!("; to leave such rows out of a loss, use with_ignore_index({target})")
     } else if unwrapped < 0 {
         format!(
-            "; this is {unwrapped} stored as u32: keep such targets in i64 and use with_ignore_index({unwrapped})"
+            "; if it was {unwrapped} before it was a u32, keep such targets in i64 and use with_ignore_index({unwrapped})"
         )
-    } else if num_classes == 1 {
-        "; two classes need two logits a row, not one".to_string()
-    } else if usize::try_from(target) == Ok(num_classes) {
-        "; classes are counted from 0".to_string()
     } else {
         String::new()
     }

@@ -98,6 +98,10 @@ impl Tile {
     }
 }
 
+/// Numbers that there are for a row, at most: its parts twice, while they are joined; its loss, its weight, and what
+/// backward needs of it.
+const KEPT: usize = 13;
+
 /// `forward_linear`, with tiles of a size of one's own.
 pub(crate) fn forward(
     loss: &LabelSmoothingLoss,
@@ -113,12 +117,19 @@ pub(crate) fn forward(
     let reduce = loss.reduce(&dims, problem.class_dim, &targets);
     let rows = row_shape(&dims, problem.class_dim);
 
-    let num_rows = rows.iter().product();
-    // A view can have far more rows than there is memory for what is kept of each.
-    if Vec::<[f64; 4]>::new().try_reserve_exact(num_rows).is_err() {
-        return Err(Error::TooLarge { what: "what is kept of rows", shape: rows });
+    let num_rows: usize = rows.iter().product();
+    let hidden_size = weight.dims()[1];
+    let tile = tile.unwrap_or_else(|| Tile::new(num_rows, hidden_size, hidden.device()));
+    // A view can be far larger than the memory behind it, and candle would abort.
+    for (what, shape, rows, len) in [
+        ("what is kept of rows", &rows[..], num_rows, KEPT),
+        ("a tile of the hidden states", hidden.dims(), num_rows.min(tile.rows), hidden_size),
+        ("a tile of the weight", weight.dims(), problem.num_classes.min(tile.classes), hidden_size),
+    ] {
+        if Vec::<f64>::new().try_reserve_exact(rows.saturating_mul(len)).is_err() {
+            return Err(Error::TooLarge { what, shape: shape.to_vec() });
+        }
     }
-    let tile = tile.unwrap_or_else(|| Tile::new(num_rows, weight.dims()[1], hidden.device()));
     let (slices, classes) = (Slice::all(&rows, tile.rows), tile.classes.max(1));
     let head = Head { problem, targets, slices, classes };
     let [h, w] = [hidden, weight].map(Tensor::detach);

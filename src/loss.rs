@@ -101,8 +101,9 @@ impl LabelSmoothingLoss {
     ///
     /// # Errors
     /// More or fewer dimensions than one, another dtype, values that are negative or not finite, sizes
-    /// beyond the memory, and errors of the device they are read from. That the length is K, and that no
-    /// weight is beyond the dtype of the arithmetic, is checked by [`forward`](Self::forward).
+    /// beyond the memory, and errors of the device they are read from. That the length is K, and that each
+    /// weight is 0 or from about 5e-29 to 8e28 (1e-298 to 4e298 for f64 logits), so that neither their sums nor
+    /// parts of them are lost, is checked by [`forward`](Self::forward).
     pub fn with_class_weights(mut self, weights: &Tensor) -> Result<Self> {
         self.class_weights = Some(smoothing::vector(CLASS_WEIGHTS, weights)?.into());
         self.tables = Arc::default();
@@ -346,7 +347,8 @@ impl<'a> Logits<'a> {
 /// ```
 ///
 /// # Errors
-/// The first target that is neither a class nor ignored, with its row; a floating-point dtype.
+/// The first target that is neither a class nor ignored, with its row; a floating-point dtype; a view larger than can
+/// be addressed, or than its storage.
 pub fn check_targets(
     targets: &Tensor,
     num_classes: usize,

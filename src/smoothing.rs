@@ -124,10 +124,14 @@ impl Smoothing {
         if weights.is_none() && !matches!(self.spread, Spread::Prior(_)) {
             return Ok(Coefficients::Uniform(self.coefficient(num_classes, 0, 1.)));
         }
+        let (least, most) = match dtype {
+            DType::F64 => (f64::MIN_POSITIVE * SHARES, f64::MAX / SHARES),
+            _ => (f64::from(f32::MIN_POSITIVE) * SHARES, f64::from(f32::MAX) / SHARES),
+        };
+        let is_possible = |weight: f64| weight == 0. || (least..=most).contains(&weight);
         let mut of_classes = weights.into_iter().flatten().enumerate();
-        let is_beyond = |weight: f64| dtype == DType::F32 && (weight as f32).is_infinite();
-        if let Some((class, &value)) = of_classes.find(|(_, weight)| is_beyond(**weight)) {
-            return Err(Error::WeightRange { class, value });
+        if let Some((class, &value)) = of_classes.find(|(_, weight)| !is_possible(**weight)) {
+            return Err(Error::WeightRange { class, value, least, most });
         }
         let weight = |class| weights.map_or(1., |w: &[f64]| w.get(class).copied().unwrap_or(0.));
         let of_class: Vec<Coefficient> = (0..num_classes)
@@ -172,6 +176,10 @@ impl Smoothing {
         }
     }
 }
+
+/// In so many parts a class weight can be divided, and so many can be added up, without leaving the normal numbers: a mean
+/// divides by their sum.
+const SHARES: f64 = (1u64 << 32) as f64;
 
 /// Reads class weights or a prior to the host, where there is an f64, and checks each value.
 pub(crate) fn vector(what: &'static str, tensor: &Tensor) -> Result<Vec<f64>> {

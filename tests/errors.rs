@@ -229,7 +229,7 @@ fn targets_out_of_range() -> Result<()> {
     let padded = targets([0, 1, -100])?.to_dtype(DType::U32)?;
     assert_error(
         loss().forward(&logits, &padded),
-        &["target 4294967196", "-100 stored as u32", "i64"],
+        &["target 4294967196", "-100 before it was a u32", "i64"],
     );
     let unlabelled = targets([0, 255, 1])?.to_dtype(DType::U8)?;
     assert_error(loss().forward(&logits, &unlabelled), &["target 255", "with_ignore_index(255)"]);
@@ -367,21 +367,67 @@ fn layouts_beyond_their_storage() -> Result<()> {
     Ok(())
 }
 
-/// A weight that the arithmetic cannot hold would make the loss infinite or NaN.
+/// A weight that the arithmetic loses, or whose sum or share it does, would make the loss or its gradient infinite or NaN.
 #[test]
-fn class_weights_beyond_f32() -> Result<()> {
-    let weighted = loss().with_class_weights(&Tensor::new(&[1f64, 1e39, 1.], &CPU)?)?;
-    let labels = zeros(&[2], DType::U32)?;
+fn class_weights_beyond_the_arithmetic() -> Result<()> {
+    let labels = Tensor::new(&[1u32, 1], &CPU)?;
+    let run = |weight: f64, dtype| -> candle_label_smoothing::Result<Tensor> {
+        let weighted = loss().with_class_weights(&Tensor::new(&[1., weight, 0.], &CPU)?)?;
+        let logits = Var::from_tensor(&Tensor::new(&[[1f32, 2., 3.]; 2], &CPU)?.to_dtype(dtype)?)?;
+        let gradients = weighted.forward(&logits, &labels)?.backward()?;
+        Ok(gradients.get(&logits).expect("no gradient").clone())
+    };
     for dtype in [DType::F16, DType::BF16, DType::F32] {
-        let result = weighted.forward(&zeros(&[2, 3], dtype)?, &labels);
-        assert_error(result, &["class weight 1e39", "class 1", "at most 3.4028235e38"]);
+        for (weight, shown) in [(1e39, "1e39"), (8e28, "8e28"), (5e-29, "5e-29"), (1e-46, "1e-46")]
+        {
+            let expected = ["class weight ", shown, "class 1", "from 5.0e-29 to 7.9e28"];
+            assert_error(run(weight, dtype), &expected);
+        }
     }
-    let in_f64 = weighted.forward(&zeros(&[2, 3], DType::F64)?, &labels)?;
-    assert!(in_f64.to_scalar::<f64>()?.is_finite());
-    // The largest one is none of them.
-    let largest = Tensor::new(&[1f64, f32::MAX.into(), 1.], &CPU)?;
-    let weighted = loss().with_class_weights(&largest)?;
-    weighted.forward(&zeros(&[2, 3], DType::F32)?, &labels)?;
+    assert_error(run(5e298, DType::F64), &["class weight 5e298", "from 9.6e-299 to 4.2e298"]);
+    assert_error(run(1e-310, DType::F64), &["class weight 1e-310"]);
+    // A mean of labels of one class does not depend on its weight.
+    let plain = values(&run(1., DType::F64)?)?;
+    for (weight, dtype) in
+        [(7e28, DType::F32), (6e-29, DType::F32), (4e298, DType::F64), (1e-298, DType::F64)]
+    {
+        for (ours, theirs) in values(&run(weight, dtype)?)?.iter().zip(&plain) {
+            assert!((ours - theirs).abs() < 1e-6, "{weight}: {ours}, {theirs}");
+        }
+    }
+    Ok(())
+}
+
+/// A hint is better missing than wrong.
+#[test]
+fn hints_that_would_mislead() -> Result<()> {
+    let message = |logits: &[usize], targets: &[usize]| -> Result<String> {
+        let result = loss().forward(&zeros(logits, DType::F32)?, &zeros(targets, DType::U32)?);
+        Ok(result.expect_err("no error").to_string())
+    };
+    // Batch and time in another order: reshaping would mix them up.
+    assert!(!message(&[5, 2, 7], &[2, 5])?.contains("reshape"));
+    assert!(message(&[5, 2, 7], &[10])?.contains("reshape"));
+    assert!(message(&[5, 2, 7], &[5, 2, 1])?.contains("reshape"));
+    // One logit for two classes is not one-hot.
+    assert!(message(&[4, 1], &[4, 1])?.contains("two logits"));
+    assert!(message(&[4, 2], &[4, 2])?.contains("one-hot"));
+    let counted_from_1 = Tensor::new(&[255u32], &CPU)?;
+    assert_error(check_targets(&counted_from_1, 255, None), &["counted from 0"]);
+    let message = check_targets(&zeros(&[1], DType::U32)?, 0, None).expect_err("no error");
+    assert!(!message.to_string().contains("counted"), "{message}");
+    Ok(())
+}
+
+/// Hidden states larger than memory, as a view.
+#[test]
+fn hidden_sizes_beyond_memory() -> Result<()> {
+    let labels = zeros(&[1], DType::U32)?;
+    for len in [1 << 45, 1 << 61, usize::MAX >> 1] {
+        let view = zeros(&[1, 1], DType::F32)?.broadcast_as((1, len))?;
+        let result = loss().forward_linear(&view, &view, None, &labels);
+        assert_error(result, &["tile of the hidden states", &len.to_string()]);
+    }
     Ok(())
 }
 

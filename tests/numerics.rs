@@ -511,3 +511,16 @@ fn many_rows() -> Result<()> {
     }
     Ok(())
 }
+
+/// Only the coefficient is large.
+#[test]
+fn a_huge_z_loss_of_a_logsumexp_of_0() -> Result<()> {
+    let logits = Var::from_tensor(&Tensor::new(&[[-(2f64.ln()); 2]], &CPU)?)?;
+    let loss = LabelSmoothingLoss::new(Smoothing::none()).with_z_loss(1e308)?;
+    let loss = loss.forward(&logits, &Tensor::new(&[0u32], &CPU)?)?;
+    assert!((loss.to_scalar::<f64>()? - 2f64.ln()).abs() < 1e-12);
+    let gradients = loss.backward()?;
+    let gradient = gradients.get(&logits).expect("no gradient");
+    assert_eq!(gradient.to_vec2::<f64>()?, [[-0.5, 0.5]]);
+    Ok(())
+}

@@ -179,9 +179,9 @@ impl Formula {
         let smallest = limits(arithmetic(dtype)).1;
         // Products of numbers below this one stay finite on every way.
         let beyond = if dtype == DType::F64 { 1e290 } else { 1e30 };
-        // How many roundings there are, in blocks and vectors there, one by one here.
+        // How many roundings there are: there in vectors within blocks, which are merged in f64; here one by one.
         let here = classes as f64 * f64::EPSILON;
-        let relative = (64 + classes / 4) as f64 * unit + here + 4. * slack;
+        let relative = (64 + classes.min(256) / 4) as f64 * unit + here + 4. * slack;
         let mut losses = vec![Near::default(); rows];
         let mut gradient = vec![Near::default(); logits.len()];
         for row in (0..rows).filter(|row| counts(*row)) {
@@ -245,7 +245,7 @@ impl Formula {
                 let error = relative * magnitude + smallest * (pull_magnitude + 4.);
                 let near = Near { value: softmax * pull - r.value, error }.times(upstream);
                 let error = near.error + smallest * (pull_magnitude + r.error + 1.);
-                let is_tame = is_tame && near.value.abs() + error < beyond && divisor >= 1e-25;
+                let is_tame = is_tame && near.value.abs() + error < beyond && divisor > 0.;
                 gradient[shape.at(row, class)] =
                     if is_tame { Near { error, ..near } } else { Near::UNKNOWN };
             }
@@ -261,7 +261,7 @@ impl Formula {
             let is_nothing = !(0..rows).any(counts) && self.reduction == Reduction::Mean;
             if is_nothing || exact(f64::is_nan) {
                 reduced = Near::exactly(f64::NAN);
-            } else if divisor < 1e-25 {
+            } else if divisor == 0. {
                 reduced = Near::UNKNOWN;
             } else if exact(f64::is_infinite) && losses.iter().all(|loss| loss.error.is_finite()) {
                 reduced = Near::exactly(f64::INFINITY);

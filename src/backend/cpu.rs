@@ -528,7 +528,7 @@ fn with_gradients<T: Element, R>(
                 let upstream = against.to_f64();
                 let (sum, mut pull) = (sum.to_f64(), total.to_f64());
                 if problem.z_loss != 0. {
-                    pull += 2. * problem.z_loss * (max.to_f64() + sum.ln());
+                    pull += problem.z_loss * (2. * (max.to_f64() + sum.ln()));
                 }
                 *scale = T::Real::from_f64(upstream * pull / sum);
                 *against = T::Real::from_f64(-upstream);

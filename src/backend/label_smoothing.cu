@@ -566,7 +566,7 @@ __device__ inline RowGradient gradient_of(
   Real max = statistics[row], sum = statistics[p.num_rows + row];
   Real pull = statistics[2 * p.num_rows + row];
   Real grad = of.bad ? (Real)NOT_A_NUMBER : upstream[offset(p.upstream, row)];
-  if (p.z_loss != 0) pull += 2 * p.z_loss * (max + logarithm(sum));
+  if (p.z_loss != 0) pull += p.z_loss * (2 * (max + logarithm(sum)));
   return {max, grad * pull / sum, -grad};
 }
 
