@@ -102,7 +102,7 @@ impl LabelSmoothingLoss {
     /// # Errors
     /// More or fewer dimensions than one, another dtype, values that are negative or not finite, sizes
     /// beyond the memory, and errors of the device they are read from. That the length is K, and that each
-    /// weight is 0 or from about 5e-29 to 8e28 (1e-298 to 4e298 for f64 logits), so that neither their sums nor
+    /// weight is 0 or from 2e-31 to 2e31 (4e-301 to 1e301 for f64 logits), so that neither their sums nor
     /// parts of them are lost, is checked by [`forward`](Self::forward).
     pub fn with_class_weights(mut self, weights: &Tensor) -> Result<Self> {
         self.class_weights = Some(smoothing::vector(CLASS_WEIGHTS, weights)?.into());

@@ -179,7 +179,7 @@ impl Smoothing {
 
 /// In so many parts a class weight can be divided, and so many can be added up, without leaving the normal numbers: a mean
 /// divides by their sum.
-const SHARES: f64 = (1u64 << 32) as f64;
+const SHARES: f64 = (1u64 << 24) as f64;
 
 /// Reads class weights or a prior to the host, where there is an f64, and checks each value.
 pub(crate) fn vector(what: &'static str, tensor: &Tensor) -> Result<Vec<f64>> {

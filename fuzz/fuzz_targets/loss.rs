@@ -310,7 +310,7 @@ impl Test<'_> {
         }
         let num_classes = self.num_classes();
         let weights = formula.class_weights.as_ref().map_or(num_classes, Vec::len);
-        let shares = 2f64.powi(32);
+        let shares = 2f64.powi(24);
         let possible = match dtype {
             DType::F64 => f64::MIN_POSITIVE * shares..=f64::MAX / shares,
             _ => f64::from(f32::MIN_POSITIVE) * shares..=f64::from(f32::MAX) / shares,
