@@ -147,8 +147,10 @@ pub(crate) fn check_storage(tensor: &Tensor) -> Result<()> {
         Storage::Cuda(storage) => gpu::Gpu::len(storage),
         #[cfg(feature = "metal")]
         Storage::Metal(storage) => gpu::Gpu::len(storage),
-        #[allow(unreachable_patterns, reason = "with both features there is no other")]
-        _ => return Ok(()),
+        #[cfg(not(feature = "cuda"))]
+        Storage::Cuda(_) => return Ok(()),
+        #[cfg(not(feature = "metal"))]
+        Storage::Metal(_) => return Ok(()),
     };
     check_layout(layout, len)
 }
@@ -163,6 +165,15 @@ pub(crate) fn check_size(what: &'static str, shape: &[usize]) -> Result<()> {
     match size {
         Some(size) if size <= LARGEST => Ok(()),
         _ => Err(Error::TooLarge { what, shape: shape.to_vec() }),
+    }
+}
+
+/// Checks that there is memory for `len` numbers. A view can be far larger than the memory behind it, and where candle
+/// makes a tensor of it, it would abort.
+pub(crate) fn check_memory(what: &'static str, shape: &[usize], len: usize) -> Result<()> {
+    match Vec::<f64>::new().try_reserve_exact(len) {
+        Ok(()) => Ok(()),
+        Err(_) => Err(Error::TooLarge { what, shape: shape.to_vec() }),
     }
 }
 

@@ -5,7 +5,9 @@
 //! makes each tile again, turns it into its gradient where it is, and multiplies it into the gradients of the
 //! hidden states and of the weight.
 
-use crate::backend::{Problem, check_storage, host, is_of_logits, result_dtype, row_shape};
+use crate::backend::{
+    Problem, check_memory, check_storage, host, is_of_logits, result_dtype, row_shape,
+};
 use crate::error::{Error, Result};
 use crate::loss::{LabelSmoothingLoss, Logits};
 use crate::op::{self, Losses, Parts};
@@ -120,17 +122,16 @@ pub(crate) fn forward(
     let num_rows: usize = rows.iter().product();
     let hidden_size = weight.dims()[1];
     let tile = tile.unwrap_or_else(|| Tile::new(num_rows, hidden_size, hidden.device()));
-    // A view can be far larger than the memory behind it, and candle would abort.
-    for (what, shape, rows, len) in [
-        ("what is kept of rows", &rows[..], num_rows, KEPT),
-        ("a tile of the hidden states", hidden.dims(), num_rows.min(tile.rows), hidden_size),
-        ("a tile of the weight", weight.dims(), problem.num_classes.min(tile.classes), hidden_size),
-    ] {
-        if Vec::<f64>::new().try_reserve_exact(rows.saturating_mul(len)).is_err() {
-            return Err(Error::TooLarge { what, shape: shape.to_vec() });
-        }
+    let classes = tile.classes.max(1);
+    check_memory("what is kept of rows", &rows, num_rows.saturating_mul(KEPT))?;
+    // A GPU says itself what it has no memory for.
+    if hidden.device().is_cpu() {
+        let of_rows = num_rows.min(tile.rows.max(1)).saturating_mul(hidden_size);
+        check_memory("a tile of the hidden states", hidden.dims(), of_rows)?;
+        let of_classes = problem.num_classes.min(classes).saturating_mul(hidden_size);
+        check_memory("a tile of the weight", weight.dims(), of_classes)?;
     }
-    let (slices, classes) = (Slice::all(&rows, tile.rows), tile.classes.max(1));
+    let slices = Slice::all(&rows, tile.rows);
     let head = Head { problem, targets, slices, classes };
     let [h, w] = [hidden, weight].map(Tensor::detach);
     let b = bias.map(Tensor::detach);

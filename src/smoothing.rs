@@ -195,10 +195,7 @@ pub(crate) fn vector(what: &'static str, tensor: &Tensor) -> Result<Vec<f64>> {
         return Ok(Vec::new());
     }
     backend::check_storage(tensor)?;
-    // A view can be far larger than the memory behind it, and candle would abort.
-    if Vec::<f64>::new().try_reserve_exact(len).is_err() {
-        return Err(Error::TooLarge { what, shape: vec![len] });
-    }
+    backend::check_memory(what, tensor.dims(), len)?;
     let mut host = tensor.to_device(&Device::Cpu)?;
     if dtype == DType::F8E4M3 {
         // candle 0.11.1 overflows the stack on its way from f8 to f64.
