@@ -19,6 +19,18 @@ fn peak<T>(f: impl FnOnce() -> Result<T>) -> Result<(T, usize)> {
     Ok((result, ALLOCATOR.peak_usage() - before))
 }
 
+/// The least of several runs, until one stays below `bound`. A thread of the pool keeps a block as large as its cache
+/// from its first multiplication on, so of more runs than threads one allocates none.
+fn least_peak<T>(bound: usize, f: impl Fn() -> Result<T>) -> Result<(T, usize)> {
+    let mut least = peak(&f)?;
+    for _ in 0..rayon::current_num_threads() {
+        if least.1 >= bound {
+            least.1 = least.1.min(peak(&f)?.1);
+        }
+    }
+    Ok(least)
+}
+
 /// One test, since the allocator counts for the whole process.
 #[test]
 fn no_more_is_allocated_than_has_to_be() -> Result<()> {
@@ -78,34 +90,35 @@ fn of_logits_from_hidden_states_there_is_a_tile() -> Result<()> {
         // The logits of a tile, their gradient's pieces, and what the multiplication keeps for itself.
         let tile = TILE.rows * TILE.classes * size_of::<f32>();
         let fixed = 4 * tile + 512 * 1024;
-        let (result, forward) =
-            peak(|| Ok(kernels::forward_linear(&loss, &hidden, &weight, None, &labels, TILE)?))?;
         // A row has parts, twice while they are joined, and a label, a loss and statistics.
-        assert!(forward < fixed + 128 * rows, "{rows} rows, forward: {forward} bytes");
+        let bound = fixed + 128 * rows;
+        let (result, forward) = least_peak(bound, || {
+            Ok(kernels::forward_linear(&loss, &hidden, &weight, None, &labels, TILE)?)
+        })?;
+        assert!(forward < bound, "{rows} rows, forward: {forward} bytes");
+        // All logits would be more.
+        assert!(rows < 4096 || bound < rows * CLASSES * size_of::<f32>());
         // The gradients, which candle adds to zeros, and those of the hidden states joined.
         let gradients = 4 * (rows + CLASSES) * SIZE * size_of::<f32>();
-        let (_, backward) = peak(|| result.backward())?;
+        let bound = fixed + gradients + 128 * rows;
+        let (_, backward) = least_peak(bound, || result.backward())?;
         assert!(
-            backward < fixed + gradients + 128 * rows,
+            backward < bound,
             "{rows} rows, backward: {backward} bytes, of {gradients} the gradients"
         );
-        // All logits would be more.
-        assert!(rows < 4096 || fixed + 128 * rows < rows * CLASSES * size_of::<f32>());
     }
 
-    // Of a half type there are the sums in f32 and the gradient; candle's zeros and its sum.
+    // Of a half type there are the sums in f32 and the gradient; then the gradient, candle's zeros, and their sum.
     let (rows, size, dtype) = (2048, 256, DType::BF16);
     let hidden = Var::from_tensor(&random(&[rows, size], 1., 2)?.to_dtype(dtype)?)?;
     let weight = random(&[300, size], 1., 1)?.to_dtype(dtype)?;
     let labels = random_labels(&[rows], 300, 3)?;
     let result = kernels::forward_linear(&loss, &hidden, &weight, None, &labels, TILE)?;
-    let (_, backward) = peak(|| result.backward())?;
     // A tile's logits, weight and rows; what it adds to the sum, and the sum; and blocks of the multiplication.
     let piece = TILE.rows * size * size_of::<f32>();
-    assert!(
-        backward < 10 * rows * size + 5 * piece + 512 * 1024,
-        "bf16: {backward} bytes, of {} in f32",
-        rows * size * size_of::<f32>()
-    );
+    let bound = 6 * rows * size + 5 * piece + 512 * 1024;
+    let (_, backward) = least_peak(bound, || result.backward())?;
+    let in_f32 = rows * size * size_of::<f32>();
+    assert!(backward < bound, "bf16: {backward} bytes, of {in_f32} in f32");
     Ok(())
 }
