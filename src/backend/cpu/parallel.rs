@@ -10,8 +10,9 @@ pub(super) const BLOCK: usize = 256;
 /// Elements of one row that stay on one thread.
 pub(super) const SEGMENT: usize = 64 * BLOCK;
 
-/// Elements below which waking a second thread costs more than it saves.
-pub(super) const GRAIN: usize = 64 * BLOCK;
+/// Elements below which waking a second thread costs more than it saves. Miri, which is slow, sees threads at work on small
+/// tensors too.
+pub(super) const GRAIN: usize = if cfg!(miri) { 1 } else { 64 * BLOCK };
 
 /// An empty vector with room for `len` elements.
 fn reserve<T>(len: usize) -> Result<Vec<T>> {
@@ -168,7 +169,7 @@ mod tests {
 
     #[test]
     fn pieces_cover_everything_once() -> Result<()> {
-        for len in [0, 1, 63, 64, 65, 3 * GRAIN + 7] {
+        for len in [0, 1, 63, 64, 65, 3 * GRAIN + 200] {
             let (mut a, mut b) = (filled::<usize>(len)?, filled::<usize>(len)?);
             split([&mut a, &mut b], 64, 1, &|start, [a, b]| {
                 assert!(start % 64 == 0 && a.len() == b.len());
@@ -184,8 +185,25 @@ mod tests {
     }
 
     #[test]
+    fn pieces_come_together() -> Result<()> {
+        let len = 3 * GRAIN + 200;
+        let mut values = build::<f32>(len, 64, |start, sink| {
+            assert!(start % 64 == 0);
+            let piece: Vec<_> = (start..start + sink.len()).map(|i| i as f32).collect();
+            sink.push(&piece);
+        })?;
+        assert!(values.iter().enumerate().all(|(i, &value)| value == i as f32));
+        rewrite(&mut values, 64, |start, piece, sink| {
+            assert_eq!((piece.len(), piece.first()), (sink.len(), Some(&(start as f32))));
+            piece.iter().for_each(|value| sink.push(&[-value]));
+        });
+        assert!(values.iter().enumerate().all(|(i, &value)| value == -(i as f32)));
+        Ok(())
+    }
+
+    #[test]
     fn what_is_not_filled_is_zero() -> Result<()> {
-        let built = build::<f32>(100, 10, |start, sink| {
+        let built = build::<f32>(100, 100, |start, sink| {
             assert_eq!((start, sink.len()), (0, 100));
             sink.push(&[1.; 30]);
             assert_eq!(sink.len(), 70);
@@ -194,7 +212,7 @@ mod tests {
         assert_eq!(built[..30], [1.; 30]);
         assert_eq!(built[30..40], [2.; 10]);
         assert_eq!(built[40..], [0.; 60]);
-        let built = build::<f32>(3, 1, |_, sink| {
+        let built = build::<f32>(3, 3, |_, sink| {
             sink.push(&[1.; 5]);
             sink.replace(1, 2.);
             sink.replace(0, 3.);
