@@ -189,15 +189,15 @@ mod tests {
         let len = 3 * GRAIN + 200;
         let mut values = build::<f32>(len, 64, |start, sink| {
             assert!(start % 64 == 0);
-            let piece: Vec<_> = (start..start + sink.len()).map(|i| i as f32).collect();
+            let piece: Vec<_> = (start + 1..).take(sink.len()).map(|i| i as f32).collect();
             sink.push(&piece);
         })?;
-        assert!(values.iter().enumerate().all(|(i, &value)| value == i as f32));
+        assert!(values.iter().enumerate().all(|(i, &value)| value == (i + 1) as f32));
         rewrite(&mut values, 64, |start, piece, sink| {
-            assert_eq!((piece.len(), piece.first()), (sink.len(), Some(&(start as f32))));
+            assert_eq!((piece.len(), piece.first()), (sink.len(), Some(&((start + 1) as f32))));
             piece.iter().for_each(|value| sink.push(&[-value]));
         });
-        assert!(values.iter().enumerate().all(|(i, &value)| value == -(i as f32)));
+        assert!(values.iter().enumerate().all(|(i, &value)| value == -((i + 1) as f32)));
         Ok(())
     }
 
