@@ -6,7 +6,7 @@
 //! with a wait for the device.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use candle_label_smoothing::{LabelSmoothingLoss, Smoothing, kernels};
+use candle_label_smoothing::{LabelSmoothingLoss, Smoothing, testing};
 use std::time::Instant;
 
 const CLASSES: [usize; 7] = [256, 1024, 4096, 16_384, 65_536, 128_256, 262_144];
@@ -57,15 +57,15 @@ fn line(
     let labels = Tensor::from_vec(labels, num_rows, device)?;
     let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?);
     let upstream = Tensor::ones(num_rows, DType::F32, device)?;
-    let (_, Some(saved)) = kernels::forward(&loss, &logits, &labels)? else {
+    let (_, Some(saved)) = testing::forward_rows(&loss, &logits, &labels)? else {
         candle_core::bail!("nothing was saved for backward")
     };
 
     let copy = seconds(device, || logits.copy())?;
-    let forward = seconds(device, || Ok(kernels::forward(&loss, &logits, &labels)?))?;
-    let backward = seconds(device, || Ok(kernels::backward(&saved, &logits, &upstream)?))?;
-    let both = seconds(device, || match kernels::forward(&loss, &logits, &labels)? {
-        (_, Some(saved)) => Ok(Some(kernels::backward(&saved, &logits, &upstream)?)),
+    let forward = seconds(device, || Ok(testing::forward_rows(&loss, &logits, &labels)?))?;
+    let backward = seconds(device, || Ok(testing::backward_rows(&saved, &logits, &upstream)?))?;
+    let both = seconds(device, || match testing::forward_rows(&loss, &logits, &labels)? {
+        (_, Some(saved)) => Ok(Some(testing::backward_rows(&saved, &logits, &upstream)?)),
         (_, None) => Ok(None),
     })?;
     let step = seconds(device, || loss.forward(&logits, &labels)?.backward())?;

@@ -74,13 +74,13 @@ mod error;
 // Nothing but documentation.
 #[cfg(any(doc, doctest))]
 pub mod guide;
-#[doc(hidden)]
-pub mod kernels;
 mod loss;
 mod op;
 #[doc(hidden)]
 pub mod reference;
 mod smoothing;
+#[doc(hidden)]
+pub mod testing;
 
 // After `loss`, so that the documentation of its type begins with `new`.
 mod linear;

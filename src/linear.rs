@@ -76,14 +76,14 @@ impl LabelSmoothingLoss {
 
 /// How much of the logits is there at a time.
 #[derive(Clone, Copy, Debug)]
-pub struct Tile {
+pub struct TileSize {
     /// Rows of the hidden states, at most.
     pub rows: usize,
     /// Rows of the weight, at most.
     pub classes: usize,
 }
 
-impl Tile {
+impl TileSize {
     /// For so many rows of hidden states of the size.
     ///
     /// A gradient of the hidden states is summed up over the ranges of classes, and one of the weight over the
@@ -111,7 +111,7 @@ pub(crate) fn forward(
     weight: &Tensor,
     bias: Option<&Tensor>,
     targets: &Tensor,
-    tile: Option<Tile>,
+    tile: Option<TileSize>,
 ) -> Result<Tensor> {
     let dims = check(loss, hidden, weight, bias)?;
     let logits = Logits { dims: &dims, dtype: hidden.dtype(), device: hidden.device() };
@@ -121,7 +121,7 @@ pub(crate) fn forward(
 
     let num_rows: usize = rows.iter().product();
     let hidden_size = weight.dims()[1];
-    let tile = tile.unwrap_or_else(|| Tile::new(num_rows, hidden_size, hidden.device()));
+    let tile = tile.unwrap_or_else(|| TileSize::new(num_rows, hidden_size, hidden.device()));
     let classes = tile.classes.max(1);
     check_memory("what is kept of rows", &rows, num_rows.saturating_mul(KEPT))?;
     // A GPU says itself what it has no memory for.

@@ -3,7 +3,7 @@
 mod common;
 
 use candle_core::{D, DType, Device, Result, Tensor, Var};
-use candle_label_smoothing::kernels::{self, Tile};
+use candle_label_smoothing::testing::{self, TileSize};
 use candle_label_smoothing::{LabelSmoothingLoss, Reduction, Smoothing};
 use common::{CPU, grid, on_device, random, random_labels, random_probabilities, values, weighted};
 
@@ -70,11 +70,11 @@ impl Inputs {
         dtype: DType,
         loss: &LabelSmoothingLoss,
         targets: &Tensor,
-        tile: Tile,
+        tile: TileSize,
     ) -> Result<(Vec<f64>, Vec<Vec<f64>>)> {
         self.run(dtype, |hidden, weight, bias| {
             let targets = targets.to_device(hidden.device())?;
-            Ok(kernels::forward_linear(loss, hidden, weight, bias, &targets, tile)?)
+            Ok(testing::forward_linear_tiled(loss, hidden, weight, bias, &targets, tile)?)
         })
     }
 }
@@ -121,7 +121,7 @@ fn every_option_equals_the_loss_of_all_logits() -> Result<()> {
             let theirs = inputs.whole(&case.loss, &case.targets)?;
             let (rows, classes) = tiles[i % tiles.len()];
             let ours =
-                inputs.tiled(DType::F64, &case.loss, &case.targets, Tile { rows, classes })?;
+                inputs.tiled(DType::F64, &case.loss, &case.targets, TileSize { rows, classes })?;
             let name = format!("{}, tiles of {rows} x {classes}", case.name);
             assert_all_close(&name, &ours, &theirs, 1e-12);
         }
@@ -165,7 +165,8 @@ fn long_rows() -> Result<()> {
         for loss in [&plain, &weighted] {
             let theirs = inputs.whole(loss, &targets)?;
             for classes in [40_000, 39_000, 17_000] {
-                let ours = inputs.tiled(DType::F64, loss, &targets, Tile { rows: 9, classes })?;
+                let ours =
+                    inputs.tiled(DType::F64, loss, &targets, TileSize { rows: 9, classes })?;
                 assert_all_close(&format!("{classes} at a time"), &ours, &theirs, 1e-11);
             }
         }
@@ -177,7 +178,7 @@ fn long_rows() -> Result<()> {
 #[test]
 fn layouts() -> Result<()> {
     let (rows, size, classes) = ([4, 3], 6, 9);
-    let tile = Tile { rows: 5, classes: 4 };
+    let tile = TileSize { rows: 5, classes: 4 };
     let plain = Inputs::new(&rows, size, classes, true)?;
     let views = Inputs {
         hidden: plain.hidden.permute((2, 0, 1))?.contiguous()?.permute((1, 2, 0))?,
@@ -208,7 +209,8 @@ fn layouts() -> Result<()> {
                 ))
             };
             let theirs = of(&|h, w, b| Ok(loss.forward(&logits(h, w, b)?, &targets)?))?;
-            let ours = of(&|h, w, b| Ok(kernels::forward_linear(&loss, h, w, b, &targets, tile)?))?;
+            let ours =
+                of(&|h, w, b| Ok(testing::forward_linear_tiled(&loss, h, w, b, &targets, tile)?))?;
             assert_all_close(name, &ours, &theirs, 1e-12);
         }
     }
@@ -219,7 +221,7 @@ fn layouts() -> Result<()> {
 #[test]
 fn ranks_and_empty_batches() -> Result<()> {
     let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?);
-    let tile = Tile { rows: 2, classes: 2 };
+    let tile = TileSize { rows: 2, classes: 2 };
     let one = Inputs::new(&[], 4, 5, true)?;
     let target = Tensor::new(3u32, &CPU)?;
     let theirs = one.whole(&loss, &target)?;
@@ -254,7 +256,7 @@ fn no_hidden_units() -> Result<()> {
     let targets = Tensor::new(&[3u32, 0, 1], &CPU)?;
     let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?);
     let theirs = inputs.whole(&loss, &targets)?;
-    let ours = inputs.tiled(DType::F64, &loss, &targets, Tile { rows: 2, classes: 3 })?;
+    let ours = inputs.tiled(DType::F64, &loss, &targets, TileSize { rows: 2, classes: 3 })?;
     assert_all_close("no hidden units", &ours, &theirs, 1e-12);
     Ok(())
 }
@@ -279,7 +281,7 @@ fn smaller_dtypes() -> Result<()> {
             };
             let theirs = rounded.whole(&loss, &targets)?;
             let (losses, gradients) =
-                rounded.tiled(dtype, &loss, &targets, Tile { rows: 8, classes: 10 })?;
+                rounded.tiled(dtype, &loss, &targets, TileSize { rows: 8, classes: 10 })?;
             // The multiplications and the loss run in f32 on the CPU, whatever the dtype; on a GPU the logits
             // and their gradient are rounded to it.
             let (absolute, relative) = match common::device() {
@@ -362,8 +364,8 @@ fn ignored_rows_with_infinite_logits() -> Result<()> {
     let weight = Tensor::new(&[[2f32, 0.], [0., 3.], [-2., 1.]], &CPU)?;
     let targets = Tensor::new(&[0i64, -100, 2], &CPU)?;
     let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?).with_ignore_index(-100);
-    let tile = Tile { rows: 2, classes: 2 };
-    let result = kernels::forward_linear(&loss, &hidden, &weight, None, &targets, tile)?;
+    let tile = TileSize { rows: 2, classes: 2 };
+    let result = testing::forward_linear_tiled(&loss, &hidden, &weight, None, &targets, tile)?;
     assert!(result.to_scalar::<f32>()?.is_finite());
     let gradients = result.backward()?;
     let gradient = gradients.get(&hidden).expect("no gradient").to_vec2::<f32>()?;
@@ -378,11 +380,11 @@ fn upstream_gradients_scale() -> Result<()> {
     let inputs = Inputs::new(&[5], 3, 8, false)?;
     let targets = random_labels(&[5], 8, 2)?;
     let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?);
-    let tile = Tile { rows: 2, classes: 3 };
+    let tile = TileSize { rows: 2, classes: 3 };
     let of = |scale: f64| {
         inputs.run(DType::F64, |h, w, b| {
             let targets = targets.to_device(h.device())?;
-            kernels::forward_linear(&loss, h, w, b, &targets, tile)? * scale
+            testing::forward_linear_tiled(&loss, h, w, b, &targets, tile)? * scale
         })
     };
     let (one, large) = (of(1.)?, of(1024.)?);
@@ -460,9 +462,9 @@ fn a_target_that_is_no_class_is_found() -> Result<()> {
     let inputs = Inputs::new(&[2, 3], 3, 4, false)?;
     let targets = Tensor::new(&[[0i64, 1, 2], [3, 4, 0]], &CPU)?;
     let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?).with_reduction(Reduction::None);
-    let tile = Tile { rows: 1, classes: 3 };
+    let tile = TileSize { rows: 1, classes: 3 };
     let (hidden, weight) = (&inputs.hidden, &inputs.weight);
-    let result = kernels::forward_linear(&loss, hidden, weight, None, &targets, tile);
+    let result = testing::forward_linear_tiled(&loss, hidden, weight, None, &targets, tile);
     if cfg!(emulator) {
         let is_nan: Vec<bool> = values(&result?)?.iter().map(|loss| loss.is_nan()).collect();
         assert_eq!(is_nan, [false, false, false, false, true, false]);
@@ -482,7 +484,7 @@ fn bits_do_not_depend_on_threads() -> Result<()> {
     let inputs = Inputs::new(&[70], 8, 3000, true)?;
     let targets = random_labels(&[70], 3000, 2)?;
     let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?);
-    let tile = Tile { rows: 64, classes: 2000 };
+    let tile = TileSize { rows: 64, classes: 2000 };
     let statistics_of = |threads: usize| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
         pool.expect("a pool").install(|| inputs.tiled(DType::F32, &loss, &targets, tile))

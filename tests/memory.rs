@@ -3,7 +3,7 @@
 mod common;
 
 use candle_core::{DType, Result, Tensor, Var};
-use candle_label_smoothing::kernels::{self, Tile};
+use candle_label_smoothing::testing::{self, TileSize};
 use candle_label_smoothing::{LabelSmoothingLoss, Smoothing};
 use common::{random, random_labels, random_probabilities};
 use peak_alloc::PeakAlloc;
@@ -69,7 +69,7 @@ fn nothing_of_the_logits_size_is_allocated_but_the_gradient() -> Result<()> {
     Ok(())
 }
 
-const TILE: Tile = Tile { rows: 256, classes: 128 };
+const TILE: TileSize = TileSize { rows: 256, classes: 128 };
 
 /// The bytes that `forward_linear` and its backward hold at most.
 fn peaks(weight: &Tensor, rows: usize) -> Result<(usize, usize)> {
@@ -78,7 +78,7 @@ fn peaks(weight: &Tensor, rows: usize) -> Result<(usize, usize)> {
     let labels = random_labels(&[rows], classes, 3)?;
     let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?);
     let (result, forward) =
-        peak(|| Ok(kernels::forward_linear(&loss, &hidden, weight, None, &labels, TILE)?))?;
+        peak(|| Ok(testing::forward_linear_tiled(&loss, &hidden, weight, None, &labels, TILE)?))?;
     let (_, backward) = peak(|| result.backward())?;
     Ok((forward, backward))
 }

@@ -3,7 +3,7 @@
 mod common;
 
 use candle_core::{DType, Result, Tensor, Var};
-use candle_label_smoothing::kernels::{self, Tile};
+use candle_label_smoothing::testing::{self, TileSize};
 use candle_label_smoothing::{LabelSmoothingLoss, Reduction, Smoothing, reference, smooth_targets};
 use common::{CPU, random, random_labels, random_probabilities, values};
 use proptest::prelude::*;
@@ -342,7 +342,7 @@ property! {
         let seed = example.seed;
         // The tile is as random as all else.
         let size = (seed % 7) as usize;
-        let tile = Tile {
+        let tile = TileSize {
             rows: 1 + (seed / 7 % 9) as usize,
             classes: 1 + (seed / 63) as usize % (2 * classes),
         };
@@ -361,7 +361,7 @@ property! {
             Ok([&hidden, &weight, &bias].map(|var| gradients.get(var).cloned()))
         };
         let transposed = weight.t()?;
-        let tiled = kernels::forward_linear(
+        let tiled = testing::forward_linear_tiled(
             &loss,
             &hidden,
             &transposed,

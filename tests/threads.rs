@@ -3,7 +3,7 @@
 mod common;
 
 use candle_core::{DType, Result, Tensor, Var};
-use candle_label_smoothing::kernels::{self, Tile};
+use candle_label_smoothing::testing::{self, TileSize};
 use candle_label_smoothing::{LabelSmoothingLoss, Reduction, Smoothing, smooth_targets};
 use common::{random, random_labels, random_probabilities, smoothings, values};
 use rayon::{ThreadPool, ThreadPoolBuilder};
@@ -31,8 +31,8 @@ impl Job {
         let Self { loss, targets, .. } = self;
         let direct = loss.forward(&logits, targets)?;
         let num_classes = logits.dims()[1];
-        let tile = Tile { rows: 70, classes: num_classes.div_ceil(3) };
-        let linear = kernels::forward_linear(loss, &hidden, &weight, None, targets, tile)?;
+        let tile = TileSize { rows: 70, classes: num_classes.div_ceil(3) };
+        let linear = testing::forward_linear_tiled(loss, &hidden, &weight, None, targets, tile)?;
         let gradients = (&direct + &linear)?.sum_all()?.backward()?;
         let soft = smooth_targets(targets, num_classes, &self.smoothing)?;
         let gradients = [&logits, &hidden, &weight].map(|var| gradients.get(var));

@@ -20,7 +20,7 @@ mod formula;
 mod input;
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use candle_label_smoothing::kernels::{self, Tile};
+use candle_label_smoothing::testing::{self, TileSize};
 use candle_label_smoothing::{
     Error, LabelSmoothingLoss, Reduction, Smoothing, check_targets, smooth_targets,
 };
@@ -429,7 +429,8 @@ impl Test<'_> {
             return Ok(None);
         };
         let (num_rows, hidden_size) = (size(rows), hidden_size.get());
-        let tile = tile.map(|[rows, classes]| Tile { rows: rows.into(), classes: classes.into() });
+        let tile =
+            tile.map(|[rows, classes]| TileSize { rows: rows.into(), classes: classes.into() });
         let tiles = tile.map_or(1, |tile| {
             let slices = if tile.rows < num_rows { num_rows } else { 1 };
             slices.saturating_mul(classes.div_ceil(tile.classes.max(1)))
@@ -483,7 +484,9 @@ impl Test<'_> {
             let [hidden, weight] = [operands[0], operands[1]];
             let bias = operands.get(2).copied();
             match tile {
-                Some(tile) => kernels::forward_linear(loss, hidden, weight, bias, targets, tile),
+                Some(tile) => {
+                    testing::forward_linear_tiled(loss, hidden, weight, bias, targets, tile)
+                }
                 None => loss.forward_linear(hidden, weight, bias, targets),
             }
         };

@@ -2,16 +2,14 @@
 //! `cargo test --features cuda --test gpu`, or with `metal`. Without a GPU it is skipped, and a line says so.
 #![allow(clippy::duplicate_mod, reason = "each file of tests brings the common part along")]
 
+#[path = "../block_edges.rs"]
+mod block_edges;
 #[path = "../gradients.rs"]
 mod gradients;
 #[path = "../emulator/kernels.rs"]
 mod kernels;
 #[path = "../layouts.rs"]
 mod layouts;
-#[path = "../lengths.rs"]
-mod lengths;
-#[path = "../limits.rs"]
-mod limits;
 #[path = "../linear.rs"]
 mod linear;
 #[path = "../numerics.rs"]
@@ -20,6 +18,8 @@ mod numerics;
 mod options;
 #[path = "../parity.rs"]
 mod parity;
+#[path = "../size_limits.rs"]
+mod size_limits;
 
 #[cfg(feature = "cuda")]
 mod cuda;

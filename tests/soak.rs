@@ -1,5 +1,5 @@
 //! A long training with batches of every shape: memory does not grow, and results do not drift away from those of stock ops.
-//! `LOAD_STEPS=100000 cargo test --release --test load -- --nocapture` makes it as long as one likes.
+//! `SOAK_STEPS=100000 cargo test --release --test soak -- --nocapture` makes it as long as one likes.
 
 mod common;
 
@@ -76,7 +76,7 @@ fn stock(
 
 #[test]
 fn memory_does_not_grow_and_results_do_not_drift() -> Result<()> {
-    let steps = std::env::var("LOAD_STEPS").map_or(500, |steps| steps.parse().expect("a number"));
+    let steps = std::env::var("SOAK_STEPS").map_or(500, |steps| steps.parse().expect("a number"));
     let losses: Vec<LabelSmoothingLoss> = smoothings(CLASSES)?
         .into_iter()
         .map(|(_, smoothing)| LabelSmoothingLoss::new(smoothing))

@@ -18,7 +18,7 @@ pub struct Saved {
 }
 
 /// The forward kernel: the rows' losses, and what backward needs.
-pub fn forward(
+pub fn forward_rows(
     loss: &LabelSmoothingLoss,
     logits: &Tensor,
     targets: &Tensor,
@@ -31,7 +31,7 @@ pub fn forward(
 }
 
 /// The backward kernel: the logits' gradient, given that of each row's loss.
-pub fn backward(saved: &Saved, logits: &Tensor, upstream: &Tensor) -> Result<Tensor> {
+pub fn backward_rows(saved: &Saved, logits: &Tensor, upstream: &Tensor) -> Result<Tensor> {
     let Saved { problem, shape, targets, statistics } = saved;
     let rows = row_shape(shape.dims(), problem.class_dim).into();
     for (expected, given) in [(shape, logits.shape()), (&rows, upstream.shape())] {
@@ -44,16 +44,16 @@ pub fn backward(saved: &Saved, logits: &Tensor, upstream: &Tensor) -> Result<Ten
     Ok(op::gradient_of(problem, statistics, logits, targets, upstream)?)
 }
 
-pub use crate::linear::Tile;
+pub use crate::linear::TileSize;
 
 /// [`LabelSmoothingLoss::forward_linear`] by tiles of this size.
-pub fn forward_linear(
+pub fn forward_linear_tiled(
     loss: &LabelSmoothingLoss,
     hidden: &Tensor,
     weight: &Tensor,
     bias: Option<&Tensor>,
     targets: &Tensor,
-    tile: Tile,
+    tile: TileSize,
 ) -> Result<Tensor> {
     linear::forward(loss, hidden, weight, bias, targets, Some(tile))
 }
