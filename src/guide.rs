@@ -1,9 +1,9 @@
-//! Guides to the loss in use, each read in two minutes.
+//! Short guides to using the loss.
 //!
-//! - To begin with: [`epsilon`], [`migration`].
-//! - What the targets are: [`padding`], [`segmentation`], [`soft_targets`], [`class_weights`].
-//! - How the training goes: [`accumulation`], [`mixed_precision`], [`large_vocabularies`].
-//! - How the crate is built: [`architecture`].
+//! - Getting started: [`epsilon`], [`migration`].
+//! - Targets and classes: [`padding`], [`segmentation`], [`soft_targets`], [`class_weights`].
+//! - Training: [`accumulation`], [`mixed_precision`], [`large_vocabularies`].
+//! - The design of the crate: [`architecture`].
 
 #[doc = include_str!("guide/epsilon.md")]
 pub mod epsilon {}
