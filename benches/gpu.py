@@ -1,10 +1,10 @@
-"""What the peers take on a GPU: PyTorch, torch.compile and Liger, on the shapes of benches/gpu.rs.
+"""Times cross-entropy with label smoothing in PyTorch, torch.compile and Liger on a GPU, on the shapes of benches/gpu.rs.
 
     pip install torch liger-kernel
     python3 benches/gpu.py
 
-Liger's forward writes the gradient already, in place of the logits, so it gets a fresh copy at each step, whose time is
-subtracted. Medians of spans that end with a wait for the device.
+Liger's forward overwrites the logits with their gradient. Each step therefore copies the logits, and the time of the copy
+is subtracted. Each time is the median over several samples. A sample times many calls and ends by synchronizing the device.
 """
 
 import statistics
@@ -15,12 +15,12 @@ import torch.nn.functional as F
 
 CLASSES = [256, 1024, 4096, 16_384, 65_536, 128_256, 262_144]
 SMALL = [(32, 3), (128, 10)]
-BYTES = 256 << 20
-SPANS, SPAN = 15, 0.02
+MIN_BYTES = 256 << 20
+SAMPLES, SAMPLE_SECONDS = 15, 0.02
 
 
 def seconds(f):
-    def span(calls):
+    def sample(calls):
         torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(calls):
@@ -28,16 +28,16 @@ def seconds(f):
         torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    span(3)
-    calls = min(10_000, max(3, int(SPAN / (span(3) / 3))))
-    return statistics.median(span(calls) for _ in range(SPANS)) / calls
+    sample(3)
+    calls = min(10_000, max(3, int(SAMPLE_SECONDS / (sample(3) / 3))))
+    return statistics.median(sample(calls) for _ in range(SAMPLES)) / calls
 
 
 def eager(logits, labels):
     return F.cross_entropy(logits, labels, label_smoothing=0.1)
 
 
-def both(loss, logits, labels):
+def forward_and_backward(loss, logits, labels):
     def step():
         logits.grad = None
         loss(logits, labels).backward()
@@ -58,27 +58,26 @@ def main():
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for dtype in [torch.bfloat16, torch.float32]:
         size = torch.empty((), dtype=dtype).element_size()
-        large = [(-(-BYTES // (k * size)), k) for k in CLASSES]
+        large = [(-(-MIN_BYTES // (k * size)), k) for k in CLASSES]
         for rows, classes in SMALL + large:
             torch._dynamo.reset()
             logits = (torch.randn(rows, classes, device="cuda") * 3).to(dtype).requires_grad_()
             labels = torch.arange(rows, device="cuda") * 7919 % classes
             copy = seconds(lambda: logits.detach().clone())
-            figures = []
+            times = []
             for loss in [eager, compiled]:
                 with torch.no_grad():
-                    figures.append(seconds(lambda: loss(logits, labels)))
-                figures.append(seconds(both(loss, logits, labels)))
+                    times.append(seconds(lambda: loss(logits, labels)))
+                times.append(seconds(forward_and_backward(loss, logits, labels)))
             if liger is not None:
-                # A step on a copy that takes the gradient in place, less the copy.
                 def step():
                     fresh = logits.detach().clone().requires_grad_()
                     liger(fresh, labels).backward()
 
-                figures.append(seconds(step) - copy)
+                times.append(seconds(step) - copy)
             bandwidth = 2 * rows * classes * size / copy / 1e9
             name = f"{rows}x{classes} {str(dtype).removeprefix('torch.')}"
-            print(f"| {name} | {bandwidth:.0f} | " + " | ".join(f"{1e6 * x:.1f}" for x in figures) + " |")
+            print(f"| {name} | {bandwidth:.0f} | " + " | ".join(f"{1e6 * x:.1f}" for x in times) + " |")
             del logits, labels
             torch.cuda.empty_cache()
 

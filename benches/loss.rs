@@ -1,10 +1,10 @@
-//! The fused loss, its kernels alone, and what they are to be measured by, on the CPU.
+//! Times the loss and its kernels on the CPU, beside other implementations and plain reads and copies of the logits.
 //!
-//! `cargo bench` runs everything; `cargo bench -- 4096x1000` what has that in its name. Throughput
-//! counts the bytes of the logits once. `benches/table.py` makes tables of the results.
+//! `cargo bench --bench loss` runs all benchmarks. With `-- 4096x1000`, it runs those whose name contains 4096x1000.
+//! Throughput counts the bytes of the logits once. `benches/table.py` makes tables of the results.
 //!
-//! Memory comes from mimalloc, which keeps what is freed at hand, as a long training run should have
-//! it; `MIMALLOC_PURGE_DELAY=-1` makes it keep everything.
+//! The allocator is mimalloc, which reuses freed memory for some time before it returns it to the system. Long training
+//! runs benefit from this. With `MIMALLOC_PURGE_DELAY=-1`, mimalloc never returns memory.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_label_smoothing::{LabelSmoothingLoss, Smoothing, reference, testing};
@@ -19,8 +19,8 @@ use std::time::Duration;
 #[global_allocator]
 static ALLOCATOR: MiMalloc = MiMalloc;
 
-/// The shapes, and where the classes are: a toy, a small classifier, ImageNet, two vocabularies, a
-/// token at a time, and a batch of images to segment.
+/// Shapes and their class dimensions: a toy problem, a small classifier, ImageNet, two vocabularies, a single token, and
+/// a segmentation of images.
 const SHAPES: [(&[usize], usize); 7] = [
     (&[32, 3], 1),
     (&[128, 10], 1),
@@ -31,7 +31,7 @@ const SHAPES: [(&[usize], usize); 7] = [
     (&[8, 21, 256, 256], 1),
 ];
 
-/// Logits of the shape and labels for its rows.
+/// Random logits, and random labels for their rows.
 fn inputs(shape: &[usize], class_dim: usize, dtype: DType) -> Result<(Var, Tensor)> {
     let mut rows = shape.to_vec();
     let num_classes = rows.remove(class_dim);
@@ -44,12 +44,12 @@ fn inputs(shape: &[usize], class_dim: usize, dtype: DType) -> Result<(Var, Tenso
     Ok((Var::from_tensor(&logits)?, Tensor::from_vec(labels, rows, &Device::Cpu)?))
 }
 
-/// As many bytes as a tensor has, to read and to copy: the least that a kernel could do.
+/// A buffer of the same size as a tensor. Reading and copying it are lower bounds for the time of a kernel.
 struct Bytes(Vec<u64>);
 
 impl Bytes {
-    /// Words for one thread to work on at a time; fewer are not shared.
-    const PIECE: usize = 8192;
+    /// The words that a thread processes at a time. A buffer of fewer words stays on one thread.
+    const CHUNK: usize = 8192;
 
     fn of(tensor: &Tensor) -> Self {
         let len = tensor.elem_count() * tensor.dtype().size_in_bytes() / size_of::<u64>();
@@ -59,32 +59,32 @@ impl Bytes {
     fn read(&self) -> u64 {
         let sum = |words: &[u64]| words.iter().fold(0u64, |sum, word| sum.wrapping_add(*word));
         match self.0.len() {
-            ..=Self::PIECE => sum(&self.0),
-            _ => self.0.par_chunks(Self::PIECE).map(sum).reduce(|| 0, u64::wrapping_add),
+            ..=Self::CHUNK => sum(&self.0),
+            _ => self.0.par_chunks(Self::CHUNK).map(sum).reduce(|| 0, u64::wrapping_add),
         }
     }
 
     fn copy_to(&self, out: &mut Self) {
         match self.0.len() {
-            ..=Self::PIECE => out.0.copy_from_slice(&self.0),
+            ..=Self::CHUNK => out.0.copy_from_slice(&self.0),
             _ => self
                 .0
-                .par_chunks(Self::PIECE)
-                .zip(out.0.par_chunks_mut(Self::PIECE))
+                .par_chunks(Self::CHUNK)
+                .zip(out.0.par_chunks_mut(Self::CHUNK))
                 .for_each(|(words, out)| out.copy_from_slice(words)),
         }
     }
 }
 
-/// A group of benchmarks of one tensor.
+/// A benchmark group whose throughput counts the logits.
 fn group<'a>(
     criterion: &'a mut Criterion,
-    what: &str,
+    pass: &str,
     name: &str,
     logits: &Tensor,
 ) -> BenchmarkGroup<'a, WallTime> {
     let bytes = logits.elem_count() * logits.dtype().size_in_bytes();
-    let mut group = criterion.benchmark_group(format!("{name} {what}"));
+    let mut group = criterion.benchmark_group(format!("{name} {pass}"));
     group
         .throughput(Throughput::Bytes(bytes as u64))
         .sample_size(20)
@@ -116,7 +116,7 @@ fn bench_shape(
         b.iter(|| reference::forward(&loss, &logits, &targets).expect("a loss"))
     });
     if shape.len() == 2 {
-        // Without smoothing, which it does not have.
+        // candle-nn has no smoothing.
         forward.bench_function("candle-nn", |b| {
             b.iter(|| candle_nn::loss::cross_entropy(&logits, &targets).expect("a loss"))
         });
@@ -124,19 +124,19 @@ fn bench_shape(
     forward.finish();
 
     let (losses, saved) = testing::forward_rows(&loss, &logits, &targets)?;
-    let upstream = losses.ones_like()?;
+    let grad_output = losses.ones_like()?;
     let mut backward = group(criterion, "backward", &name, &logits);
     let mut copy = Bytes(bytes.0.clone());
     backward.bench_function("copy the bytes", |b| b.iter(|| bytes.copy_to(&mut copy)));
     drop(copy);
     if let Some(saved) = &saved {
         backward.bench_function("kernel", |b| {
-            b.iter(|| testing::backward_rows(saved, &logits, &upstream).expect("a gradient"))
+            b.iter(|| testing::backward_rows(saved, &logits, &grad_output).expect("a gradient"))
         });
     }
     backward.finish();
 
-    // What candle's backward does with a gradient: it adds it to zeros.
+    // candle's backward adds each gradient to zeros. No op can avoid this cost.
     let gradient = logits.ones_like()?;
     let accumulate = || logits.as_detached_tensor().zeros_like()?.add(&gradient);
     let fused = |logits: &Tensor| Ok(loss.forward(logits, &targets)?);

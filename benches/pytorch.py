@@ -1,9 +1,11 @@
-"""PyTorch's cross_entropy with label smoothing on the shapes of `loss.rs`, on as many threads.
+"""Times PyTorch's cross_entropy with label smoothing on the CPU, on the shapes of benches/loss.rs.
 
     MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 python3 benches/pytorch.py > pytorch.md
 
-Medians in milliseconds. The two variables make glibc keep what is freed at hand, as the allocator of the crate's
-benchmarks does. (Preloading that one, mimalloc, helped PyTorch less: it gives the largest blocks back.)
+Prints a table of medians in milliseconds. PyTorch uses as many threads as the process may have processors.
+
+The two variables make glibc keep freed memory, as mimalloc does for the crate's benchmarks. Preloading mimalloc helped
+PyTorch less, since mimalloc returns the largest blocks to the system.
 """
 
 import os

@@ -1,9 +1,9 @@
-"""Tables of what `cargo bench` has measured, in Markdown.
+"""Prints the results of `cargo bench --bench loss` as Markdown tables.
 
     python3 benches/table.py [TABLE.md ...]
 
-Medians, in milliseconds. Each file named holds the table that `pytorch.py` or the crate `burn` beside
-this script prints; its title heads a column of ratios.
+Each TABLE.md is the output of benches/pytorch.py or benches/burn. Its times are compared with those of the crate, and its
+title names the columns. All times are medians.
 """
 
 import json
@@ -14,20 +14,20 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parent.parent / "target" / "criterion"
 
 
-def measured():
-    """{(shape and dtype, what): {way: milliseconds}}"""
+def read_results():
+    """{(shape and dtype, pass): {implementation: milliseconds}}"""
     results = {}
     for path in ROOT.glob("*/*/new/benchmark.json"):
         names = json.loads(path.read_text())
-        shape, dtype, what = names["group_id"].split(" ", 2)
+        shape, dtype, pass_name = names["group_id"].split(" ", 2)
         estimates = json.loads((path.parent / "estimates.json").read_text())
         median = estimates["median"]["point_estimate"] / 1e6
-        results.setdefault((f"{shape} {dtype}", what), {})[names["function_id"]] = median
+        results.setdefault((f"{shape} {dtype}", pass_name), {})[names["function_id"]] = median
     return results
 
 
-def peer(path):
-    """A peer's name, and {shape and dtype: (forward, forward and backward)}."""
+def read_peer(path):
+    """The title of a table, and {shape and dtype: (forward, forward and backward)}."""
     name, rows = None, {}
     for line in pathlib.Path(path).read_text().splitlines():
         if line.startswith("# "):
@@ -38,7 +38,7 @@ def peer(path):
     return name or path, rows
 
 
-def elements(name):
+def sort_key(name):
     product = 1
     for length in name.split()[0].split("x"):
         product *= int(length)
@@ -63,18 +63,21 @@ def table(title, head, rows):
 
 
 def main():
-    results = measured()
-    peers = [peer(path) for path in sys.argv[1:]]
-    names = sorted({name for name, _ in results}, key=elements)
+    results = read_results()
+    peers = [read_peer(path) for path in sys.argv[1:]]
+    names = sorted({name for name, _ in results}, key=sort_key)
     forward = {name: results.get((name, "forward"), {}) for name in names}
     backward = {name: results.get((name, "backward"), {}) for name in names}
     both = {name: results.get((name, "forward and backward"), {}) for name in names}
 
-    ways = ["fused", "stock ops", "candle-nn"]
+    implementations = ["fused", "stock ops", "candle-nn"]
     table(
         "Milliseconds",
-        ["", *(f"forward: {way}" for way in ways), *(f"with backward: {way}" for way in ways)],
-        [(n, *(forward[n].get(w) for w in ways), *(both[n].get(w) for w in ways)) for n in names],
+        ["", *(f"forward: {i}" for i in implementations), *(f"with backward: {i}" for i in implementations)],
+        [
+            (n, *(forward[n].get(i) for i in implementations), *(both[n].get(i) for i in implementations))
+            for n in names
+        ],
     )
 
     def kernels(n):

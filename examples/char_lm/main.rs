@@ -1,10 +1,10 @@
-//! A language model of characters, trained straight from its hidden states by `forward_linear`.
+//! Trains a character-level language model with `forward_linear`, which computes the loss from the hidden states.
 //!
-//! `cargo run --release --example char_lm`, with `-- --help` for the options. The text is the first fourteen chapters
-//! of Jane Austen's *Northanger Abbey* (1817), which is in the public domain; `--data` takes any other.
+//! `cargo run --release --example char_lm` runs it; `-- --help` lists the options. The text is the first fourteen
+//! chapters of Jane Austen's *Northanger Abbey* (1817), which is in the public domain. `--data` takes another text.
 //!
-//! So few characters would fit as logits too: it is with words, where this one line trains tens of thousands of
-//! classes in the same memory, that it pays.
+//! Characters are few classes, so their logits would also fit into memory. A model of words has tens of thousands of
+//! classes; there, the same call saves the memory of the logits.
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, IndexOp, Tensor};
@@ -26,6 +26,8 @@ use std::time::Instant;
 static ALLOCATOR: PeakAlloc = PeakAlloc;
 
 const TEXT: &str = include_str!("northanger_abbey.txt");
+/// Below 1, sampling prefers likely characters more strongly.
+const TEMPERATURE: f64 = 0.7;
 
 /// Trains a recurrent network to predict the next character, and lets it write.
 #[derive(Parser)]
@@ -66,42 +68,43 @@ struct Model {
 }
 
 impl Model {
-    fn new(characters: usize, size: usize, vb: VarBuilder) -> candle_core::Result<Self> {
+    fn new(num_characters: usize, hidden_size: usize, vb: VarBuilder) -> candle_core::Result<Self> {
         Ok(Self {
-            embedding: embedding(characters, size / 4 + 1, vb.pp("embedding"))?,
-            gru: gru(size / 4 + 1, size, GRUConfig::default(), vb.pp("gru"))?,
-            head: linear(size, characters, vb.pp("head"))?,
+            embedding: embedding(num_characters, hidden_size / 4 + 1, vb.pp("embedding"))?,
+            gru: gru(hidden_size / 4 + 1, hidden_size, GRUConfig::default(), vb.pp("gru"))?,
+            head: linear(hidden_size, num_characters, vb.pp("head"))?,
         })
     }
 
-    /// What the network knows after each character: (batch, length) in, (batch, length, hidden) out.
-    fn hidden(&self, characters: &Tensor) -> candle_core::Result<Tensor> {
+    /// The hidden state after each character: (batch, length) to (batch, length, hidden).
+    fn hidden_states(&self, characters: &Tensor) -> candle_core::Result<Tensor> {
         let states = self.gru.seq(&self.embedding.forward(characters)?)?;
         Tensor::stack(&states.iter().map(|state| state.h()).collect::<Vec<_>>(), 1)
     }
 
-    /// The loss of each next character. The logits are never there as a whole.
+    /// The loss of predicting the characters `y` that follow `x`. No tensor of all logits is allocated.
     fn loss(&self, loss: &LabelSmoothingLoss, x: &Tensor, y: &Tensor) -> Result<Tensor> {
-        Ok(loss.forward_linear(&self.hidden(x)?, self.head.weight(), self.head.bias(), y)?)
+        Ok(loss.forward_linear(&self.hidden_states(x)?, self.head.weight(), self.head.bias(), y)?)
     }
 }
 
-/// The variables in an order that is the same in every run, with weights of the seed: candle's own are not to
-/// be seeded on the CPU.
+/// Draws the initial weights from `rng`, since candle cannot seed its generator on the CPU. Visits the variables by name,
+/// since the order of `VarMap` differs between runs.
 fn seed_weights(variables: &VarMap, rng: &mut ChaCha8Rng) -> Result<()> {
     let data = variables.data().lock().ok().context("the variables are in use")?;
     let mut named: Vec<_> = data.iter().collect();
     named.sort_by_key(|(name, _)| *name);
     for (_, variable) in named {
         let bound = 1. / (variable.dims().last().copied().unwrap_or(1) as f32).sqrt();
-        let numbers: Vec<f32> =
+        let weights: Vec<f32> =
             (0..variable.elem_count()).map(|_| rng.random_range(-bound..=bound)).collect();
-        variable.set(&Tensor::from_vec(numbers, variable.shape(), variable.device())?)?;
+        variable.set(&Tensor::from_vec(weights, variable.shape(), variable.device())?)?;
     }
     Ok(())
 }
 
-/// Passages that begin at these places, and the same one character on: (passages, length) both.
+/// The passages of `length` characters at `starts`, and their targets, which are one character later. Both have the shape
+/// (passages, length).
 fn passages(text: &[u32], starts: &[usize], length: usize) -> Result<(Tensor, Tensor)> {
     let tensor = |shift: usize| {
         let characters = starts.iter().flat_map(|start| &text[start + shift..][..length]);
@@ -111,8 +114,8 @@ fn passages(text: &[u32], starts: &[usize], length: usize) -> Result<(Tensor, Te
     Ok((tensor(0)?, tensor(1)?))
 }
 
-/// Bits a character of a text that was not learned from, which no smoothing enters.
-fn bits(model: &Model, text: &[u32], length: usize) -> Result<f64> {
+/// The cross-entropy of `text` in bits per character, without smoothing.
+fn bits_per_character(model: &Model, text: &[u32], length: usize) -> Result<f64> {
     let loss = LabelSmoothingLoss::new(Smoothing::none()).with_reduction(Reduction::Sum);
     let starts: Vec<usize> = (0..text.len() - length).step_by(length).collect();
     let mut sum = 0.;
@@ -123,8 +126,8 @@ fn bits(model: &Model, text: &[u32], length: usize) -> Result<f64> {
     Ok(sum / LN_2 / (starts.len() * length) as f64)
 }
 
-/// Goes on from a prompt, a character at a time.
-fn write(
+/// Samples `len` characters that follow `prompt`.
+fn generate(
     model: &Model,
     alphabet: &[char],
     prompt: u32,
@@ -136,10 +139,9 @@ fn write(
     for _ in 0..len {
         let input = model.embedding.forward(&Tensor::new(&[last], &Device::Cpu)?)?;
         state = model.gru.step(&input, &state)?;
-        // A little below 1, so that the likely becomes likelier.
-        let logits = (model.head.forward(state.h())? / 0.7)?;
-        let weights = softmax_last_dim(&logits)?.i(0)?.to_vec1::<f32>()?;
-        last = WeightedIndex::new(&weights)?.sample(rng) as u32;
+        let logits = (model.head.forward(state.h())? / TEMPERATURE)?;
+        let probabilities = softmax_last_dim(&logits)?.i(0)?.to_vec1::<f32>()?;
+        last = WeightedIndex::new(&probabilities)?.sample(rng) as u32;
         text.push(alphabet[last as usize]);
     }
     Ok(text)
@@ -161,7 +163,7 @@ fn main() -> Result<()> {
         .map(|character| alphabet.partition_point(|known| *known < character) as u32)
         .collect();
     let length = args.length as usize;
-    let (learned, held_out) = text.split_at(text.len() / 10 * 9);
+    let (training, held_out) = text.split_at(text.len() / 10 * 9);
     ensure!(
         held_out.len() > length,
         "the text has {} characters, expected more than {}: ten passages and one character",
@@ -178,10 +180,10 @@ fn main() -> Result<()> {
     let parameters = variables.all_vars().iter().map(|var| var.elem_count()).sum::<usize>();
     println!("{parameters} parameters");
 
-    let mut counts = vec![0f64; alphabet.len()];
-    text.iter().for_each(|&character| counts[character as usize] += 1.);
-    counts.iter_mut().for_each(|count| *count /= text.len() as f64);
-    let prior = Tensor::from_vec(counts, alphabet.len(), &Device::Cpu)?;
+    let mut frequencies = vec![0f64; alphabet.len()];
+    text.iter().for_each(|&character| frequencies[character as usize] += 1.);
+    frequencies.iter_mut().for_each(|frequency| *frequency /= text.len() as f64);
+    let prior = Tensor::from_vec(frequencies, alphabet.len(), &Device::Cpu)?;
     let smoothing = Smoothing::toward(args.epsilon, &prior).context("--epsilon cannot be used")?;
     let loss = LabelSmoothingLoss::new(smoothing);
 
@@ -192,14 +194,14 @@ fn main() -> Result<()> {
     let start = Instant::now();
     for step in 1..=args.steps {
         let starts: Vec<usize> =
-            (0..args.batch_size).map(|_| rng.random_range(0..learned.len() - length)).collect();
-        let (x, y) = passages(learned, &starts, length)?;
+            (0..args.batch_size).map(|_| rng.random_range(0..training.len() - length)).collect();
+        let (x, y) = passages(training, &starts, length)?;
         optimizer.set_learning_rate(args.lr * (1. - f64::from(step - 1) / f64::from(args.steps)));
         let loss = model.loss(&loss, &x, &y)?;
         optimizer.backward_step(&loss)?;
         bar.inc(1);
         if step % args.steps.div_ceil(10) == 0 || step == args.steps {
-            let held_out = bits(&model, held_out, length)?;
+            let held_out = bits_per_character(&model, held_out, length)?;
             let loss = f64::from(loss.to_scalar::<f32>()?) / LN_2;
             bar.set_message(format!("{held_out:.2} bits"));
             bar.suspend(|| println!(
@@ -215,6 +217,6 @@ fn main() -> Result<()> {
         tokens / seconds,
         ALLOCATOR.peak_usage_as_mb()
     );
-    println!("\n{}", write(&model, &alphabet, text[0], args.sample, &mut rng)?);
+    println!("\n{}", generate(&model, &alphabet, text[0], args.sample, &mut rng)?);
     Ok(())
 }

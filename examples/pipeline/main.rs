@@ -1,7 +1,7 @@
-//! A small classifier from raw rows to calibrated probabilities, in the order in which one writes it.
-//! Run `cargo run --example pipeline`, or `cargo run --example pipeline -- --help` for the options.
+//! Trains a small classifier with label smoothing, from raw rows to calibrated probabilities.
+//! `cargo run --example pipeline` runs it; `cargo run --example pipeline -- --help` lists the options.
 
-/// `println!`, but an error where nobody reads on, and not a panic.
+/// Like `println!`, but returns an error instead of panicking if standard output is closed.
 macro_rules! say {
     ($($line:tt)*) => {{
         use std::io::Write;
@@ -24,7 +24,7 @@ use model::{BINS, train};
 use plot::Picture;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
-use report::{QUALITIES, conclude, heading, observe, print_chart, progress, show, verdict};
+use report::{METRICS, conclude, heading, observe, print_chart, progress, show, verdict};
 use seeds::repeat;
 use std::io;
 use std::path::PathBuf;
@@ -68,18 +68,18 @@ struct Args {
     #[arg(long, value_name = "FILE.svg|png")]
     plot: Option<PathBuf>,
     /// Where to compute; cuda and metal need the feature of the same name
-    #[arg(long, value_enum, default_value_t = On::Cpu)]
-    device: On,
+    #[arg(long, value_enum, default_value_t = DeviceName::Cpu)]
+    device: DeviceName,
 }
 
 impl Args {
-    /// The sizes of the layers, the input and the output among them.
+    /// The sizes of all layers, from the input to the output.
     fn sizes(&self, table: &Table) -> Vec<usize> {
         let hidden = self.hidden.iter().map(|&size| size as usize);
         [table.columns()].into_iter().chain(hidden).chain([table.classes.len()]).collect()
     }
 
-    /// The steps of one training.
+    /// The number of optimizer steps in one training.
     fn steps(&self, rows: usize) -> u64 {
         rows.div_ceil(self.batch_size as usize) as u64 * u64::from(self.epochs)
     }
@@ -96,31 +96,31 @@ enum Convention {
 }
 
 #[derive(Clone, Copy, ValueEnum)]
-enum On {
+enum DeviceName {
     Cpu,
     Cuda,
     Metal,
 }
 
-/// What a seed is used for. Each use has a stream of its own, so that changing one (more epochs, another
-/// network) leaves the others as they were.
+/// The streams of random numbers that a seed gives. Each purpose has its own stream, so that a change to one (more epochs,
+/// another network) does not change the numbers of the others.
 #[derive(Clone, Copy)]
-enum Use {
+enum Stream {
     Rows,
     Split,
     Weights,
     Batches,
 }
 
-fn rng(seed: u64, purpose: Use) -> ChaCha8Rng {
+fn rng(seed: u64, stream: Stream) -> ChaCha8Rng {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    rng.set_stream(purpose as u64);
+    rng.set_stream(stream as u64);
     rng
 }
 
 fn main() -> Result<()> {
     run().or_else(|error| match error.downcast_ref::<io::Error>() {
-        // Whoever reads the output, `head` say, has enough.
+        // The reader of the output, for example `head`, has closed the pipe.
         Some(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         _ => Err(error),
     })
@@ -137,9 +137,9 @@ fn run() -> Result<()> {
     }
     .context("--epsilon cannot be used")?;
     let device = match args.device {
-        On::Cpu => Ok(Device::Cpu),
-        On::Cuda => Device::new_cuda(0),
-        On::Metal => Device::new_metal(0),
+        DeviceName::Cpu => Ok(Device::Cpu),
+        DeviceName::Cuda => Device::new_cuda(0),
+        DeviceName::Metal => Device::new_metal(0),
     }
     .context("--device cannot be used; cuda and metal need `--features` of the same name")?;
 
@@ -173,7 +173,7 @@ fn run() -> Result<()> {
     let soft = smooth_targets(y_train, classes, &smoothing)?;
     say!("  soft targets {} x {}", soft.dim(0)?, soft.dim(1)?);
     let soft = soft.to_vec2::<f32>()?;
-    // A small file may have no row of class 1 among its training rows.
+    // In a small file, class 1 may have no training row.
     let example = split.training_rows.iter().position(|&row| table.labels[row] == 1);
     let example = example.unwrap_or(0);
     let row = split.training_rows[example];
@@ -182,9 +182,9 @@ fn run() -> Result<()> {
     say!("  first training row of class {label}: {:.2?}", table.rows[row]);
     say!("  hard label {hard:?}");
     say!("  soft label {:?}", soft[example]);
-    // No prediction has a lower loss than the soft label itself, and that is its entropy.
+    // The lowest possible loss is the entropy of the soft label.
     let terms = soft[example].iter().filter(|&&q| q > 0.);
-    let floor: f64 = terms.map(|&q| -f64::from(q) * f64::from(q).ln()).sum();
+    let min_loss: f64 = terms.map(|&q| -f64::from(q) * f64::from(q).ln()).sum();
 
     say!("\n{}", heading("Model training"));
     let sizes = args.sizes(&table);
@@ -200,11 +200,11 @@ fn run() -> Result<()> {
     say!("  epoch |   loss | accuracy | observation");
     for (i, epoch) in trace.iter().enumerate() {
         let (loss, accuracy) = (epoch.loss, epoch.accuracy);
-        let observation = observe(&trace[..=i], classes, floor);
+        let observation = observe(&trace[..=i], classes, min_loss);
         let number = i + 1;
         say!("  {number:5} | {loss:6.3} | {accuracy:8.3} | {observation}");
     }
-    let accuracy = smoothed.quality[0];
+    let accuracy = smoothed.metrics[0];
     let gap = accuracy - trace.last().map_or(0., |epoch| epoch.accuracy);
     say!("  accuracy on the test rows: {accuracy:.3}");
     say!("  ({gap:+.3} against the training rows of the last epoch)\n");
@@ -231,23 +231,23 @@ fn run() -> Result<()> {
     say!("  softmax        {}", show(&probabilities)?);
     say!("  smoothed label {}", show(&softened)?);
     say!("  predicted {predicted}, labelled {target}: {}", verdict(predicted == target));
-    let own = loss.forward(&logits, &y)?.to_scalar::<f32>()?;
-    say!("  loss of this row: {own:.3} (at best {floor:.3})");
+    let row_loss = loss.forward(&logits, &y)?.to_scalar::<f32>()?;
+    say!("  loss of this row: {row_loss:.3} (at best {min_loss:.3})");
 
     say!("\n{}", heading("Key insight, measured"));
-    // The same initial weights and the same batches: only the targets differ.
-    let plain = LabelSmoothingLoss::new(Smoothing::none());
+    // Both trainings use the same initial weights and batches; only the targets differ.
+    let unsmoothed_loss = LabelSmoothingLoss::new(Smoothing::none());
     bar.reset();
-    let hard = train(&args, &sizes, &split, &plain, &bar)?;
+    let unsmoothed = train(&args, &sizes, &split, &unsmoothed_loss, &bar)?;
     bar.finish_and_clear();
     say!("  on the test rows           | smoothed | not smoothed");
-    for (i, name) in QUALITIES.iter().enumerate() {
-        say!("  {name:26} | {:8.3} | {:12.3}", smoothed.quality[i], hard.quality[i]);
+    for (i, name) in METRICS.iter().enumerate() {
+        say!("  {name:26} | {:8.3} | {:12.3}", smoothed.metrics[i], unsmoothed.metrics[i]);
     }
     say!("  (calibration error over {BINS} bins of equal width)");
-    say!("  {}", conclude(smoothed.quality, hard.quality));
+    say!("  {}", conclude(smoothed.metrics, unsmoothed.metrics));
     if let Some(picture) = picture {
-        picture.draw([&smoothed, &hard])?;
+        picture.draw([&smoothed, &unsmoothed])?;
     }
     Ok(())
 }

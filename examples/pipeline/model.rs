@@ -1,4 +1,4 @@
-//! The network, its training, and what it is worth.
+//! The network, its training and its evaluation.
 
 use anyhow::{Result, ensure};
 use candle_core::{D, DType, Device, Tensor, Var};
@@ -10,24 +10,25 @@ use rand_distr::{Distribution, Normal};
 use std::f64::consts::SQRT_2;
 
 use crate::table::Split;
-use crate::{Args, Use, rng};
+use crate::{Args, Stream, rng};
 
-/// The output layer starts this much larger than usual: confident before it knows anything, so that
-/// the trace begins above ln K, the loss of a guess.
+/// Scales the initial weights of the output layer. Large weights make the first predictions confident, so that the loss
+/// starts above ln K, the loss of uniform probabilities.
 const OUTPUT_SCALE: f64 = 2.;
-/// The part of the training over which the learning rate grows to its peak; then it falls to zero.
+/// The fraction of the training during which the learning rate rises to its peak. Afterwards it falls to zero.
 const WARM_UP: f64 = 1. / 3.;
+/// The number of calibration bins.
 pub const BINS: usize = 10;
 
-/// A trained network, how its training went, and its QUALITIES on the test rows.
+/// A trained network, the trace of its training, and its METRICS and calibration bins on the test rows.
 pub struct Run {
     pub model: Mlp,
     pub trace: Vec<Epoch>,
-    pub quality: [f64; 3],
+    pub metrics: [f64; 3],
     pub bins: [Bin; BINS],
 }
 
-/// Means over the batches of one epoch, and over the test rows after it.
+/// The means over the training batches of one epoch, and over the test rows after it.
 pub struct Epoch {
     pub loss: f64,
     pub accuracy: f64,
@@ -35,12 +36,12 @@ pub struct Epoch {
     pub test_accuracy: f64,
 }
 
-/// Sums over the rows whose top probability lies in one of the BINS.
+/// Sums over the test rows whose top probability lies in this bin.
 #[derive(Clone, Copy, Default)]
 pub struct Bin {
     pub rows: f64,
     pub confidence: f64,
-    pub right: f64,
+    pub correct: f64,
 }
 
 /// Linear layers with ReLU between them.
@@ -49,10 +50,10 @@ pub struct Mlp {
 }
 
 impl Mlp {
-    /// The network and its variables. candle cannot seed its generator on the CPU, so the initial
-    /// weights are drawn here: He's deviation sqrt(2/inputs) for what goes through a ReLU.
+    /// Returns the network and its variables. The initial weights are drawn here, since candle cannot seed its generator
+    /// on the CPU. Before a ReLU, their standard deviation is sqrt(2/inputs), as in He's initialization.
     fn new(sizes: &[usize], seed: u64, device: &Device) -> Result<(Self, Vec<Var>)> {
-        let mut rng = rng(seed, Use::Weights);
+        let mut rng = rng(seed, Stream::Weights);
         let (mut layers, mut variables) = (Vec::new(), Vec::new());
         for (i, size) in sizes.windows(2).enumerate() {
             let (inputs, outputs) = (size[0], size[1]);
@@ -99,29 +100,29 @@ pub fn train(
     let (x_test, y_test) = &split.test;
     let (model, variables) = Mlp::new(sizes, args.seed, x_train.device())?;
     let mut optimizer = SGD::new(variables, args.lr)?;
-    let mut rng = rng(args.seed, Use::Batches);
+    let mut rng = rng(args.seed, Stream::Batches);
     let mut order: Vec<u32> = (0..x_train.dim(0)? as u32).collect();
     let (mut trace, mut step) = (Vec::new(), 0.);
     for epoch in 1..=args.epochs {
         order.shuffle(&mut rng);
         let (mut losses, mut accuracies) = (0., 0.);
         let batches = order.chunks(args.batch_size as usize);
-        let count = batches.len() as f64;
+        let num_batches = batches.len() as f64;
         for batch in batches {
             let batch = Tensor::new(batch, x_train.device())?;
             let (x, y) = (x_train.index_select(&batch, 0)?, y_train.index_select(&batch, 0)?);
             let logits = model.forward(&x)?;
             let loss = loss.forward(&logits, &y)?;
             step += 1.;
-            let part = step / (count * f64::from(args.epochs) + 1.);
-            let share = f64::min(part / WARM_UP, (1. - part) / (1. - WARM_UP));
-            optimizer.set_learning_rate(args.lr * share);
+            let progress = step / (num_batches * f64::from(args.epochs) + 1.);
+            let lr_scale = f64::min(progress / WARM_UP, (1. - progress) / (1. - WARM_UP));
+            optimizer.set_learning_rate(args.lr * lr_scale);
             optimizer.backward_step(&loss)?;
             losses += f64::from(loss.to_scalar::<f32>()?);
             accuracies += accuracy(&logits, &y)?;
             bar.inc(1);
         }
-        let (train_loss, train_accuracy) = (losses / count, accuracies / count);
+        let (train_loss, train_accuracy) = (losses / num_batches, accuracies / num_batches);
         let logits = model.forward(x_test)?;
         let test_loss = f64::from(loss.forward(&logits, y_test)?.to_scalar::<f32>()?);
         for loss in [train_loss, test_loss] {
@@ -135,30 +136,30 @@ pub fn train(
         trace.push(Epoch { loss: train_loss, accuracy: train_accuracy, test_loss, test_accuracy });
         bar.set_message(format!("loss {train_loss:.3}"));
     }
-    let (quality, bins) = assess(&model, x_test, y_test)?;
-    Ok(Run { model, trace, quality, bins })
+    let (metrics, bins) = evaluate(&model, x_test, y_test)?;
+    Ok(Run { model, trace, metrics, bins })
 }
 
 fn accuracy(logits: &Tensor, y: &Tensor) -> Result<f64> {
-    let right = logits.argmax(D::Minus1)?.eq(y)?.to_dtype(DType::F32)?;
-    Ok(f64::from(right.mean_all()?.to_scalar::<f32>()?))
+    let correct = logits.argmax(D::Minus1)?.eq(y)?.to_dtype(DType::F32)?;
+    Ok(f64::from(correct.mean_all()?.to_scalar::<f32>()?))
 }
 
-/// The QUALITIES of a model: how often it is right, how sure it is of that, and how far the two differ.
-fn assess(model: &Mlp, x: &Tensor, y: &Tensor) -> Result<([f64; 3], [Bin; BINS])> {
+/// The METRICS and the calibration bins of a model.
+fn evaluate(model: &Mlp, x: &Tensor, y: &Tensor) -> Result<([f64; 3], [Bin; BINS])> {
     let logits = model.forward(x)?;
     let top = softmax(&logits, D::Minus1)?.max(D::Minus1)?;
-    let right = logits.argmax(D::Minus1)?.eq(y)?.to_vec1::<u8>()?;
-    let (rows, mut bins) = (right.len() as f64, [Bin::default(); BINS]);
-    for (top, right) in top.to_vec1::<f32>()?.into_iter().map(f64::from).zip(right) {
+    let correct = logits.argmax(D::Minus1)?.eq(y)?.to_vec1::<u8>()?;
+    let (rows, mut bins) = (correct.len() as f64, [Bin::default(); BINS]);
+    for (top, correct) in top.to_vec1::<f32>()?.into_iter().map(f64::from).zip(correct) {
         let bin = &mut bins[((top * BINS as f64) as usize).min(BINS - 1)];
         bin.rows += 1.;
         bin.confidence += top;
-        bin.right += f64::from(right);
+        bin.correct += f64::from(correct);
     }
     let confidence = bins.iter().map(|bin| bin.confidence).sum::<f64>() / rows;
     // The gap between confidence and accuracy in each bin, weighted by the rows in it.
-    let gaps = bins.iter().map(|bin| (bin.confidence - bin.right).abs());
+    let gaps = bins.iter().map(|bin| (bin.confidence - bin.correct).abs());
     let calibration_error = gaps.sum::<f64>() / rows;
     Ok(([accuracy(&logits, y)?, confidence, calibration_error], bins))
 }

@@ -1,4 +1,4 @@
-//! The training and the calibration as a picture.
+//! Draws the training and the calibration.
 
 use anyhow::{Result, anyhow, bail};
 use plotters::coord::{Shift, types::RangedCoordf64};
@@ -14,26 +14,29 @@ use std::path::Path;
 
 use crate::model::{Bin, Epoch, Run};
 
-/// In pixels of an SVG; a PNG has twice as many for sharp letters.
+/// In pixels.
 const SIZE: (u32, u32) = (1080, 400);
+/// A PNG has more pixels than an SVG, so that its letters are sharp.
 const PNG_SCALE: u32 = 2;
-/// Blue and vermilion of Okabe and Ito's palette, which colour-blind readers tell apart.
+/// Blue and vermilion of Okabe and Ito's palette, which colour-blind readers can distinguish.
 const COLOURS: [RGBColor; 2] = [RGBColor(0, 114, 178), RGBColor(213, 94, 0)];
 const GREY: RGBColor = RGBColor(110, 110, 110);
-/// A line has no more points than a panel has room for.
-const POINTS: usize = 200;
-/// So few epochs are marked, and a single one is seen at all.
-const MARKED: usize = 20;
-/// Pixels of a dashed line, of a line in the legend, and the radius of a bin that has all rows.
+/// The largest number of points in a line.
+const MAX_POINTS: usize = 200;
+/// Up to this number of epochs, each has a dot. Without a dot, a single epoch would be invisible.
+const MAX_DOTS: usize = 20;
+/// Lengths in a dashed line.
 const DASH: u32 = 6;
 const GAP: u32 = 4;
-const SAMPLE: u32 = 30;
-const LARGEST_DOT: f64 = 12.;
+/// The length of a line in the legend.
+const LEGEND_LINE: u32 = 30;
+/// The radius of a bin that holds all rows.
+const MAX_RADIUS: f64 = 12.;
 
-/// What a panel shows of an epoch: on the training rows and on the test rows.
-type Figures = fn(&Epoch) -> [f64; 2];
+/// The values that a panel shows of an epoch, on the training rows and on the test rows.
+type EpochValues = fn(&Epoch) -> [f64; 2];
 
-/// The file of a picture, opened before there is anything to draw, so that a wrong name is told at once.
+/// The file of a picture. It is opened before the training, so that a wrong name is an error at once.
 pub struct Picture {
     file: File,
     is_svg: bool,
@@ -47,14 +50,14 @@ impl Picture {
             Some("png") => false,
             _ => bail!("expected a name that ends in .svg or .png"),
         };
-        // What is there already stays until the new picture is ready.
+        // An existing picture stays until the new one is ready.
         let file = File::options().write(true).create(true).truncate(false).open(path)?;
         Ok(Self { file, is_svg })
     }
 
-    /// Draws a training with smoothing and one without.
+    /// Draws a run with smoothing and one without.
     pub fn draw(mut self, runs: [&Run; 2]) -> Result<()> {
-        // A font of its own: the same picture on every machine.
+        // An included font makes the picture the same on every machine.
         register_font("sans-serif", FontStyle::Normal, dejavu::sans::regular())
             .map_err(|_| anyhow!("the font cannot be read"))?;
         let mut bytes = Vec::new();
@@ -80,19 +83,19 @@ where
     DB::ErrorType: 'static,
 {
     let root = backend.into_drawing_area();
-    // A background of its own: it reads on a dark page too.
+    // A white background keeps the picture readable on a dark page.
     root.fill(&WHITE)?;
     let (top, bottom) = root.split_vertically(36 * scale);
     draw_legend(&top, scale)?;
     let panels = bottom.split_evenly((1, 3));
 
-    let (losses, accuracies): (Figures, Figures) =
+    let (losses, accuracies): (EpochValues, EpochValues) =
         (|epoch| [epoch.loss, epoch.test_loss], |epoch| [epoch.accuracy, epoch.test_accuracy]);
-    let all = |figures| runs.iter().flat_map(|run| &run.trace).flat_map(figures);
+    let all = |values| runs.iter().flat_map(|run| &run.trace).flat_map(values);
     let loss_range = 0. ..1.05 * all(losses).fold(1e-9, f64::max);
     let accuracy_range = (all(accuracies).fold(1., f64::min) - 0.05).max(0.)..1.;
     let epochs = runs[0].trace.len();
-    for (panel, title, unit, range, figures) in [
+    for (panel, title, unit, range, values) in [
         (&panels[0], "Loss", "loss against its own targets (nats)", loss_range, losses),
         (&panels[1], "Accuracy", "accuracy (share of the rows)", accuracy_range, accuracies),
     ] {
@@ -100,9 +103,9 @@ where
         let mut chart = axes(panel, scale, texts, 1. ..epochs.max(2) as f64, range, epochs)?;
         for (run, colour) in runs.into_iter().zip(COLOURS) {
             let line = colour.stroke_width(2 * scale);
-            let shown = run.trace.iter().enumerate().step_by(epochs.div_ceil(POINTS));
-            let points = |i: usize| shown.clone().map(move |(x, y)| (1. + x as f64, figures(y)[i]));
-            if epochs <= MARKED {
+            let shown = run.trace.iter().enumerate().step_by(epochs.div_ceil(MAX_POINTS));
+            let points = |i: usize| shown.clone().map(move |(x, y)| (1. + x as f64, values(y)[i]));
+            if epochs <= MAX_DOTS {
                 let dot = |style| move |point| Circle::new(point, 3 * scale, style);
                 chart.draw_series(points(0).map(dot(line.filled())))?;
                 chart.draw_series(points(1).map(dot(line)))?;
@@ -116,7 +119,7 @@ where
     Ok(())
 }
 
-/// Above the panels, where it covers no data.
+/// Draws the legend above the panels, where it covers no data.
 fn draw_legend<DB: DrawingBackend>(area: &DrawingArea<DB, Shift>, scale: u32) -> Result<()>
 where
     DB::ErrorType: 'static,
@@ -124,22 +127,22 @@ where
     let text = font(16, scale).pos(Pos::new(HPos::Left, VPos::Center));
     let (mut x, y) = (60 * scale as i32, 20 * scale as i32);
     for (name, colour, dash) in [
-        ("smoothed", COLOURS[0], SAMPLE),
-        ("not smoothed", COLOURS[1], SAMPLE),
-        ("training rows, during the epoch", GREY, SAMPLE),
+        ("smoothed", COLOURS[0], LEGEND_LINE),
+        ("not smoothed", COLOURS[1], LEGEND_LINE),
+        ("training rows, during the epoch", GREY, LEGEND_LINE),
         ("test rows, after it", GREY, DASH),
     ] {
-        let line = [(x, y), (x + (SAMPLE * scale) as i32, y)];
+        let line = [(x, y), (x + (LEGEND_LINE * scale) as i32, y)];
         let style = colour.stroke_width(2 * scale);
         area.draw(&DashedPathElement::new(line, dash * scale, GAP * scale, style))?;
-        x += ((SAMPLE + 8) * scale) as i32;
+        x += ((LEGEND_LINE + 8) * scale) as i32;
         area.draw(&Text::new(name, (x, y), text.clone()))?;
         x += (area.estimate_text_size(name, &text)?.0 + 40 * scale) as i32;
     }
     Ok(())
 }
 
-/// Confidence and accuracy of each bin; the dotted line is where the two agree.
+/// Draws the accuracy of each bin against its confidence. On the dotted line, the two are equal.
 fn draw_calibration<DB: DrawingBackend>(
     area: &DrawingArea<DB, Shift>,
     scale: u32,
@@ -160,9 +163,9 @@ where
     for (run, colour) in runs.into_iter().zip(COLOURS) {
         let bins = || run.bins.iter().filter(|bin| bin.rows > 0.);
         let rows: f64 = bins().map(|bin| bin.rows).sum();
-        let point = |bin: &Bin| (bin.confidence / bin.rows, bin.right / bin.rows);
+        let point = |bin: &Bin| (bin.confidence / bin.rows, bin.correct / bin.rows);
         let dot = |bin: &Bin| {
-            let radius = (LARGEST_DOT * (bin.rows / rows).sqrt()).max(2.) * f64::from(scale);
+            let radius = (MAX_RADIUS * (bin.rows / rows).sqrt()).max(2.) * f64::from(scale);
             Circle::new(point(bin), radius.round() as u32, colour.mix(0.7).filled())
         };
         chart.draw_series(LineSeries::new(bins().map(point), colour.stroke_width(scale)))?;
@@ -175,7 +178,7 @@ fn font(size: u32, scale: u32) -> TextStyle<'static> {
     ("sans-serif", size * scale).into()
 }
 
-/// A panel with its title and what its two axes are.
+/// A panel with a title and axes. `title`, `x` and `y` are texts.
 fn axes<'a, DB: DrawingBackend>(
     panel: &DrawingArea<DB, Shift>,
     scale: u32,
@@ -200,7 +203,7 @@ where
         .configure_mesh()
         .light_line_style(TRANSPARENT)
         .set_all_tick_mark_size(5 * scale)
-        // No more than one label an epoch.
+        // At most one label for each epoch.
         .x_labels(epochs.clamp(2, 6))
         .y_labels(6)
         .x_label_formatter(&format)

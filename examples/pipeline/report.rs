@@ -1,4 +1,4 @@
-//! What the figures say, in words and as a chart.
+//! Describes the results in words and as a chart.
 
 use anyhow::Result;
 use candle_core::Tensor;
@@ -7,7 +7,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::model::Epoch;
 
-pub const QUALITIES: [&str; 3] = ["accuracy", "mean top probability", "expected calibration error"];
+pub const METRICS: [&str; 3] = ["accuracy", "mean top probability", "expected calibration error"];
 
 pub fn heading(text: &str) -> StyledObject<&str> {
     style(text).bold()
@@ -17,20 +17,20 @@ pub fn verdict(is_right: bool) -> StyledObject<&'static str> {
     if is_right { style("right").green() } else { style("wrong").red() }
 }
 
-/// A bar where the lines go, if that is a terminal.
+/// A progress bar on standard output, hidden if that is not a terminal.
 pub fn progress(steps: u64) -> Result<ProgressBar> {
     let bar = ProgressBar::with_draw_target(Some(steps), ProgressDrawTarget::stdout());
     Ok(bar.with_style(ProgressStyle::with_template("  {bar:40.cyan} {pos}/{len} {msg} {eta}")?))
 }
 
-/// What the figures of the last epoch say, against the one before or against a guess.
-pub fn observe(trace: &[Epoch], classes: usize, floor: f64) -> String {
-    let guess = (classes as f64).ln();
+/// Describes the last epoch, compared with the one before or, for the first epoch, with uniform probabilities.
+pub fn observe(trace: &[Epoch], classes: usize, min_loss: f64) -> String {
+    let uniform_loss = (classes as f64).ln();
     match trace {
         [.., before, now] => {
-            let share = 100. * (before.loss - now.loss) / (before.loss - floor).max(1e-9);
+            let percent = 100. * (before.loss - now.loss) / (before.loss - min_loss).max(1e-9);
             let gain = 100. * (now.accuracy - before.accuracy);
-            let pace = match share {
+            let pace = match percent {
                 ..0. => {
                     return format!(
                         "loss up by {:.3}, accuracy {gain:+.1} points",
@@ -41,19 +41,21 @@ pub fn observe(trace: &[Epoch], classes: usize, floor: f64) -> String {
                 ..25. => "steady",
                 _ => "fast",
             };
-            format!("{pace}: {share:.0}% of the way left to {floor:.3}, accuracy {gain:+.1} points")
+            format!(
+                "{pace}: {percent:.0}% of the way left to {min_loss:.3}, accuracy {gain:+.1} points"
+            )
         }
-        [now] if now.loss > guess => {
-            format!("worse than a guess (ln {classes} = {guess:.3}): sure and often wrong")
+        [now] if now.loss > uniform_loss => {
+            format!("worse than a guess (ln {classes} = {uniform_loss:.3}): sure and often wrong")
         }
-        _ => format!("better than a guess (ln {classes} = {guess:.3})"),
+        _ => format!("better than a guess (ln {classes} = {uniform_loss:.3})"),
     }
 }
 
-/// The loss over the epochs.
+/// Prints a chart of the loss over the epochs.
 pub fn print_chart(trace: &[Epoch]) -> Result<()> {
     const HEIGHT: usize = 8;
-    // A long training shows every n-th epoch, so that the chart stays within 60 characters.
+    // A chart of many epochs shows every n-th of them, so that it stays within 60 characters.
     let losses = trace.iter().map(|epoch| epoch.loss).enumerate();
     let shown: Vec<(usize, f64)> = losses.step_by(trace.len().div_ceil(12)).collect();
     let low = shown.iter().fold(f64::INFINITY, |low, point| low.min(point.1));
@@ -73,7 +75,7 @@ pub fn print_chart(trace: &[Epoch]) -> Result<()> {
     Ok(())
 }
 
-/// The values of one row, the middle of a long one left out.
+/// Formats the values of one row and leaves out the middle of a long one.
 pub fn show(row: &Tensor) -> Result<String> {
     let values = row.flatten_all()?.to_vec1::<f32>()?;
     let mut texts: Vec<_> = values.iter().map(|value| format!("{value:.2}")).collect();
@@ -83,15 +85,16 @@ pub fn show(row: &Tensor) -> Result<String> {
     Ok(format!("[{}]", texts.join(", ")))
 }
 
-pub fn conclude(smoothed: [f64; 3], hard: [f64; 3]) -> String {
-    // What would be printed as the same figure is no difference.
-    let change = |i: usize, less, more| match smoothed[i] - hard[i] {
+/// Describes how smoothing changed the METRICS.
+pub fn conclude(smoothed: [f64; 3], unsmoothed: [f64; 3]) -> String {
+    // A difference below the printed precision counts as none.
+    let change = |i: usize, less, more| match smoothed[i] - unsmoothed[i] {
         ..-5e-4 => less,
         5e-4.. => more,
         _ => "as",
     };
     let (sure, calibrated) = (change(1, "less", "more"), change(2, "better", "worse"));
-    let gaps = [smoothed, hard].map(|[right, sure, _]| format!("{:+.3}", sure - right));
+    let gaps = [smoothed, unsmoothed].map(|[accuracy, top, _]| format!("{:+.3}", top - accuracy));
     format!(
         "Smoothing made the model {sure} sure and {calibrated} calibrated on these rows:\n  \
         the mean top probability is {} off the accuracy with it, {} without.",

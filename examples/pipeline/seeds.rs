@@ -1,4 +1,4 @@
-//! What smoothing does over many seeds: a single split of few rows says little.
+//! Repeats the training with many seeds, since the result of a single split of few rows varies strongly.
 
 use anyhow::Result;
 use candle_core::Device;
@@ -6,10 +6,10 @@ use candle_label_smoothing::{LabelSmoothingLoss, Smoothing};
 
 use crate::Args;
 use crate::model::{BINS, train};
-use crate::report::{QUALITIES, heading, progress};
+use crate::report::{METRICS, heading, progress};
 use crate::table::{Split, Table, generate};
 
-/// Trains with and without smoothing for each seed, and prints what that comes to.
+/// Trains with and without smoothing for each seed, and prints the means and the standard deviations.
 pub fn repeat(
     args: &Args,
     seeds: u32,
@@ -27,36 +27,38 @@ pub fn repeat(
         let table = if args.data.is_some() { table } else { &generate(seed) };
         let split = Split::new(table, seed, device)?;
         let args = Args { seed, ..args.clone() };
-        let quality = |loss| Ok(train(&args, &sizes, &split, loss, &bar)?.quality);
-        let [smoothed, hard]: [Result<[f64; 3]>; 2] = losses.each_ref().map(quality);
-        results.push((smoothed?, hard?));
+        let metrics = |loss| Ok(train(&args, &sizes, &split, loss, &bar)?.metrics);
+        let [smoothed, unsmoothed]: [Result<[f64; 3]>; 2] = losses.each_ref().map(metrics);
+        results.push((smoothed?, unsmoothed?));
     }
     bar.finish_and_clear();
 
     say!("{}", heading("Key insight, measured"));
     say!("  {seeds} seeds, {} epochs; means ± standard deviations", args.epochs);
     say!("  on the test rows           |      smoothed |  not smoothed |     difference");
-    for (i, name) in QUALITIES.iter().enumerate() {
-        let figures = |of: fn(&[f64; 3], &[f64; 3], usize) -> f64| {
-            let figures = results.iter().map(|(smoothed, hard)| of(smoothed, hard, i));
-            mean_and_deviation(&figures.collect::<Vec<_>>())
+    for (i, name) in METRICS.iter().enumerate() {
+        let summarize = |value: fn(&[f64; 3], &[f64; 3], usize) -> f64| {
+            let values =
+                results.iter().map(|(smoothed, unsmoothed)| value(smoothed, unsmoothed, i));
+            mean_and_deviation(&values.collect::<Vec<_>>())
         };
-        let (smoothed, smoothed_spread) = figures(|smoothed, _, i| smoothed[i]);
-        let (hard, hard_spread) = figures(|_, hard, i| hard[i]);
-        let (difference, spread) = figures(|smoothed, hard, i| smoothed[i] - hard[i]);
+        let (smoothed, smoothed_deviation) = summarize(|smoothed, _, i| smoothed[i]);
+        let (unsmoothed, unsmoothed_deviation) = summarize(|_, unsmoothed, i| unsmoothed[i]);
+        let (difference, deviation) =
+            summarize(|smoothed, unsmoothed, i| smoothed[i] - unsmoothed[i]);
         say!(
-            "  {name:26} | {smoothed:.3} ± {smoothed_spread:.3} | {hard:.3} ± {hard_spread:.3} | \
-            {difference:+.3} ± {spread:.3}"
+            "  {name:26} | {smoothed:.3} ± {smoothed_deviation:.3} | \
+            {unsmoothed:.3} ± {unsmoothed_deviation:.3} | {difference:+.3} ± {deviation:.3}"
         );
     }
     say!("  (calibration error over {BINS} bins of equal width; differences within each seed)");
     Ok(())
 }
 
-/// The mean, and the deviation of a single figure from it.
-fn mean_and_deviation(figures: &[f64]) -> (f64, f64) {
-    let count = figures.len() as f64;
-    let mean = figures.iter().sum::<f64>() / count;
-    let squares = figures.iter().map(|figure| (figure - mean).powi(2)).sum::<f64>();
+/// The mean and the sample standard deviation.
+fn mean_and_deviation(values: &[f64]) -> (f64, f64) {
+    let count = values.len() as f64;
+    let mean = values.iter().sum::<f64>() / count;
+    let squares = values.iter().map(|value| (value - mean).powi(2)).sum::<f64>();
     (mean, (squares / (count - 1.)).sqrt())
 }

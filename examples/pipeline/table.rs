@@ -1,4 +1,4 @@
-//! Where the rows come from: a generator, or a CSV file.
+//! The rows: generated, or read from a CSV file.
 
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{Device, Tensor};
@@ -9,20 +9,20 @@ use std::collections::HashMap;
 use std::f64::consts::{FRAC_1_SQRT_2, TAU};
 use std::path::Path;
 
-use crate::{Use, rng};
+use crate::{Stream, rng};
 
 /// Row 0 of the generated data; the other rows are generated around it.
 const SAMPLE: [f64; 10] = [5.1, 3.5, 1.4, 0.9, 2.8, 4.2, 1.3, 3.1, 1.6, 0.2];
 const ROWS: usize = 1000;
 const CLASSES: [&str; 3] = ["A", "B", "C"];
-/// One unit of the generated noise in the units of the rows, a few millimetres on a flower.
-const UNIT: f64 = 0.3;
-/// How far a group lies from the middle, and how far apart the classes lie as a whole, in units of
-/// the noise. Groups are learned slowly and classes at once: their mixture sets the pace.
+/// The standard deviation of the noise in the generated columns.
+const NOISE_DEVIATION: f64 = 0.3;
+/// The distance of a group from the middle, in standard deviations of the noise. The network learns the groups slowly.
 const GROUP_RADIUS: f64 = 3.1;
+/// The distance of a whole class from the middle, in the same unit. The network learns it within few steps.
 const CLASS_RADIUS: f64 = 1.1;
 
-/// Rows of numbers, and for each an index into the classes.
+/// Rows of numbers with their labels, which are indices into `classes`.
 pub struct Table {
     pub rows: Vec<Vec<f64>>,
     pub labels: Vec<u32>,
@@ -35,18 +35,18 @@ impl Table {
     }
 }
 
-/// Groups of rows with normal noise. Each group raises two of the columns, and only the two together
-/// decide the class. The classes are moved apart a little besides. All of that is fixed, so that no
-/// seed gets an easier task than another.
+/// Generates groups of rows with normal noise. In each group, two of the columns have higher values, and the pair of columns
+/// decides the class. In addition, the classes are shifted apart. The seed changes only the noise, so that no seed gives an
+/// easier task than another.
 pub fn generate(seed: u64) -> Table {
     let columns = SAMPLE.len();
     let pairs = (0..columns).flat_map(|first| (0..first).map(move |second| (first, second)));
     let group = |(first, second)| {
         let class = (first + second) % CLASSES.len();
         let (sin, cos) = (TAU * class as f64 / CLASSES.len() as f64).sin_cos();
-        let apart = CLASS_RADIUS / (columns as f64).sqrt();
+        let shift = CLASS_RADIUS / (columns as f64).sqrt();
         let alternate = |j| if j % 2 == 0 { sin } else { -sin };
-        let mut centre: Vec<f64> = (0..columns).map(|j| apart * (cos + alternate(j))).collect();
+        let mut centre: Vec<f64> = (0..columns).map(|j| shift * (cos + alternate(j))).collect();
         centre[first] += GROUP_RADIUS * FRAC_1_SQRT_2;
         centre[second] += GROUP_RADIUS * FRAC_1_SQRT_2;
         (centre, class as u32)
@@ -55,11 +55,11 @@ pub fn generate(seed: u64) -> Table {
     // Row 0 is the centre of the first group.
     let (origin, class) = &groups[0];
     let (mut rows, mut labels) = (vec![SAMPLE.to_vec()], vec![*class]);
-    let mut rng = rng(seed, Use::Rows);
+    let mut rng = rng(seed, Stream::Rows);
     for (centre, class) in groups.iter().cycle().skip(1).take(ROWS - 1) {
         let value = |j: usize| {
             let noise: f64 = StandardNormal.sample(&mut rng);
-            SAMPLE[j] + UNIT * (centre[j] - origin[j] + noise)
+            SAMPLE[j] + NOISE_DEVIATION * (centre[j] - origin[j] + noise)
         };
         rows.push((0..columns).map(value).collect());
         labels.push(*class);
@@ -68,7 +68,7 @@ pub fn generate(seed: u64) -> Table {
     Table { rows, labels, classes }
 }
 
-/// Reads numbers with a class label in the last column. A complaint names the line and the column.
+/// Reads rows of numbers with a class label in the last column. An error names the line and the column.
 pub fn read_csv(path: &Path) -> Result<Table> {
     let bytes = std::fs::read(path)?;
     let text = match std::str::from_utf8(&bytes) {
@@ -85,7 +85,7 @@ pub fn read_csv(path: &Path) -> Result<Table> {
     let records = reader.from_reader(text.as_bytes()).into_records();
     let records: Vec<StringRecord> = records.collect::<Result<_, _>>()?;
     let at = |record: &StringRecord, column: usize| {
-        // The csv crate counts blank lines to the record that follows them.
+        // In the csv crate, the position of a record includes the blank lines before it.
         let start = record.position().map_or(0, |start| start.byte() as usize);
         let (before, rest) = text.split_at_checked(start).unwrap_or((text, ""));
         let blank = rest.chars().take_while(|c| "\r\n".contains(*c));
@@ -97,9 +97,9 @@ pub fn read_csv(path: &Path) -> Result<Table> {
     let first = first.context("line 1, column 1: the file is empty")?;
     let features = first.len() - 1;
     ensure!(features > 0, "{}: expected numbers, a comma, a label", at(first, 0));
-    // A header has no number among its features; a line with some of both is a row with a mistake.
-    let announced = announced_classes(&records);
-    let header = announced.is_some() || !first.iter().take(features).any(is_number);
+    // A header has no number among its features. A first line with numbers and words is an invalid row.
+    let declared = declared_classes(&records);
+    let header = declared.is_some() || !first.iter().take(features).any(is_number);
     let records = &records[header as usize..];
     let [head, .., last] = records else { bail!("{}: expected more than one row", at(first, 0)) };
     let width = head.len();
@@ -125,7 +125,7 @@ pub fn read_csv(path: &Path) -> Result<Table> {
     }
 
     let mut found: Vec<String> = words.iter().map(|word| word.to_string()).collect();
-    // Whole numbers in the order of their values, 10 after 9; words in that of the alphabet.
+    // Integers are sorted by value, so that 10 follows 9, and words alphabetically.
     found.sort_by_cached_key(|word| (word.parse::<i64>().ok(), word.clone()));
     found.dedup();
     let (n, k) = (rows.len(), found.len());
@@ -133,8 +133,8 @@ pub fn read_csv(path: &Path) -> Result<Table> {
     ensure!(n >= 5, "{label}: {n} rows up to here, expected at least 5");
     ensure!(k > 1, "{label}: one class up to here, expected at least two");
     ensure!(n >= 2 * k, "{label}: {k} labels in {n} rows, expected a class");
-    // Announced classes appear in the rows by their number, others by their name.
-    let written = match &announced {
+    // The rows contain the number of a class if the first line declares the names, and the name otherwise.
+    let written = match &declared {
         Some(names) => (0..names.len()).map(|class| class.to_string()).collect(),
         None => found.clone(),
     };
@@ -145,7 +145,7 @@ pub fn read_csv(path: &Path) -> Result<Table> {
         let class = class.with_context(|| format!("{}: no class {word:?}", at(record, width - 1)));
         labels.push(class?);
     }
-    let classes = announced.unwrap_or(found);
+    let classes = declared.unwrap_or(found);
     Ok(Table { rows, labels, classes })
 }
 
@@ -153,9 +153,9 @@ fn is_number(field: &str) -> bool {
     field.parse::<f64>().is_ok()
 }
 
-/// The classes, if the first line is like that of the tables which scikit-learn carries: the number
-/// of rows, the number of features and what the labels 0, 1, ... stand for.
-fn announced_classes(records: &[StringRecord]) -> Option<Vec<String>> {
+/// The names of the classes, if the first line has the format of scikit-learn's data sets: the number of rows, the number of
+/// features and the names of the labels 0, 1, ...
+fn declared_classes(records: &[StringRecord]) -> Option<Vec<String>> {
     let first: Vec<&str> = records.first()?.iter().collect();
     let [rows, features, names @ ..] = &first[..] else {
         return None;
@@ -167,8 +167,7 @@ fn announced_classes(records: &[StringRecord]) -> Option<Vec<String>> {
     fits.then(|| names.iter().map(|name| name.to_string()).collect())
 }
 
-/// The rows to train on and those to test on: where they stand in the table, and as tensors, standardised,
-/// with their labels.
+/// The training rows and the test rows: their indices in the table, and tensors of their standardized features and labels.
 pub struct Split {
     pub training_rows: Vec<usize>,
     pub test_rows: Vec<usize>,
@@ -180,10 +179,10 @@ impl Split {
     pub fn new(table: &Table, seed: u64, device: &Device) -> Result<Self> {
         let rows = table.rows.len();
         let mut training_rows: Vec<usize> = (0..rows).collect();
-        training_rows.shuffle(&mut rng(seed, Use::Split));
+        training_rows.shuffle(&mut rng(seed, Stream::Split));
         let test_rows = training_rows.split_off(rows - rows / 5);
-        // Features in different units would need weights of different sizes. What the test rows look
-        // like is not known at this point, so the training rows alone set the scale.
+        // Standardized features need weights of similar sizes. The test rows must not influence the training, so the
+        // statistics are those of the training rows.
         let scale = statistics(table, &training_rows);
         let training = tensors(table, &training_rows, &scale, device)?;
         let test = tensors(table, &test_rows, &scale, device)?;
@@ -191,20 +190,20 @@ impl Split {
     }
 }
 
-/// Mean and standard deviation of each column over the given rows.
+/// The mean and the standard deviation of each column over the given rows.
 fn statistics(table: &Table, rows: &[usize]) -> Vec<(f64, f64)> {
     let column = |j: usize| {
         let values = || rows.iter().map(move |&row| table.rows[row][j]);
         let mean = values().sum::<f64>() / rows.len() as f64;
         let variance = values().map(|v| (v - mean).powi(2)).sum::<f64>() / rows.len() as f64;
-        // A constant column is left at zero, whatever its mean lost to rounding.
+        // A constant column becomes zero: dividing by its deviation would amplify the rounding error of the mean.
         let is_constant = variance.sqrt() <= 1e-12 * mean.abs();
         (mean, if is_constant { 1. } else { variance.sqrt() })
     };
     (0..table.columns()).map(column).collect()
 }
 
-/// The given rows standardised (rows, columns), and their labels (rows).
+/// The standardized features of the given rows, (rows, columns), and their labels, (rows).
 fn tensors(
     table: &Table,
     rows: &[usize],

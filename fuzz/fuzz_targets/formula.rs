@@ -1,91 +1,97 @@
-//! The loss by its formula, number by number in f64, and how far rounding may lead away from it.
+//! The expected losses and gradients, computed in f64 one element at a time, with bounds on their rounding errors.
 
 use candle_core::DType;
 use candle_label_smoothing::Reduction;
 
-/// A number, and how far another way to it may end. Infinitely far, or NaN: nothing is known.
+/// An expected value and how far a correct result may differ from it. With an infinite or NaN `error`, any result is
+/// accepted.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Near {
+pub struct Approx {
     pub value: f64,
     pub error: f64,
 }
 
-impl Near {
+impl Approx {
     pub fn add(self, other: Self) -> Self {
         Self { value: self.value + other.value, error: self.error + other.error }
     }
 
-    /// Times an exact number.
-    pub fn times(self, factor: f64) -> Self {
+    /// The product with an exact factor.
+    pub fn mul(self, factor: f64) -> Self {
         Self { value: self.value * factor, error: self.error * factor.abs() }
     }
 
-    /// After a sum of so many such terms in an arithmetic of this unit.
-    pub fn summed(self, terms: usize, unit: f64, magnitude: f64) -> Self {
-        Self { error: self.error + (terms + 4) as f64 * unit * magnitude, ..self }
+    /// Adds the rounding error of a sum of `terms` terms whose absolute values add up to `magnitude`.
+    pub fn with_sum_error(self, terms: usize, unit_roundoff: f64, magnitude: f64) -> Self {
+        Self { error: self.error + (terms + 4) as f64 * unit_roundoff * magnitude, ..self }
     }
 
+    /// Adds the error of rounding to `dtype`.
     pub fn rounded_to(self, dtype: DType) -> Self {
         if self.is_exact() {
             return self;
         }
-        let (_, smallest, largest) = limits(dtype);
-        let error = self.error + unit(dtype) * (self.value.abs() + self.error) + smallest;
-        let overflows = self.value.abs() + error > largest;
+        let (_, underflow_error, max) = limits(dtype);
+        let error =
+            self.error + unit_roundoff(dtype) * (self.value.abs() + self.error) + underflow_error;
+        let overflows = self.value.abs() + error > max;
         Self { error: if overflows { f64::INFINITY } else { error }, ..self }
     }
 
-    pub fn holds(self, ours: f64) -> bool {
+    pub fn accepts(self, actual: f64) -> bool {
         match self.is_exact() {
-            true => ours == self.value || ours.is_nan() && self.value.is_nan(),
-            false => !self.error.is_finite() || (ours - self.value).abs() <= self.error,
+            true => actual == self.value || actual.is_nan() && self.value.is_nan(),
+            false => !self.error.is_finite() || (actual - self.value).abs() <= self.error,
         }
     }
 
-    /// Nothing is known.
+    /// Accepts any result.
     const UNKNOWN: Self = Self { value: 0., error: f64::INFINITY };
 
-    const fn exactly(value: f64) -> Self {
+    const fn exact(value: f64) -> Self {
         Self { value, error: 0. }
     }
 
-    /// 0 of an ignored row, NaN of a mean of none, and what is infinite or NaN by the formula.
+    /// Whether only `value` is accepted: 0 in an ignored row, the NaN mean of no rows, and values that the formula
+    /// makes infinite or NaN.
     fn is_exact(self) -> bool {
         self.error == 0. && (self.value == 0. || !self.value.is_finite())
     }
 }
 
-/// Half a unit in the last place of 1, the smallest normal number and the largest.
+/// The unit roundoff of a dtype, a bound on its rounding error near 0, and its largest number.
 fn limits(dtype: DType) -> (f64, f64, f64) {
     match dtype {
         DType::F64 => (f64::EPSILON / 2., f64::MIN_POSITIVE, f64::MAX),
+        // The subnormal numbers of f16 are 2^−24 apart. Those of the other dtypes may become 0.
         DType::F16 => (2f64.powi(-11), 2f64.powi(-24), 65_504.),
         DType::BF16 => (2f64.powi(-8), f32::MIN_POSITIVE.into(), f32::MAX.into()),
         _ => ((f32::EPSILON / 2.).into(), f32::MIN_POSITIVE.into(), f32::MAX.into()),
     }
 }
 
-pub fn unit(dtype: DType) -> f64 {
+/// Half the distance from 1 to the next larger number.
+pub fn unit_roundoff(dtype: DType) -> f64 {
     limits(dtype).0
 }
 
-/// The dtype of the arithmetic.
-pub fn arithmetic(logits: DType) -> DType {
+/// The dtype in which the library computes with these logits.
+pub fn compute_dtype(logits: DType) -> DType {
     if logits == DType::F64 { DType::F64 } else { DType::F32 }
 }
 
 #[derive(Debug)]
-pub enum Kind {
+pub enum SmoothingKind {
     None,
     All,
     Others,
     Toward(Vec<f64>),
 }
 
-/// A valid loss, its options in f64.
+/// The options of a valid loss, in f64.
 #[derive(Debug)]
 pub struct Formula {
-    pub kind: Kind,
+    pub kind: SmoothingKind,
     pub epsilon: f64,
     pub class_weights: Option<Vec<f64>>,
     pub ignore_index: Option<i64>,
@@ -93,28 +99,29 @@ pub struct Formula {
     pub reduction: Reduction,
 }
 
-/// What the rows aim at: a class each, or a probability for each logit.
+/// A label for each row, or a probability for each logit.
 #[derive(Debug)]
-pub enum Aims {
+pub enum Targets {
     Labels(Vec<i64>),
     Probabilities(Vec<f64>),
 }
 
-/// What is known of a class of a row.
-struct Class {
-    x: f64,
-    r: Near,
-    /// Whether no term of r is other than 0.
-    is_nothing: bool,
-    is_nan: bool,
+/// A class of one row.
+struct ClassTerm {
+    logit: f64,
+    /// The smoothed target times the class weight, called r in the formula.
+    target: Approx,
+    /// Whether every term of `target` is 0.
+    is_zero: bool,
+    has_nan: bool,
 }
 
-/// Where logits lie.
+/// The logits as rows of classes.
 #[derive(Clone, Copy, Debug)]
 pub struct Shape {
     pub rows: usize,
     pub classes: usize,
-    /// From one class to the next.
+    /// The distance between neighbouring classes of a row, in elements.
     pub stride: usize,
 }
 
@@ -125,146 +132,161 @@ impl Shape {
         Self { rows: dims[..class_dim].iter().product::<usize>() * stride, classes, stride }
     }
 
-    fn at(self, row: usize, class: usize) -> usize {
+    fn index(self, row: usize, class: usize) -> usize {
         (row / self.stride * self.classes + class) * self.stride + row % self.stride
     }
 }
 
 impl Formula {
-    /// The smoothed target of a class. Its error is the magnitude of the terms: of their rounding, a factor remains.
-    pub fn target(&self, p: f64, class: usize, classes: usize) -> Near {
+    /// The smoothed target of a class with probability `p`. `error` is the sum of the absolute values of its terms;
+    /// the caller multiplies it by the relative rounding error.
+    pub fn target(&self, p: f64, class: usize, classes: usize) -> Approx {
         let (epsilon, classes) = (self.epsilon, classes as f64);
-        let (keep, spread) = match &self.kind {
-            Kind::None => (1., 0.),
-            Kind::All => (1. - epsilon, epsilon / classes),
-            Kind::Others => {
-                let spread = epsilon / (classes - 1.);
-                let value = (1. - epsilon) * p + spread * (1. - p);
-                return Near { value, error: p.abs() * (1. + spread) + spread };
+        let (prob_scale, off_value) = match &self.kind {
+            SmoothingKind::None => (1., 0.),
+            SmoothingKind::All => (1. - epsilon, epsilon / classes),
+            SmoothingKind::Others => {
+                let (on_value, off_value) = (1. - epsilon, epsilon / (classes - 1.));
+                let value = on_value * p + off_value * (1. - p);
+                return Approx { value, error: p.abs() * (1. + off_value) + off_value };
             }
-            Kind::Toward(prior) => (1. - epsilon, epsilon * prior[class]),
+            SmoothingKind::Toward(prior) => (1. - epsilon, epsilon * prior[class]),
         };
-        Near { value: keep * p + spread, error: keep * p.abs() + spread }
+        let error = prob_scale * p.abs() + off_value;
+        Approx { value: prob_scale * p + off_value, error }
     }
 
     fn weight(&self, class: usize) -> f64 {
         self.class_weights.as_ref().map_or(1., |weights| weights[class])
     }
 
-    /// The loss, and the gradient of the logits in their order. These may be off by `slack`; `upstream` is the gradient
-    /// of each row's loss, or of what they are reduced to.
+    /// The losses, and the gradient of the logits in the order of `logits`.
+    ///
+    /// The library's logits may differ from `logits` by `logit_error`. `grad_output` is the gradient of the result:
+    /// one element for each row, or a single one after a reduction.
     pub fn evaluate(
         &self,
         logits: &[f64],
-        slack: f64,
+        logit_error: f64,
         shape: Shape,
-        aims: &Aims,
-        upstream: &[f64],
+        targets: &Targets,
+        grad_output: &[f64],
         dtype: DType,
-    ) -> (Vec<Near>, Vec<Near>) {
+    ) -> (Vec<Approx>, Vec<Approx>) {
         let Shape { rows, classes, .. } = shape;
-        let counts = |row: usize| match aims {
-            Aims::Labels(labels) => Some(labels[row]) != self.ignore_index,
-            Aims::Probabilities(_) => true,
+        let is_counted = |row: usize| match targets {
+            Targets::Labels(labels) => Some(labels[row]) != self.ignore_index,
+            Targets::Probabilities(_) => true,
         };
-        let divisor = match (self.reduction, aims) {
-            (Reduction::Mean, Aims::Labels(labels)) => (0..rows)
-                .filter(|row| counts(*row))
+        let divisor = match (self.reduction, targets) {
+            (Reduction::Mean, Targets::Labels(labels)) => (0..rows)
+                .filter(|row| is_counted(*row))
                 .map(|row| self.weight(labels[row] as usize))
                 .sum(),
-            (Reduction::Mean, Aims::Probabilities(_)) => rows as f64,
+            (Reduction::Mean, Targets::Probabilities(_)) => rows as f64,
             _ => 1.,
         };
-        let unit = unit(arithmetic(dtype));
-        let smallest = limits(arithmetic(dtype)).1;
-        // Products of numbers below this one stay finite on every way.
-        let beyond = if dtype == DType::F64 { 1e290 } else { 1e30 };
-        // How many roundings there are: there in vectors within blocks, which are merged in f64; here one by one.
-        let here = classes as f64 * f64::EPSILON;
-        let relative = (64 + classes.min(256) / 4) as f64 * unit + here + 4. * slack;
-        let mut losses = vec![Near::default(); rows];
-        let mut gradient = vec![Near::default(); logits.len()];
-        for row in (0..rows).filter(|row| counts(*row)) {
-            let of_class = |class: usize| {
-                let x = logits[shape.at(row, class)];
-                let p = match aims {
-                    Aims::Labels(labels) => f64::from(u8::from(labels[row] == class as i64)),
-                    Aims::Probabilities(p) => p[shape.at(row, class)],
+        let (unit_roundoff, underflow_error, _) = limits(compute_dtype(dtype));
+        // Above this limit, a result may overflow or not, depending on the order of the operations.
+        let limit = if dtype == DType::F64 { 1e290 } else { 1e30 };
+        // The library rounds in vectors within blocks of 256 classes and merges the blocks in f64. This function
+        // rounds once for each class, in f64.
+        let formula_error = classes as f64 * f64::EPSILON;
+        let relative_error =
+            (64 + classes.min(256) / 4) as f64 * unit_roundoff + formula_error + 4. * logit_error;
+        let mut losses = vec![Approx::default(); rows];
+        let mut gradient = vec![Approx::default(); logits.len()];
+        for row in (0..rows).filter(|row| is_counted(*row)) {
+            let class_term = |class: usize| {
+                let logit = logits[shape.index(row, class)];
+                let p = match targets {
+                    Targets::Labels(labels) => f64::from(u8::from(labels[row] == class as i64)),
+                    Targets::Probabilities(p) => p[shape.index(row, class)],
                 };
-                let mut r = self.target(p, class, classes).times(self.weight(class));
-                let is_nothing = r.error == 0.;
-                // Of a number that is hardly more than 0, fewer digits are there; beyond the arithmetic there are none.
-                let is_tame = p.abs() < beyond && self.weight(class) < beyond;
-                r.error += if is_tame { smallest / unit } else { f64::INFINITY };
-                Class { x, r, is_nothing, is_nan: x.is_nan() || p.is_nan() }
+                let mut target = self.target(p, class, classes).mul(self.weight(class));
+                let is_zero = target.error == 0.;
+                // Near 0, the error is absolute, since subnormal numbers have fewer digits.
+                let is_in_range = p.abs() < limit && self.weight(class) < limit;
+                target.error +=
+                    if is_in_range { underflow_error / unit_roundoff } else { f64::INFINITY };
+                ClassTerm { logit, target, is_zero, has_nan: logit.is_nan() || p.is_nan() }
             };
-            let row_of: Vec<Class> = (0..classes).map(of_class).collect();
-            let upstream = match self.reduction {
-                Reduction::None => upstream[row],
-                _ => upstream[0] / divisor,
+            let terms: Vec<ClassTerm> = (0..classes).map(class_term).collect();
+            let grad_loss = match self.reduction {
+                Reduction::None => grad_output[row],
+                _ => grad_output[0] / divisor,
             };
-            let max = row_of.iter().fold(f64::NEG_INFINITY, |max, class| max.max(class.x));
-            // Where the logits are products, other ways to them may stay finite.
-            if slack.is_finite() && (max.is_infinite() || row_of.iter().any(|class| class.is_nan)) {
-                losses[row] = Near::exactly(f64::NAN);
-                (0..classes).for_each(|class| gradient[shape.at(row, class)] = losses[row]);
+            let max = terms.iter().fold(f64::NEG_INFINITY, |max, term| max.max(term.logit));
+            // With an infinite `logit_error`, the library's logits may be finite where these are not.
+            if logit_error.is_finite()
+                && (max.is_infinite() || terms.iter().any(|term| term.has_nan))
+            {
+                losses[row] = Approx::exact(f64::NAN);
+                (0..classes).for_each(|class| gradient[shape.index(row, class)] = losses[row]);
                 continue;
             }
-            let sum: f64 = row_of.iter().map(|class| (class.x - max).exp()).sum();
-            let log_sum = sum.ln();
+            let sum_exp: f64 = terms.iter().map(|term| (term.logit - max).exp()).sum();
+            let log_sum = sum_exp.ln();
             let lse = max + log_sum;
             let mut loss = self.z_loss * lse * lse;
             let mut magnitude = self.z_loss * (lse * lse + 2. * lse.abs() + 1.);
-            let mut total = Near::default();
+            let mut target_sum = Approx::default();
             let mut is_infinite = false;
-            for Class { x, r, is_nothing, .. } in &row_of {
-                total = total.add(*r);
-                if *x > f64::NEG_INFINITY {
-                    loss += r.value * (log_sum - (x - max));
-                    magnitude += r.error * (max - x + log_sum + 1.);
-                } else if r.value > 4. * relative * r.error {
+            for ClassTerm { logit, target, is_zero, .. } in &terms {
+                target_sum = target_sum.add(*target);
+                if *logit > f64::NEG_INFINITY {
+                    loss += target.value * (log_sum - (logit - max));
+                    magnitude += target.error * (max - logit + log_sum + 1.);
+                } else if target.value > 4. * relative_error * target.error {
                     is_infinite = true;
-                } else if !is_nothing {
-                    // Whether anything is left of the target is for rounding to say.
+                } else if !is_zero {
+                    // The loss is finite or infinite, depending on whether the target rounds to 0.
                     magnitude = f64::INFINITY;
                 }
             }
-            let is_tame = magnitude < beyond && total.error < beyond && max.abs() < beyond;
-            losses[row] = match is_tame && relative.is_finite() {
-                false => Near::UNKNOWN,
-                true if is_infinite => Near::exactly(f64::INFINITY),
-                true => Near { value: loss, error: relative * magnitude },
+            let is_in_range = magnitude < limit && target_sum.error < limit && max.abs() < limit;
+            losses[row] = match is_in_range && relative_error.is_finite() {
+                false => Approx::UNKNOWN,
+                true if is_infinite => Approx::exact(f64::INFINITY),
+                true => Approx { value: loss, error: relative_error * magnitude },
             };
 
-            let pull = total.value + 2. * self.z_loss * lse;
-            let pull_magnitude = total.error + 2. * self.z_loss * (lse.abs() + 1.);
-            for (class, Class { x, r, .. }) in row_of.iter().enumerate() {
-                let softmax = (x - max).exp() / sum;
-                let distance = if softmax > 0. { 1. + (max - x) } else { 1. };
-                let magnitude = softmax * pull_magnitude * distance + r.error;
-                let error = relative * magnitude + smallest * (pull_magnitude + 4.);
-                let near = Near { value: softmax * pull - r.value, error }.times(upstream);
-                let error = near.error + smallest * (pull_magnitude + r.error + 1.);
-                let is_tame = is_tame && near.value.abs() + error < beyond && divisor > 0.;
-                gradient[shape.at(row, class)] =
-                    if is_tame { Near { error, ..near } } else { Near::UNKNOWN };
+            // The gradient is (softmax_coeff · softmax − target) · grad_loss.
+            let softmax_coeff = target_sum.value + 2. * self.z_loss * lse;
+            let coeff_magnitude = target_sum.error + 2. * self.z_loss * (lse.abs() + 1.);
+            for (class, ClassTerm { logit, target, .. }) in terms.iter().enumerate() {
+                let softmax = (logit - max).exp() / sum_exp;
+                // The relative error of an exponential grows with its argument.
+                let exp_condition = if softmax > 0. { 1. + (max - logit) } else { 1. };
+                let magnitude = softmax * coeff_magnitude * exp_condition + target.error;
+                let error = relative_error * magnitude + underflow_error * (coeff_magnitude + 4.);
+                let value = softmax * softmax_coeff - target.value;
+                let expected = Approx { value, error }.mul(grad_loss);
+                let error =
+                    expected.error + underflow_error * (coeff_magnitude + target.error + 1.);
+                let is_in_range =
+                    is_in_range && expected.value.abs() + error < limit && divisor > 0.;
+                gradient[shape.index(row, class)] =
+                    if is_in_range { Approx { error, ..expected } } else { Approx::UNKNOWN };
             }
         }
         if self.reduction != Reduction::None {
-            let sum = losses.iter().fold(Near::default(), |sum, loss| sum.add(*loss));
+            let sum = losses.iter().fold(Approx::default(), |sum, loss| sum.add(*loss));
             let magnitude = losses.iter().map(|loss| loss.value.abs()).sum();
-            let mut reduced = sum.summed(rows, f64::EPSILON, magnitude).times(1. / divisor);
-            // The class weights in the divisor were rounded too, and may be 0 by it.
-            reduced.error += 4. * unit * reduced.value.abs();
-            let exact =
+            let mut reduced = sum.with_sum_error(rows, f64::EPSILON, magnitude).mul(1. / divisor);
+            // The library also rounds the class weights that the divisor adds up.
+            reduced.error += 4. * unit_roundoff * reduced.value.abs();
+            let any_exact =
                 |is: fn(f64) -> bool| losses.iter().any(|loss| loss.is_exact() && is(loss.value));
-            let is_nothing = !(0..rows).any(counts) && self.reduction == Reduction::Mean;
-            if is_nothing || exact(f64::is_nan) {
-                reduced = Near::exactly(f64::NAN);
+            let is_empty_mean = !(0..rows).any(is_counted) && self.reduction == Reduction::Mean;
+            if is_empty_mean || any_exact(f64::is_nan) {
+                reduced = Approx::exact(f64::NAN);
             } else if divisor == 0. {
-                reduced = Near::UNKNOWN;
-            } else if exact(f64::is_infinite) && losses.iter().all(|loss| loss.error.is_finite()) {
-                reduced = Near::exactly(f64::INFINITY);
+                reduced = Approx::UNKNOWN;
+            } else if any_exact(f64::is_infinite)
+                && losses.iter().all(|loss| loss.error.is_finite())
+            {
+                reduced = Approx::exact(f64::INFINITY);
             }
             losses = vec![reduced];
         }

@@ -1,4 +1,7 @@
-//! What the bytes of an input mean: shapes, numbers, views and options, mostly such that they fit together.
+//! The fuzzer's input: shapes, elements, views and options, which mostly fit together.
+//!
+//! `Arbitrary` reads fields and variants in the order of their declaration. Reordering them, or changing their types,
+//! changes what the stored seeds mean.
 
 use arbitrary::Arbitrary;
 use candle_core::op::BackpropOp;
@@ -19,10 +22,10 @@ pub const DTYPES: [DType; 11] = [
     DType::F8E8M0,
 ];
 
-/// No dimension is longer where there is memory for every element.
-pub const LONGEST: usize = 1 << 17;
+/// Bounds the elements of a tensor whose results are checked. A longer dimension is always broadcast.
+pub const MAX_ELEMENTS: usize = 1 << 17;
 
-/// A dimension: mostly short, now and then around the sizes that the kernels work by, or beyond memory.
+/// The length of a dimension: mostly short, sometimes near a block size of the kernels or larger than memory.
 #[derive(Arbitrary, Clone, Copy, Debug)]
 pub struct Len(u8);
 
@@ -30,13 +33,13 @@ impl Len {
     pub fn get(self) -> usize {
         const LONG: [usize; 14] =
             [127, 128, 129, 255, 256, 257, 300, 513, 1000, 4097, 16_384, 16_385, 40_000, 70_001];
-        const BEYOND: [usize; 6] = [1 << 25, 1 << 31, 1 << 45, 1 << 59, 1 << 62, usize::MAX];
+        const HUGE: [usize; 6] = [1 << 25, 1 << 31, 1 << 45, 1 << 59, 1 << 62, usize::MAX];
         let len = usize::from(self.0);
         match len {
             0..200 => len % 7,
             200..236 => len - 192,
             236..250 => LONG[len - 236],
-            _ => BEYOND[len - 250],
+            _ => HUGE[len - 250],
         }
     }
 }
@@ -55,52 +58,53 @@ impl Dims {
     }
 }
 
-/// Numbers without end: those that the bytes hold, again and again, from another place each time.
+/// An endless sequence of elements. It repeats the bytes, each time starting one element later.
 #[derive(Arbitrary, Debug)]
-pub enum Numbers<'a> {
-    /// From −8 to 8.
+pub enum Elements<'a> {
+    /// Floats from −8 to 8, or labels below the number of classes.
     Small(&'a [u8]),
-    /// The bits of f16, NaN and infinity among them.
-    Halves(&'a [u8]),
+    /// The bits of f16, which include NaN and infinity.
+    F16Bits(&'a [u8]),
     /// The bits of f64.
-    Doubles(&'a [u8]),
+    F64Bits(&'a [u8]),
 }
 
-impl Numbers<'_> {
+impl Elements<'_> {
     pub fn float(&self, i: usize) -> f64 {
         match self {
-            Self::Small(bytes) => f64::from(i8::from_le_bytes(at(bytes, i))) / 16.,
-            Self::Halves(bytes) => f16::from_le_bytes(at(bytes, i)).to_f64(),
-            Self::Doubles(bytes) => f64::from_le_bytes(at(bytes, i)),
+            Self::Small(bytes) => f64::from(i8::from_le_bytes(nth_bytes(bytes, i))) / 16.,
+            Self::F16Bits(bytes) => f16::from_le_bytes(nth_bytes(bytes, i)).to_f64(),
+            Self::F64Bits(bytes) => f64::from_le_bytes(nth_bytes(bytes, i)),
         }
     }
 
-    /// A class, or anything.
+    /// A valid label for `Small`, any integer otherwise.
     fn label(&self, i: usize, num_classes: usize) -> i64 {
         match self {
             Self::Small(bytes) => {
-                let [byte] = at(bytes, i);
+                let [byte] = nth_bytes(bytes, i);
                 (u64::from(byte) * 0x0101_0101 % num_classes.max(1) as u64).cast_signed()
             }
-            Self::Halves(bytes) => i16::from_le_bytes(at(bytes, i)).into(),
-            Self::Doubles(bytes) => i64::from_le_bytes(at(bytes, i)),
+            Self::F16Bits(bytes) => i16::from_le_bytes(nth_bytes(bytes, i)).into(),
+            Self::F64Bits(bytes) => i64::from_le_bytes(nth_bytes(bytes, i)),
         }
     }
 
-    /// A tensor of these floats, contiguous.
-    pub fn floats(&self, dims: &[usize], dtype: DType) -> Result<Tensor> {
+    /// A contiguous tensor of the first floats.
+    pub fn float_tensor(&self, dims: &[usize], dtype: DType) -> Result<Tensor> {
         let floats = (0..dims.iter().product()).map(|i| self.float(i)).collect();
         cast(Tensor::from_vec::<_, f64>(floats, dims, &Device::Cpu)?, dtype)
     }
 }
 
-fn at<const N: usize>(bytes: &[u8], i: usize) -> [u8; N] {
+/// The bytes of element `i`, padded with zeros.
+fn nth_bytes<const N: usize>(bytes: &[u8], i: usize) -> [u8; N] {
     let len = (bytes.len() / N).max(1);
     let i = (i + i / len) % len * N;
     std::array::from_fn(|j| bytes.get(i + j).copied().unwrap_or(0))
 }
 
-/// Like `to_dtype`, which lacks some ways.
+/// `Tensor::to_dtype`, with conversions to the f8 types that candle lacks.
 fn cast(tensor: Tensor, dtype: DType) -> Result<Tensor> {
     match dtype {
         DType::F8E4M3 => tensor.to_dtype(DType::F32)?.to_dtype(dtype),
@@ -113,39 +117,41 @@ fn cast(tensor: Tensor, dtype: DType) -> Result<Tensor> {
     }
 }
 
-/// How a tensor lies in a larger storage, or a smaller one.
+/// How a tensor is laid out in its storage.
 #[derive(Arbitrary, Debug)]
-pub struct View {
-    /// Rotates the dimensions; or the storage is too short, as only `Tensor::from_storage` makes it.
-    order: u8,
-    /// Leaves out what comes before and after in one dimension.
-    narrowed: u8,
+pub struct ViewSpec {
+    /// Rotates the dimensions. Above 250, the storage is also one element too short, which only
+    /// `Tensor::from_storage` allows.
+    rotation: u8,
+    /// The dimension that has `margins`. From 128 on, the order of the dimensions is also reversed.
+    narrow_dim: u8,
+    /// How many elements of the storage lie before and after the view in that dimension.
     margins: [u8; 2],
-    /// The dimensions that are broadcast, a bit each. Those that are beyond memory always are.
-    broadcast: u8,
+    /// One bit for each dimension that is broadcast.
+    broadcast_mask: u8,
 }
 
-/// A tensor to be made.
+/// A tensor to build.
 #[derive(Arbitrary, Debug)]
-pub struct Given<'a> {
+pub struct TensorSpec<'a> {
     pub dtype: u8,
     pub is_tracked: bool,
-    numbers: Numbers<'a>,
-    view: View,
+    elements: Elements<'a>,
+    view: ViewSpec,
 }
 
-/// A tensor, and whose view it is.
-pub struct Made {
+/// A view and the tensor that it was taken from.
+pub struct BuiltTensor {
     pub base: Tensor,
     pub view: Tensor,
-    /// Whether it reaches beyond its storage.
-    pub is_short: bool,
+    /// Whether the shape needs more elements than the storage has.
+    pub is_truncated: bool,
 }
 
-impl Made {
+impl BuiltTensor {
     /// A tensor of the same shape whose storage lacks the last element.
-    fn shortened(self) -> Self {
-        macro_rules! shortened {
+    fn truncated(self) -> Self {
+        macro_rules! truncate {
             ($storage:expr, $len:expr, $($dtype:ident)*) => {
                 match $storage {
                     $(CpuStorage::$dtype(values) => {
@@ -156,63 +162,69 @@ impl Made {
         }
         let view = {
             let (storage, layout) = self.view.storage_and_layout();
-            let Storage::Cpu(storage) = &*storage else { unreachable!("it was made there") };
-            let storage = shortened!(
+            let Storage::Cpu(storage) = &*storage else { unreachable!("it is built on the CPU") };
+            let storage = truncate!(
                 storage, layout.shape().elem_count() - 1,
                 U8 U32 I16 I32 I64 BF16 F16 F32 F64 F8E4M3 F6E2M3 F6E3M2 F4 F8E8M0
             );
             let none = BackpropOp::none();
             Tensor::from_storage(Storage::Cpu(storage), layout.shape(), none, false)
         };
-        Self { base: view.clone(), view, is_short: true }
+        Self { base: view.clone(), view, is_truncated: true }
     }
 }
 
-impl Given<'_> {
-    /// Mostly one of the first so many.
+impl TensorSpec<'_> {
+    /// Mostly one of the first `usual` dtypes.
     pub fn dtype(&self, usual: usize) -> DType {
-        let at = usize::from(self.dtype);
-        DTYPES[if at < 220 { at % usual } else { at % DTYPES.len() }]
+        let i = usize::from(self.dtype);
+        DTYPES[if i < 220 { i % usual } else { i % DTYPES.len() }]
     }
 
-    /// Nothing if it would take too long.
-    pub fn floats(&self, dims: &[usize], dtype: DType) -> Result<Option<Made>> {
-        self.make(dims, |dims| self.numbers.floats(dims, dtype))
+    /// A tensor of floats, or `None` if its storage would be too large.
+    pub fn floats(&self, dims: &[usize], dtype: DType) -> Result<Option<BuiltTensor>> {
+        self.build(dims, |dims| self.elements.float_tensor(dims, dtype))
     }
 
-    pub fn labels(&self, dims: &[usize], dtype: DType, classes: usize) -> Result<Option<Made>> {
-        self.make(dims, |dims| {
-            let labels = (0..dims.iter().product()).map(|i| self.numbers.label(i, classes));
+    /// A tensor of labels, or `None` if its storage would be too large.
+    pub fn labels(
+        &self,
+        dims: &[usize],
+        dtype: DType,
+        classes: usize,
+    ) -> Result<Option<BuiltTensor>> {
+        self.build(dims, |dims| {
+            let labels = (0..dims.iter().product()).map(|i| self.elements.label(i, classes));
             cast(Tensor::from_vec::<_, i64>(labels.collect(), dims, &Device::Cpu)?, dtype)
         })
     }
 
-    fn make(
+    fn build(
         &self,
         dims: &[usize],
         base: impl Fn(&[usize]) -> Result<Tensor>,
-    ) -> Result<Option<Made>> {
+    ) -> Result<Option<BuiltTensor>> {
         let rank = dims.len();
-        let View { order, narrowed, margins, broadcast } = self.view;
+        let ViewSpec { rotation, narrow_dim, margins, broadcast_mask } = self.view;
         let stored = |(dim, &len)| {
-            if len > LONGEST || broadcast >> dim & 1 == 1 { 1 } else { len }
+            if len > MAX_ELEMENTS || broadcast_mask >> dim & 1 == 1 { 1 } else { len }
         };
         let stored: Vec<usize> = dims.iter().enumerate().map(stored).collect();
         let mut order: Vec<usize> =
-            (0..rank).map(|dim| (dim + usize::from(order)) % rank.max(1)).collect();
-        if narrowed >= 128 {
+            (0..rank).map(|dim| (dim + usize::from(rotation)) % rank.max(1)).collect();
+        if narrow_dim >= 128 {
             order.reverse();
         }
         let mut base_dims = vec![0; rank];
         order.iter().zip(&stored).for_each(|(&from, &len)| base_dims[from] = len);
-        let narrowed = usize::from(narrowed) % rank.max(1);
+        let narrow_dim = usize::from(narrow_dim) % rank.max(1);
         let [before, after] = margins.map(|margin| usize::from(margin % 4));
-        let len = base_dims.get(narrowed).copied();
-        if let Some(len) = base_dims.get_mut(narrowed) {
+        let narrow_len = base_dims.get(narrow_dim).copied();
+        if let Some(len) = base_dims.get_mut(narrow_dim) {
             *len += before + after;
         }
         let size = base_dims.iter().try_fold(1usize, |size, &len| size.checked_mul(len));
-        if size.is_none_or(|size| size > 2 * LONGEST) {
+        if size.is_none_or(|size| size > 2 * MAX_ELEMENTS) {
             return Ok(None);
         }
         let mut base = base(&base_dims)?;
@@ -220,65 +232,70 @@ impl Given<'_> {
             base = Var::from_tensor(&base)?.into_inner();
         }
         let mut view = base.clone();
-        if let Some(len) = len {
-            view = view.narrow(narrowed, before, len)?.permute(order)?;
+        if let Some(len) = narrow_len {
+            view = view.narrow(narrow_dim, before, len)?.permute(order)?;
         }
         if view.dims() != dims {
             view = view.broadcast_as(dims)?;
         }
-        let made = Made { base, view, is_short: false };
-        let len = dims.iter().try_fold(1usize, |len, dim| len.checked_mul(*dim));
-        let can_be_short = len.is_some_and(|len| (1..=LONGEST).contains(&len));
-        Ok(Some(if can_be_short && self.view.order > 250 { made.shortened() } else { made }))
+        let built = BuiltTensor { base, view, is_truncated: false };
+        let size = dims.iter().try_fold(1usize, |size, len| size.checked_mul(*len));
+        let can_be_truncated = size.is_some_and(|size| (1..=MAX_ELEMENTS).contains(&size));
+        let is_truncated = can_be_truncated && self.view.rotation > 250;
+        Ok(Some(if is_truncated { built.truncated() } else { built }))
     }
 }
 
-/// A proportion or a coefficient.
+/// Epsilon or the z-loss coefficient.
 #[derive(Arbitrary, Debug)]
-pub enum Number {
+pub enum Scalar {
+    /// From 0 to 1.
     Fraction(u8),
     Any(f64),
 }
 
-impl Number {
+impl Scalar {
     pub fn get(&self) -> f64 {
         match self {
             Self::Fraction(byte) => f64::from(byte % 33) / 32.,
-            Self::Any(number) => *number,
+            Self::Any(value) => *value,
         }
     }
 }
 
 /// Class weights or a prior.
 #[derive(Arbitrary, Debug)]
-pub struct Vector<'a> {
-    misfit: Misfit,
+pub struct ClassVector<'a> {
+    mistake: Mistake,
+    /// The length if there is a mistake.
     len: Len,
-    given: Given<'a>,
+    tensor: TensorSpec<'a>,
 }
 
-impl Vector<'_> {
-    /// Mostly such as they should be.
-    pub fn make(&self, num_classes: usize, is_prior: bool) -> Result<Option<Made>> {
-        let fits = matches!(self.given.numbers, Numbers::Small(_));
-        let len = if self.misfit.get().is_some() { self.len.get() } else { num_classes };
-        let dims: &[usize] = if self.misfit.get() == Some(0) { &[len, 1] } else { &[len] };
-        let dtype = self.given.dtype(4);
-        self.given.make(dims, |dims| {
-            let floats = self.given.numbers.floats(dims, DType::F64)?;
-            let floats = if fits { floats.abs()? } else { floats };
+impl ClassVector<'_> {
+    /// The vector, which is valid if its elements are `Small` and there is no mistake.
+    pub fn build(&self, num_classes: usize, is_prior: bool) -> Result<Option<BuiltTensor>> {
+        let elements = &self.tensor.elements;
+        let is_small = matches!(elements, Elements::Small(_));
+        let len = if self.mistake.get().is_some() { self.len.get() } else { num_classes };
+        let dims: &[usize] = if self.mistake.get() == Some(0) { &[len, 1] } else { &[len] };
+        let dtype = self.tensor.dtype(4);
+        self.tensor.build(dims, |dims| {
+            let floats = elements.float_tensor(dims, DType::F64)?;
+            let floats = if is_small { floats.abs()? } else { floats };
             let sum = floats.sum_all()?;
-            let is_prior = is_prior && fits && sum.to_scalar::<f64>()? > 0.;
-            cast(if is_prior { floats.broadcast_div(&sum)? } else { floats }, dtype)
+            let normalize = is_prior && is_small && sum.to_scalar::<f64>()? > 0.;
+            cast(if normalize { floats.broadcast_div(&sum)? } else { floats }, dtype)
         })
     }
 }
 
-/// Mostly nothing; otherwise what is wrong, a number below 8.
+/// One of eight mistakes in a call, rarely; mostly none.
 #[derive(Arbitrary, Clone, Copy, Debug)]
-pub struct Misfit(u8);
+pub struct Mistake(u8);
 
-impl Misfit {
+impl Mistake {
+    /// The number of the mistake, below 8.
     pub fn get(self) -> Option<u8> {
         self.0.checked_sub(248)
     }
@@ -287,18 +304,18 @@ impl Misfit {
 #[derive(Arbitrary, Debug)]
 pub enum Convention<'a> {
     None,
-    All(Number),
-    Others(Number),
-    Toward(Number, Vector<'a>),
+    All(Scalar),
+    Others(Scalar),
+    Toward(Scalar, ClassVector<'a>),
 }
 
 #[derive(Arbitrary, Debug)]
-pub enum Index {
+pub enum IgnoreIndex {
     Small(i8),
     Any(i64),
 }
 
-impl Index {
+impl IgnoreIndex {
     pub fn get(&self) -> i64 {
         match self {
             Self::Small(index) => i64::from(*index),
@@ -311,25 +328,25 @@ impl Index {
 pub struct Options<'a> {
     pub convention: Convention<'a>,
     pub reduction: u8,
-    pub class_weights: Option<Vector<'a>>,
-    pub ignore_index: Option<Index>,
+    pub class_weights: Option<ClassVector<'a>>,
+    pub ignore_index: Option<IgnoreIndex>,
     pub class_dim: Option<u8>,
-    pub z_loss: Option<Number>,
+    pub z_loss: Option<Scalar>,
 }
 
-/// What is called.
+/// The function to call, with the arguments that only this function takes.
 #[derive(Arbitrary, Debug)]
 pub enum Call<'a> {
     Forward {
-        logits: Given<'a>,
+        logits: TensorSpec<'a>,
     },
     Linear {
-        size: Len,
-        hidden: Given<'a>,
-        weight: Given<'a>,
-        bias: Option<Given<'a>>,
+        hidden_size: Len,
+        hidden: TensorSpec<'a>,
+        weight: TensorSpec<'a>,
+        bias: Option<TensorSpec<'a>>,
         tile: Option<[u8; 2]>,
-        misfit: Misfit,
+        mistake: Mistake,
     },
     SmoothTargets {
         num_classes: Option<Len>,
@@ -342,10 +359,10 @@ pub enum Call<'a> {
 #[derive(Arbitrary, Debug)]
 pub struct Input<'a> {
     pub call: Call<'a>,
-    /// Those of the logits.
+    /// The shape of the logits.
     pub dims: Dims,
     pub options: Options<'a>,
-    pub targets: Given<'a>,
-    pub targets_misfit: Misfit,
-    pub upstream: Numbers<'a>,
+    pub targets: TensorSpec<'a>,
+    pub targets_mistake: Mistake,
+    pub grad_output: Elements<'a>,
 }

@@ -1,12 +1,15 @@
-//! Every public function on whatever fits into tensors. There is an error exactly where there should be one; otherwise
-//! the numbers are those of the formula, and views give the same bits as their copies. Nothing panics or hangs, and
-//! memory that is not there is refused.
+//! Calls every public function with arbitrary tensors and options.
 //!
-//! candle's own limits are avoided: its conversions and sums panic on empty views that begin beyond their storage,
-//! and abort on views that are larger than memory.
+//! - An invalid call must return an error, a valid one must not.
+//! - The results of a valid call must agree with the formula, up to rounding.
+//! - Views must give the same bits as contiguous copies of them.
+//! - No call may panic or hang. A tensor that does not fit into memory must be an error.
 //!
-//! With cargo-fuzz (`RUSTC_BOOTSTRAP=1` lets a stable compiler do what it asks for), the stored inputs once, and new
-//! ones for an hour:
+//! Some inputs avoid limits of candle itself: its conversions and sums panic on empty views that begin beyond the end
+//! of their storage, and abort on views that are larger than memory.
+//!
+//! cargo-fuzz needs unstable compiler options, which `RUSTC_BOOTSTRAP=1` enables in a stable compiler. The following
+//! runs each stored seed once, then searches for new inputs for an hour:
 //!
 //! ```sh
 //! RUSTC_BOOTSTRAP=1 cargo fuzz run loss fuzz/seeds/loss -- -runs=0
@@ -24,28 +27,28 @@ use candle_label_smoothing::testing::{self, TileSize};
 use candle_label_smoothing::{
     Error, LabelSmoothingLoss, Reduction, Smoothing, check_targets, smooth_targets,
 };
-use formula::{Aims, Formula, Kind, Near, Shape, arithmetic, unit};
-use input::{Call, Convention, Given, Input, LONGEST, Made, Options, Vector};
+use formula::{Approx, Formula, Shape, SmoothingKind, Targets, compute_dtype, unit_roundoff};
+use input::{BuiltTensor, Call, ClassVector, Convention, Input, MAX_ELEMENTS, Options, TensorSpec};
 use libfuzzer_sys::{Corpus, fuzz_target};
 use std::ffi::{CStr, c_char};
 
-/// Larger allocations are refused, as those beyond memory are. The loss has to see to it.
+/// Makes larger allocations fail. The library must return an error for them.
 #[unsafe(no_mangle)]
 extern "C" fn __asan_default_options() -> *const c_char {
     const OPTIONS: &CStr = c"allocator_may_return_null=1:max_allocation_size_mb=64";
     OPTIONS.as_ptr()
 }
 
-/// Class indices have 32 bits.
-const MOST_CLASSES: usize = u32::MAX as usize;
+/// The largest number of classes that labels can have: the kernels index classes with 32 bits.
+const MAX_CLASSES: usize = u32::MAX as usize;
 
-/// So many rows take more memory than there is.
-const REFUSED: usize = 1 << 25;
+/// This many rows need more memory than the allocation limit.
+const TOO_MANY_ROWS: usize = 1 << 25;
 
 fuzz_target!(|input: Input| -> Corpus {
     match run(&input) {
         Ok(Some(())) => Corpus::Keep,
-        // It would have taken too long.
+        // Skipped, since it would take too long.
         Ok(None) => Corpus::Reject,
         Err(error) => panic!("candle: {error}"),
     }
@@ -71,7 +74,7 @@ fn run(input: &Input) -> Result<Option<()>> {
     }
     let dtype = input.targets.dtype(9);
     let mut targets_dims = if dtype.is_float() { &dims } else { &rows }.clone();
-    match input.targets_misfit.get() {
+    match input.targets_mistake.get() {
         None => {}
         Some(0..3) => targets_dims.push(1),
         Some(3..6) => drop(targets_dims.pop()),
@@ -84,7 +87,7 @@ fn run(input: &Input) -> Result<Option<()>> {
     let Some(targets) = targets else {
         return Ok(None);
     };
-    let test = Test {
+    let case = Case {
         input,
         loss,
         smoothing,
@@ -92,26 +95,26 @@ fn run(input: &Input) -> Result<Option<()>> {
         dims,
         class_dim,
         targets: targets.view,
-        are_targets_short: targets.is_short,
+        are_targets_truncated: targets.is_truncated,
     };
     match &input.call {
-        Call::Forward { logits } => test.forward(logits),
-        Call::Linear { .. } => test.linear(),
+        Call::Forward { logits } => case.forward(logits),
+        Call::Linear { .. } => case.linear(),
         Call::SmoothTargets { num_classes: len } => {
-            test.smooth_targets(len.map_or(num_classes, |len| len.get()))
+            case.smooth_targets(len.map_or(num_classes, |len| len.get()))
         }
         Call::CheckTargets { num_classes: len } => {
-            test.check_targets(len.map_or(num_classes, |len| len.get()))
+            case.check_targets(len.map_or(num_classes, |len| len.get()))
         }
     }
 }
 
-/// That there is an error exactly where there should be one.
+/// Asserts that the result is an error exactly if the call is invalid, and returns the value.
 #[track_caller]
-fn check<T>(result: std::result::Result<T, Error>, is_valid: bool) -> Option<T> {
+fn check_validity<T>(result: std::result::Result<T, Error>, is_valid: bool) -> Option<T> {
     match result {
         Ok(value) => {
-            assert!(is_valid, "no error");
+            assert!(is_valid, "expected an error");
             Some(value)
         }
         Err(error) => {
@@ -122,261 +125,270 @@ fn check<T>(result: std::result::Result<T, Error>, is_valid: bool) -> Option<T> 
     }
 }
 
-/// The options, as the crate takes them and as the formula does. Those that are wrong are left out.
+/// The options, both as the library and as the formula take them. Invalid options are checked to be errors and left out.
 fn options(
-    given: &Options,
+    options: &Options,
     num_classes: usize,
 ) -> Result<Option<(LabelSmoothingLoss, Smoothing, Formula)>> {
-    let num_classes = if num_classes > LONGEST { 3 } else { num_classes };
-    let make = |vector: &Vector, is_prior| -> Result<Option<_>> {
-        let Some(Made { view: tensor, is_short, .. }) = vector.make(num_classes, is_prior)? else {
+    let num_classes = if num_classes > MAX_ELEMENTS { 3 } else { num_classes };
+    // The tensor, and its elements if they are valid.
+    let build = |vector: &ClassVector, is_prior| -> Result<Option<_>> {
+        let Some(built) = vector.build(num_classes, is_prior)? else {
             return Ok(None);
         };
+        let tensor = built.view;
         let is_vector = tensor.rank() == 1
-            && !is_short
-            && size(tensor.dims()) <= LONGEST
+            && !built.is_truncated
+            && element_count(tensor.dims()) <= MAX_ELEMENTS
             && tensor.dtype().is_float()
             && tensor.dtype() != DType::F8E8M0;
-        let values = if is_vector { Some(read(&tensor)?) } else { None };
-        let are_good = |values: &Vec<f64>| values.iter().all(|v| v.is_finite() && *v >= 0.);
-        Ok(Some((tensor, values.filter(are_good))))
+        let values = if is_vector { Some(to_f64s(&tensor)?) } else { None };
+        let are_valid = |values: &Vec<f64>| values.iter().all(|v| v.is_finite() && *v >= 0.);
+        Ok(Some((tensor, values.filter(are_valid))))
     };
-    let is_proportion = |epsilon: f64| (0. ..=1.).contains(&epsilon);
-    let (epsilon, smoothing, kind) = match &given.convention {
-        Convention::None => (0., Ok(Smoothing::none()), Some(Kind::None)),
+    let is_valid_epsilon = |epsilon: f64| (0. ..=1.).contains(&epsilon);
+    let (epsilon, smoothing, kind) = match &options.convention {
+        Convention::None => (0., Ok(Smoothing::none()), Some(SmoothingKind::None)),
         Convention::All(epsilon) => {
             let epsilon = epsilon.get();
-            (epsilon, Smoothing::over_all(epsilon), Some(Kind::All))
+            (epsilon, Smoothing::over_all(epsilon), Some(SmoothingKind::All))
         }
         Convention::Others(epsilon) => {
             let epsilon = epsilon.get();
-            (epsilon, Smoothing::over_others(epsilon), Some(Kind::Others))
+            (epsilon, Smoothing::over_others(epsilon), Some(SmoothingKind::Others))
         }
         Convention::Toward(epsilon, prior) => {
-            let Some((tensor, prior)) = make(prior, true)? else {
+            let Some((tensor, prior)) = build(prior, true)? else {
                 return Ok(None);
             };
             let epsilon = epsilon.get();
             let kind = prior.and_then(|mut prior| {
                 let sum = prior.iter().fold(0., |sum, p| sum + p);
                 prior.iter_mut().for_each(|p| *p /= sum);
-                ((sum - 1.).abs() <= 1e-3).then_some(Kind::Toward(prior))
+                ((sum - 1.).abs() <= 1e-3).then_some(SmoothingKind::Toward(prior))
             });
             (epsilon, Smoothing::toward(epsilon, &tensor), kind)
         }
     };
-    let kind = kind.filter(|_| is_proportion(epsilon));
-    let smoothing = check(smoothing, kind.is_some()).unwrap_or(Smoothing::none());
+    let kind = kind.filter(|_| is_valid_epsilon(epsilon));
+    let smoothing = check_validity(smoothing, kind.is_some()).unwrap_or(Smoothing::none());
     let reduction =
-        [Reduction::Mean, Reduction::Sum, Reduction::None][usize::from(given.reduction) % 3];
+        [Reduction::Mean, Reduction::Sum, Reduction::None][usize::from(options.reduction) % 3];
     let mut loss = LabelSmoothingLoss::new(smoothing.clone()).with_reduction(reduction);
     let mut formula = Formula {
         epsilon: if kind.is_some() { epsilon } else { 0. },
-        kind: kind.unwrap_or(Kind::None),
+        kind: kind.unwrap_or(SmoothingKind::None),
         class_weights: None,
-        ignore_index: given.ignore_index.as_ref().map(|index| index.get()),
+        ignore_index: options.ignore_index.as_ref().map(|index| index.get()),
         z_loss: 0.,
         reduction,
     };
-    if let Some(weights) = &given.class_weights {
-        let Some((tensor, weights)) = make(weights, false)? else {
+    if let Some(weights) = &options.class_weights {
+        let Some((tensor, weights)) = build(weights, false)? else {
             return Ok(None);
         };
         let weighted = loss.clone().with_class_weights(&tensor);
-        loss = check(weighted, weights.is_some()).unwrap_or(loss);
+        loss = check_validity(weighted, weights.is_some()).unwrap_or(loss);
         formula.class_weights = weights;
     }
     if let Some(index) = formula.ignore_index {
         loss = loss.with_ignore_index(index);
     }
-    match given.class_dim {
+    match options.class_dim {
         None => {}
         Some(255) => loss = loss.with_class_dim(usize::MAX),
         Some(dim) => loss = loss.with_class_dim(usize::from(dim) % 6),
     }
-    if let Some(z_loss) = &given.z_loss {
+    if let Some(z_loss) = &options.z_loss {
         let z_loss = z_loss.get();
         let is_valid = z_loss.is_finite() && z_loss >= 0.;
-        loss = check(loss.clone().with_z_loss(z_loss), is_valid).unwrap_or(loss);
+        loss = check_validity(loss.clone().with_z_loss(z_loss), is_valid).unwrap_or(loss);
         formula.z_loss = if is_valid { z_loss } else { 0. };
     }
     Ok(Some((loss, smoothing, formula)))
 }
 
-/// How many elements there are, or would be.
-fn size(dims: &[usize]) -> usize {
-    if dims.contains(&0) { 0 } else { extent(dims) }
+/// The number of elements of a shape, which saturates.
+fn element_count(dims: &[usize]) -> usize {
+    if dims.contains(&0) { 0 } else { nonzero_product(dims) }
 }
 
-/// The same without the dimensions that are empty.
-fn extent(dims: &[usize]) -> usize {
+/// The product of the dimensions that are not 0.
+fn nonzero_product(dims: &[usize]) -> usize {
     let lens = dims.iter().filter(|len| **len != 0);
     lens.fold(1, |product, &len| product.saturating_mul(len))
 }
 
-/// Whether the size is for sure one that cannot be addressed.
-fn is_absurd(dims: &[usize]) -> bool {
-    extent(dims) > isize::MAX as usize / 8
+/// Whether f64 elements of this shape would exceed the address space. The library refuses such a shape in any dtype.
+fn exceeds_address_space(dims: &[usize]) -> bool {
+    nonzero_product(dims) > isize::MAX as usize / 8
 }
 
-/// A tensor of its own.
-fn copy(view: &Tensor) -> Result<Tensor> {
+fn contiguous_copy(view: &Tensor) -> Result<Tensor> {
     match view.dims().contains(&0) {
         true => Tensor::zeros(view.dims(), view.dtype(), &Device::Cpu),
         false => view.detach().force_contiguous(),
     }
 }
 
-fn read(tensor: &Tensor) -> Result<Vec<f64>> {
-    let tensor = copy(tensor)?.flatten_all()?;
+fn to_f64s(tensor: &Tensor) -> Result<Vec<f64>> {
+    let tensor = contiguous_copy(tensor)?.flatten_all()?;
     match tensor.dtype() {
-        // The way from f8 to f64 never ends in candle 0.11.1.
+        // The direct conversion from F8E4M3 to F64 never returns in candle 0.11.1.
         DType::F8E4M3 => tensor.to_dtype(DType::F32)?.to_dtype(DType::F64)?.to_vec1(),
         _ => tensor.to_dtype(DType::F64)?.to_vec1(),
     }
 }
 
 #[track_caller]
-fn assert_same(ours: &Tensor, theirs: &Tensor) -> Result<()> {
-    assert_eq!((ours.dims(), ours.dtype()), (theirs.dims(), theirs.dtype()));
-    for (ours, theirs) in read(ours)?.iter().zip(read(theirs)?) {
-        let is_same = ours.to_bits() == theirs.to_bits() || ours.is_nan() && theirs.is_nan();
-        assert!(is_same, "{ours} and {theirs}");
+fn assert_same_bits(actual: &Tensor, expected: &Tensor) -> Result<()> {
+    assert_eq!((actual.dims(), actual.dtype()), (expected.dims(), expected.dtype()));
+    for (actual, expected) in to_f64s(actual)?.iter().zip(to_f64s(expected)?) {
+        let is_same =
+            actual.to_bits() == expected.to_bits() || actual.is_nan() && expected.is_nan();
+        assert!(is_same, "{actual}, expected {expected}");
     }
     Ok(())
 }
 
 #[track_caller]
-fn assert_near(what: &str, ours: &Tensor, expected: &[Near]) -> Result<()> {
-    let (dtype, ours) = (ours.dtype(), read(ours)?);
-    assert_eq!(ours.len(), expected.len(), "{what}");
-    for (i, (ours, expected)) in ours.iter().zip(expected).enumerate() {
+fn assert_close(name: &str, actual: &Tensor, expected: &[Approx]) -> Result<()> {
+    let (dtype, actual) = (actual.dtype(), to_f64s(actual)?);
+    assert_eq!(actual.len(), expected.len(), "{name}");
+    for (i, (actual, expected)) in actual.iter().zip(expected).enumerate() {
         let expected = expected.rounded_to(dtype);
-        assert!(expected.holds(*ours), "{what} {i}: {ours}, expected {expected:?}");
+        assert!(expected.accepts(*actual), "{name} {i}: {actual}, expected {expected:?}");
     }
     Ok(())
 }
 
-struct Test<'a> {
+struct Case<'a> {
     input: &'a Input<'a>,
     loss: LabelSmoothingLoss,
     smoothing: Smoothing,
     formula: Formula,
-    /// Those of the logits.
+    /// The shape of the logits.
     dims: Vec<usize>,
     class_dim: usize,
     targets: Tensor,
-    are_targets_short: bool,
+    are_targets_truncated: bool,
 }
 
-impl Test<'_> {
+impl Case<'_> {
     fn num_classes(&self) -> usize {
         self.dims[self.class_dim]
     }
 
-    /// What the targets say, if they are valid.
-    fn aims(&self, num_classes: usize, ignore_index: Option<i64>) -> Result<Option<Aims>> {
+    /// The elements of the targets, or `None` if the targets are invalid.
+    fn read_targets(
+        &self,
+        num_classes: usize,
+        ignore_index: Option<i64>,
+    ) -> Result<Option<Targets>> {
         let dtype = self.targets.dtype();
-        if dtype == DType::F8E8M0 || self.are_targets_short {
+        if dtype == DType::F8E8M0 || self.are_targets_truncated {
             return Ok(None);
         }
         if dtype.is_float() {
-            return Ok(Some(Aims::Probabilities(read(&self.targets)?)));
+            return Ok(Some(Targets::Probabilities(to_f64s(&self.targets)?)));
         }
         let labels: Vec<i64> =
-            copy(&self.targets)?.to_dtype(DType::I64)?.flatten_all()?.to_vec1()?;
-        let is_good = |label: &i64| {
+            contiguous_copy(&self.targets)?.to_dtype(DType::I64)?.flatten_all()?.to_vec1()?;
+        let is_valid = |label: &i64| {
             usize::try_from(*label).is_ok_and(|label| label < num_classes)
                 || Some(*label) == ignore_index
         };
-        Ok(labels.iter().all(is_good).then_some(Aims::Labels(labels)))
+        Ok(labels.iter().all(is_valid).then_some(Targets::Labels(labels)))
     }
 
-    /// Whether the smoothing is one of so many classes.
-    fn is_smoothing_of(&self, num_classes: usize) -> bool {
+    /// Whether the smoothing can be applied to `num_classes` classes.
+    fn smoothing_fits(&self, num_classes: usize) -> bool {
         match &self.formula.kind {
-            Kind::None | Kind::All => num_classes > 0,
-            Kind::Others => num_classes > 1,
-            Kind::Toward(prior) => num_classes > 0 && prior.len() == num_classes,
+            SmoothingKind::None | SmoothingKind::All => num_classes > 0,
+            SmoothingKind::Others => num_classes > 1,
+            SmoothingKind::Toward(prior) => num_classes > 0 && prior.len() == num_classes,
         }
     }
 
-    /// What the targets say, if all but the logits' numbers is valid.
-    fn valid(&self, dtype: DType) -> Result<Option<Aims>> {
+    /// The elements of the targets, or `None` if a call with logits of this dtype is invalid.
+    fn valid_targets(&self, dtype: DType) -> Result<Option<Targets>> {
         let Self { formula, dims, class_dim, .. } = self;
-        let is_logits = matches!(dtype, DType::F16 | DType::BF16 | DType::F32 | DType::F64);
-        if !is_logits || *class_dim >= dims.len() || is_absurd(dims) {
+        let is_logits_dtype = matches!(dtype, DType::F16 | DType::BF16 | DType::F32 | DType::F64);
+        if !is_logits_dtype || *class_dim >= dims.len() || exceeds_address_space(dims) {
             return Ok(None);
         }
         let num_classes = self.num_classes();
-        let weights = formula.class_weights.as_ref().map_or(num_classes, Vec::len);
-        let shares = 2f64.powi(24);
-        let possible = match dtype {
-            DType::F64 => f64::MIN_POSITIVE * shares..=f64::MAX / shares,
-            _ => f64::from(f32::MIN_POSITIVE) * shares..=f64::from(f32::MAX) / shares,
+        let num_weights = formula.class_weights.as_ref().map_or(num_classes, Vec::len);
+        // The library refuses a class weight w if 2^24·w would overflow or 2^−24·w would be subnormal.
+        let headroom = 2f64.powi(24);
+        let weight_range = match dtype {
+            DType::F64 => f64::MIN_POSITIVE * headroom..=f64::MAX / headroom,
+            _ => f64::from(f32::MIN_POSITIVE) * headroom..=f64::from(f32::MAX) / headroom,
         };
-        let is_possible = |weight: &f64| *weight == 0. || possible.contains(weight);
-        if !formula.class_weights.iter().flatten().all(is_possible) {
+        let is_in_range = |weight: &f64| *weight == 0. || weight_range.contains(weight);
+        if !formula.class_weights.iter().flatten().all(is_in_range) {
             return Ok(None);
         }
         let mut rows = dims.clone();
         rows.remove(*class_dim);
-        let fit = match self.targets.dtype().is_float() {
+        let targets_fit = match self.targets.dtype().is_float() {
             true => self.targets.dims() == dims && formula.ignore_index.is_none(),
-            false => self.targets.dims() == rows && num_classes <= MOST_CLASSES,
+            false => self.targets.dims() == rows && num_classes <= MAX_CLASSES,
         };
-        if !(fit && weights == num_classes && self.is_smoothing_of(num_classes)) {
+        if !(targets_fit && num_weights == num_classes && self.smoothing_fits(num_classes)) {
             return Ok(None);
         }
-        self.aims(num_classes, formula.ignore_index)
+        self.read_targets(num_classes, formula.ignore_index)
     }
 
-    fn forward(&self, logits: &Given) -> Result<Option<()>> {
+    fn forward(&self, logits: &TensorSpec) -> Result<Option<()>> {
         let Self { dims, class_dim, .. } = self;
         let classes = dims.get(*class_dim).copied().unwrap_or(1);
-        let rows = size(dims) / classes.max(1);
-        let is_small = size(dims) <= LONGEST;
-        // The latter is refused for what is kept of the parts of each row.
-        if !is_small && !is_absurd(dims) && rows < REFUSED && classes < 1 << 45 {
+        let rows = element_count(dims) / classes.max(1);
+        let is_small = element_count(dims) <= MAX_ELEMENTS;
+        // From 2^45 classes on, the states of the blocks of a single row exceed the allocation limit.
+        if !is_small && !exceeds_address_space(dims) && rows < TOO_MANY_ROWS && classes < 1 << 45 {
             return Ok(None);
         }
         let dtype = logits.dtype(4);
-        let Some(made) = logits.floats(dims, dtype)? else {
+        let Some(logits) = logits.floats(dims, dtype)? else {
             return Ok(None);
         };
-        let call = |loss: &LabelSmoothingLoss, operands: &[&Tensor], targets: &Tensor| {
-            loss.forward(operands[0], targets)
+        let call = |loss: &LabelSmoothingLoss, inputs: &[&Tensor], targets: &Tensor| {
+            loss.forward(inputs[0], targets)
         };
         if !is_small {
-            drop(call(&self.loss, &[&made.view], &self.targets));
+            drop(call(&self.loss, &[&logits.view], &self.targets));
             return Ok(Some(()));
         }
-        let aims = if made.is_short { None } else { self.valid(dtype)? };
-        let Some((loss, gradients)) = self.twice(&[&made], call, aims.is_some())? else {
+        let targets = if logits.is_truncated { None } else { self.valid_targets(dtype)? };
+        let Some((loss, gradients)) = self.run_with_copies(&[&logits], call, targets.is_some())?
+        else {
             return Ok(Some(()));
         };
-        if let Some(aims) = aims {
-            let upstream = read(&self.upstream(&loss)?)?;
+        if let Some(targets) = targets {
+            let grad_output = to_f64s(&self.grad_output(&loss)?)?;
             let shape = Shape::new(dims, *class_dim);
-            let logits = read(&made.view)?;
-            let (losses, gradient) =
-                self.formula.evaluate(&logits, 0., shape, &aims, &upstream, dtype);
-            assert_near("loss", &loss, &losses)?;
-            if let Some(ours) = &gradients[0] {
-                assert_near("gradient", ours, &gradient)?;
+            let logits = to_f64s(&logits.view)?;
+            let (expected_loss, expected_gradient) =
+                self.formula.evaluate(&logits, 0., shape, &targets, &grad_output, dtype);
+            assert_close("loss", &loss, &expected_loss)?;
+            if let Some(gradient) = &gradients[0] {
+                assert_close("gradient", gradient, &expected_gradient)?;
             }
         }
         Ok(Some(()))
     }
 
-    fn upstream(&self, loss: &Tensor) -> Result<Tensor> {
-        self.input.upstream.floats(loss.dims(), loss.dtype())
+    fn grad_output(&self, loss: &Tensor) -> Result<Tensor> {
+        self.input.grad_output.float_tensor(loss.dims(), loss.dtype())
     }
 
-    /// The loss of views and of their copies, which is the same, and the gradients of these.
-    fn twice(
+    /// Calls the loss with views and with contiguous copies of them, and asserts that both give the same bits. Returns
+    /// the loss and the gradients of the copies, or `None` if the call is invalid.
+    fn run_with_copies(
         &self,
-        made: &[&Made],
+        inputs: &[&BuiltTensor],
         call: impl Fn(
             &LabelSmoothingLoss,
             &[&Tensor],
@@ -384,62 +396,67 @@ impl Test<'_> {
         ) -> candle_label_smoothing::Result<Tensor>,
         is_valid: bool,
     ) -> Result<Option<(Tensor, Vec<Option<Tensor>>)>> {
-        let views: Vec<&Tensor> = made.iter().map(|made| &made.view).collect();
-        let Some(loss) = check(call(&self.loss, &views, &self.targets), is_valid) else {
+        let views: Vec<&Tensor> = inputs.iter().map(|input| &input.view).collect();
+        let result = call(&self.loss, &views, &self.targets);
+        let Some(loss) = check_validity(result, is_valid) else {
             return Ok(None);
         };
-        let copies = made.iter().map(|Made { base, view, .. }| match base.is_variable() {
-            true => Ok(Var::from_tensor(&copy(view)?)?.into_inner()),
-            false => copy(view),
+        let copies = inputs.iter().map(|BuiltTensor { base, view, .. }| match base.is_variable() {
+            true => Ok(Var::from_tensor(&contiguous_copy(view)?)?.into_inner()),
+            false => contiguous_copy(view),
         });
         let copies = copies.collect::<Result<Vec<Tensor>>>()?;
-        let again = call(&self.loss, &copies.iter().collect::<Vec<_>>(), &copy(&self.targets)?)?;
-        assert_same(&loss, &again)?;
+        let targets = contiguous_copy(&self.targets)?;
+        let copies_loss = call(&self.loss, &copies.iter().collect::<Vec<_>>(), &targets)?;
+        assert_same_bits(&loss, &copies_loss)?;
         let is_tracked = copies.iter().any(Tensor::is_variable);
-        assert_eq!((loss.track_op(), again.track_op()), (is_tracked, is_tracked));
+        assert_eq!((loss.track_op(), copies_loss.track_op()), (is_tracked, is_tracked));
         if !is_tracked {
-            return Ok(Some((again, vec![None; made.len()])));
+            return Ok(Some((copies_loss, vec![None; inputs.len()])));
         }
-        let backward = |loss: &Tensor| (loss * self.upstream(loss)?)?.sum_all()?.backward();
-        let of_copies = backward(&again)?;
-        let gradients: Vec<_> = copies.iter().map(|copy| of_copies.get(copy).cloned()).collect();
-        let has_numbers = |made: &&Made| size(made.view.dims()) > 0;
-        let of_views = match made.iter().all(has_numbers) {
+        let backward = |loss: &Tensor| (loss * self.grad_output(loss)?)?.sum_all()?.backward();
+        let copies_grads = backward(&copies_loss)?;
+        let gradients: Vec<_> = copies.iter().map(|copy| copies_grads.get(copy).cloned()).collect();
+        // candle's own backward panics on some empty views.
+        let is_nonempty = |input: &&BuiltTensor| element_count(input.view.dims()) > 0;
+        let views_grads = match inputs.iter().all(is_nonempty) {
             true => Some(backward(&loss)?),
             false => None,
         };
-        for (Made { base, view, .. }, gradient) in made.iter().zip(&gradients) {
+        for (BuiltTensor { base, view, .. }, gradient) in inputs.iter().zip(&gradients) {
             assert_eq!(gradient.is_some(), base.is_variable());
-            if let (Some(gradient), Some(of_views)) = (gradient, &of_views) {
-                let expected = (view * gradient)?.sum_all()?.backward()?;
-                let [ours, theirs] = [of_views, &expected].map(|of| of.get(base));
-                assert_same(ours.expect("a gradient"), theirs.expect("a gradient"))?;
+            if let (Some(gradient), Some(views_grads)) = (gradient, &views_grads) {
+                // candle maps the gradient of the copy back to the base of the view.
+                let expected_grads = (view * gradient)?.sum_all()?.backward()?;
+                let [actual, expected] =
+                    [views_grads, &expected_grads].map(|grads| grads.get(base));
+                assert_same_bits(actual.expect("a gradient"), expected.expect("a gradient"))?;
             }
         }
-        Ok(Some((again, gradients)))
+        Ok(Some((copies_loss, gradients)))
     }
 
     fn linear(&self) -> Result<Option<()>> {
-        let Call::Linear { size: hidden_size, hidden, weight, bias, tile, misfit } =
-            &self.input.call
+        let Call::Linear { hidden_size, hidden, weight, bias, tile, mistake } = &self.input.call
         else {
             return Ok(None);
         };
         let Some((&classes, rows)) = self.dims.split_last() else {
             return Ok(None);
         };
-        let (num_rows, hidden_size) = (size(rows), hidden_size.get());
+        let (num_rows, hidden_size) = (element_count(rows), hidden_size.get());
         let tile =
             tile.map(|[rows, classes]| TileSize { rows: rows.into(), classes: classes.into() });
         let tiles = tile.map_or(1, |tile| {
-            let slices = if tile.rows < num_rows { num_rows } else { 1 };
-            slices.saturating_mul(classes.div_ceil(tile.classes.max(1)))
+            let row_tiles = if tile.rows < num_rows { num_rows } else { 1 };
+            row_tiles.saturating_mul(classes.div_ceil(tile.classes.max(1)))
         });
         let work = num_rows.max(1).saturating_mul(classes).saturating_mul(hidden_size.max(1));
-        let is_small = work <= 4 * LONGEST && tiles <= LONGEST / 64;
-        let is_beyond = hidden_size >= 1 << 45;
-        let is_refused = is_absurd(&self.dims) || num_rows >= REFUSED || is_beyond;
-        if hidden_size > LONGEST && !is_beyond || !is_small && !is_refused {
+        let is_small = work <= 4 * MAX_ELEMENTS && tiles <= MAX_ELEMENTS / 64;
+        let is_huge = hidden_size >= 1 << 45;
+        // The size of such a call is refused before anything is computed.
+        let is_refused = exceeds_address_space(&self.dims) || num_rows >= TOO_MANY_ROWS || is_huge;
+        if hidden_size > MAX_ELEMENTS && !is_huge || !is_small && !is_refused {
             return Ok(None);
         }
 
@@ -447,42 +464,42 @@ impl Test<'_> {
         let mut weight_dims = vec![classes, hidden_size];
         let mut bias_dims = vec![classes];
         let dtype = hidden.dtype(4);
-        let (mut of_weight, mut of_bias) = (dtype, dtype);
-        match misfit.get() {
+        let (mut weight_dtype, mut bias_dtype) = (dtype, dtype);
+        match mistake.get() {
             Some(0) => hidden_dims.clear(),
             Some(1) => hidden_dims[rows.len()] += 1,
-            // Without a bias, only the targets could tell.
+            // Without a bias, `weight` alone sets the number of classes, and one class more would be valid for labels.
             Some(2) => weight_dims[0] = classes.saturating_add(bias.is_some().into()),
             Some(3) => drop(weight_dims.pop()),
             Some(4) => bias_dims[0] = classes.saturating_add(1),
             Some(5) => bias_dims.push(1),
-            Some(6) => of_weight = weight.dtype(4),
-            Some(_) => of_bias = bias.as_ref().map_or(dtype, |bias| bias.dtype(4)),
+            Some(6) => weight_dtype = weight.dtype(4),
+            Some(_) => bias_dtype = bias.as_ref().map_or(dtype, |bias| bias.dtype(4)),
             None => {}
         }
-        let made = [
+        let built = [
             hidden.floats(&hidden_dims, dtype)?,
-            weight.floats(&weight_dims, of_weight)?,
+            weight.floats(&weight_dims, weight_dtype)?,
             match bias {
-                Some(bias) => bias.floats(&bias_dims, of_bias)?,
+                Some(bias) => bias.floats(&bias_dims, bias_dtype)?,
                 None => hidden.floats(&[], dtype)?,
             },
         ];
-        let [Some(hidden), Some(weight), Some(of_classes)] = made else {
+        let [Some(hidden), Some(weight), Some(bias_tensor)] = built else {
             return Ok(None);
         };
         let fits = hidden_dims == [rows, &[hidden_size]].concat()
             && weight_dims == [classes, hidden_size]
-            && of_weight == dtype
-            && (bias.is_none() || bias_dims == [classes] && of_bias == dtype)
+            && weight_dtype == dtype
+            && (bias.is_none() || bias_dims == [classes] && bias_dtype == dtype)
             && self.class_dim == rows.len();
-        let mut made = vec![&hidden, &weight];
+        let mut inputs = vec![&hidden, &weight];
         if bias.is_some() {
-            made.push(&of_classes);
+            inputs.push(&bias_tensor);
         }
-        let call = |loss: &LabelSmoothingLoss, operands: &[&Tensor], targets: &Tensor| {
-            let [hidden, weight] = [operands[0], operands[1]];
-            let bias = operands.get(2).copied();
+        let call = |loss: &LabelSmoothingLoss, inputs: &[&Tensor], targets: &Tensor| {
+            let [hidden, weight] = [inputs[0], inputs[1]];
+            let bias = inputs.get(2).copied();
             match tile {
                 Some(tile) => {
                     testing::forward_linear_tiled(loss, hidden, weight, bias, targets, tile)
@@ -491,66 +508,66 @@ impl Test<'_> {
             }
         };
         if !is_small {
-            let operands: Vec<_> = made.iter().map(|made| &made.view).collect();
-            drop(call(&self.loss, &operands, &self.targets));
+            let views: Vec<_> = inputs.iter().map(|input| &input.view).collect();
+            drop(call(&self.loss, &views, &self.targets));
             return Ok(Some(()));
         }
-        let fits = fits && !made.iter().any(|made| made.is_short);
-        let aims = if fits { self.valid(dtype)? } else { None };
-        let Some((loss, gradients)) = self.twice(&made, call, aims.is_some())? else {
+        let fits = fits && !inputs.iter().any(|input| input.is_truncated);
+        let targets = if fits { self.valid_targets(dtype)? } else { None };
+        let Some((loss, gradients)) = self.run_with_copies(&inputs, call, targets.is_some())?
+        else {
             return Ok(Some(()));
         };
-        let Some(aims) = aims else {
+        let Some(targets) = targets else {
             return Ok(Some(()));
         };
-        let upstream = read(&self.upstream(&loss)?)?;
-        let [hidden, weight] = [&hidden, &weight].map(|made| read(&made.view));
+        let grad_output = to_f64s(&self.grad_output(&loss)?)?;
+        let [hidden, weight] = [&hidden, &weight].map(|input| to_f64s(&input.view));
         let (hidden, weight) = (hidden?, weight?);
-        let bias = if bias.is_some() { Some(read(&of_classes.view)?) } else { None };
+        let bias = if bias.is_some() { Some(to_f64s(&bias_tensor.view)?) } else { None };
 
-        // The products, and what rounding they may differ by.
-        let unit = unit(arithmetic(dtype));
-        let mut slack = 0f64;
-        let mut logits = Vec::with_capacity(num_rows * classes);
-        let product = |sum: Near, a: Near, b: f64| {
-            let term = a.times(b);
-            // The magnitude.
-            let error = sum.error
-                + term.error
-                + (hidden_size.max(num_rows).max(classes) + 4) as f64 * unit * term.value.abs();
-            Near { value: sum.value + term.value, error }
+        let unit_roundoff = unit_roundoff(compute_dtype(dtype));
+        let max_terms = hidden_size.max(num_rows).max(classes);
+        // sum + a·b, with a bound on the error of any order of summation of up to `max_terms` terms.
+        let add_product = |sum: Approx, a: Approx, b: f64| {
+            let term = a.mul(b);
+            let rounding = (max_terms + 4) as f64 * unit_roundoff * term.value.abs();
+            Approx { value: sum.value + term.value, error: sum.error + term.error + rounding }
         };
-        let exact = |value| Near { value, error: 0. };
+        let exact = |value| Approx { value, error: 0. };
+        let mut logits = Vec::with_capacity(num_rows * classes);
+        let mut logit_error = 0f64;
         for row in 0..num_rows {
             for class in 0..classes {
                 let bias = bias.as_ref().map_or(0., |bias| bias[class]);
-                let start = product(Near::default(), exact(bias), 1.);
+                let start = add_product(Approx::default(), exact(bias), 1.);
                 let logit = (0..hidden_size).fold(start, |sum, i| {
                     let h = hidden[row * hidden_size + i];
-                    product(sum, exact(h), weight[class * hidden_size + i])
+                    add_product(sum, exact(h), weight[class * hidden_size + i])
                 });
-                slack = if logit.error < 0.01 { slack.max(logit.error) } else { f64::INFINITY };
+                logit_error =
+                    if logit.error < 0.01 { logit_error.max(logit.error) } else { f64::INFINITY };
                 logits.push(logit.value);
             }
         }
         let shape = Shape { rows: num_rows, classes, stride: 1 };
-        let (losses, gradient) =
-            self.formula.evaluate(&logits, slack, shape, &aims, &upstream, dtype);
-        assert_near("loss", &loss, &losses)?;
-        let mut expected =
-            [hidden.len(), weight.len(), classes].map(|len| vec![Near::default(); len]);
-        for (at, gradient) in gradient.iter().enumerate() {
-            let (row, class) = (at / classes, at % classes);
+        let (expected_loss, grad_logits) =
+            self.formula.evaluate(&logits, logit_error, shape, &targets, &grad_output, dtype);
+        assert_close("loss", &loss, &expected_loss)?;
+        let [mut grad_hidden, mut grad_weight, mut grad_bias] =
+            [hidden.len(), weight.len(), classes].map(|len| vec![Approx::default(); len]);
+        for (i, grad_logit) in grad_logits.iter().enumerate() {
+            let (row, class) = (i / classes, i % classes);
             for i in 0..hidden_size {
                 let (h, w) = (row * hidden_size + i, class * hidden_size + i);
-                expected[0][h] = product(expected[0][h], *gradient, weight[w]);
-                expected[1][w] = product(expected[1][w], *gradient, hidden[h]);
+                grad_hidden[h] = add_product(grad_hidden[h], *grad_logit, weight[w]);
+                grad_weight[w] = add_product(grad_weight[w], *grad_logit, hidden[h]);
             }
-            expected[2][class] = product(expected[2][class], *gradient, 1.);
+            grad_bias[class] = add_product(grad_bias[class], *grad_logit, 1.);
         }
-        for (expected, ours) in expected.iter().zip(gradients) {
-            if let Some(ours) = ours {
-                assert_near("gradient", &ours, expected)?;
+        for (expected, gradient) in [grad_hidden, grad_weight, grad_bias].iter().zip(gradients) {
+            if let Some(gradient) = gradient {
+                assert_close("gradient", &gradient, expected)?;
             }
         }
         Ok(Some(()))
@@ -558,50 +575,58 @@ impl Test<'_> {
 
     fn smooth_targets(&self, num_classes: usize) -> Result<Option<()>> {
         let dims = self.targets.dims();
-        let is_soft = self.targets.dtype().is_float();
-        if size(dims) > LONGEST && !is_absurd(dims) && size(dims) < REFUSED {
+        let is_probabilities = self.targets.dtype().is_float();
+        if element_count(dims) > MAX_ELEMENTS
+            && !exceeds_address_space(dims)
+            && element_count(dims) < TOO_MANY_ROWS
+        {
             return Ok(None);
         }
-        let soft = smooth_targets(&self.targets, num_classes, &self.smoothing);
+        let smoothed = smooth_targets(&self.targets, num_classes, &self.smoothing);
         let mut shape = dims.to_vec();
-        if !is_soft {
+        if !is_probabilities {
             shape.push(num_classes);
         }
-        if size(dims) > LONGEST || size(&shape) > LONGEST {
+        if element_count(dims) > MAX_ELEMENTS || element_count(&shape) > MAX_ELEMENTS {
             return Ok(Some(()));
         }
-        let fits = !is_absurd(&shape)
-            && self.is_smoothing_of(num_classes)
+        let fits = !exceeds_address_space(&shape)
+            && self.smoothing_fits(num_classes)
             && shape.last() == Some(&num_classes)
-            && (is_soft || num_classes <= MOST_CLASSES);
-        let aims = if fits { self.aims(num_classes, None)? } else { None };
-        if let (Some(soft), Some(aims)) = (check(soft, aims.is_some()), aims) {
-            assert_eq!(soft.dims(), shape);
-            let expected = (0..size(&shape)).map(|i| {
+            && (is_probabilities || num_classes <= MAX_CLASSES);
+        let targets = if fits { self.read_targets(num_classes, None)? } else { None };
+        let smoothed = check_validity(smoothed, targets.is_some());
+        if let (Some(smoothed), Some(targets)) = (smoothed, targets) {
+            assert_eq!(smoothed.dims(), shape);
+            let expected = (0..element_count(&shape)).map(|i| {
                 let (row, class) = (i / num_classes, i % num_classes);
-                let p = match &aims {
-                    Aims::Labels(labels) => f64::from(u8::from(labels[row] == class as i64)),
-                    Aims::Probabilities(p) => p[i],
+                let p = match &targets {
+                    Targets::Labels(labels) => f64::from(u8::from(labels[row] == class as i64)),
+                    Targets::Probabilities(p) => p[i],
                 };
                 let target = self.formula.target(p, class, num_classes);
-                Near { error: 8. * unit(DType::F32) * target.error, ..target }
+                Approx { error: 8. * unit_roundoff(DType::F32) * target.error, ..target }
             });
-            assert_near("target", &soft, &expected.collect::<Vec<_>>())?;
+            assert_close("target", &smoothed, &expected.collect::<Vec<_>>())?;
         }
         Ok(Some(()))
     }
 
     fn check_targets(&self, num_classes: usize) -> Result<Option<()>> {
         let dims = self.targets.dims();
-        if size(dims) > LONGEST && !is_absurd(dims) && size(dims) < REFUSED {
+        if element_count(dims) > MAX_ELEMENTS
+            && !exceeds_address_space(dims)
+            && element_count(dims) < TOO_MANY_ROWS
+        {
             return Ok(None);
         }
         let ignore_index = self.formula.ignore_index;
         let checked = check_targets(&self.targets, num_classes, ignore_index);
-        if size(dims) <= LONGEST {
-            let is_valid = !is_absurd(dims) && self.targets.dtype().is_int();
-            let aims = if is_valid { self.aims(num_classes, ignore_index)? } else { None };
-            check(checked, aims.is_some());
+        if element_count(dims) <= MAX_ELEMENTS {
+            let is_valid = !exceeds_address_space(dims) && self.targets.dtype().is_int();
+            let targets =
+                if is_valid { self.read_targets(num_classes, ignore_index)? } else { None };
+            check_validity(checked, targets.is_some());
         }
         Ok(Some(()))
     }

@@ -1,7 +1,7 @@
-//! Burn's cross-entropy with label smoothing on the shapes of `loss.rs`, with the same allocator.
+//! Times Burn's cross-entropy with label smoothing on the shapes and with the allocator of `benches/loss.rs`.
 //!
-//! `cargo run --release > burn.md`: medians in milliseconds, f32 on Burn's ndarray backend, which has no
-//! bf16. Its loss takes (N, K) alone, so there are no images.
+//! `cargo run --release > burn.md` writes a table of medians in milliseconds. Burn's ndarray backend has no bf16, so the
+//! dtype is f32. Burn's loss takes logits of shape (N, K) only, so the images are left out.
 
 use burn::backend::ndarray::NdArrayDevice;
 use burn::backend::{Autodiff, NdArray};
