@@ -1,11 +1,11 @@
-//! The language model's example, run as a program.
+//! The `char_lm` example, run as a program: training, sampling and error messages.
 
 mod common;
 
 use std::io::Result;
 use std::process::{Command, Output};
 
-/// Runs the example, small, on a text.
+/// Runs the example with a small model on `text`.
 fn run(text: &str, arguments: &[&str]) -> Result<Output> {
     let folder = tempfile::tempdir()?;
     let file = folder.path().join("text.txt");
@@ -20,19 +20,19 @@ fn run(text: &str, arguments: &[&str]) -> Result<Output> {
 
 fn printed(text: &str, arguments: &[&str]) -> Result<String> {
     let output = run(text, arguments)?;
-    let complaint = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{arguments:?}: {complaint}");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{arguments:?}: {stderr}");
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-fn complaint(text: &str, arguments: &[&str]) -> Result<String> {
+fn stderr(text: &str, arguments: &[&str]) -> Result<String> {
     let output = run(text, arguments)?;
     assert!(!output.status.success(), "{arguments:?} passed");
     Ok(String::from_utf8_lossy(&output.stderr).into_owned())
 }
 
 #[test]
-fn it_learns_and_writes() -> Result<()> {
+fn loss_falls_and_the_sample_resembles_the_text() -> Result<()> {
     let text = "the cat sat on the m\u{e4}t. ".repeat(40);
     let arguments = ["--steps", "60", "--lr", "0.03"];
     let first = printed(&text, &arguments)?;
@@ -40,7 +40,7 @@ fn it_learns_and_writes() -> Result<()> {
         .lines()
         .filter_map(|line| line.split_once("loss ")?.1.split_once(" bits")?.0.parse().ok())
         .collect();
-    // Twelve characters at random would take three and a half.
+    // A uniform guess among twelve characters costs 3.6 bits.
     assert!(bits.len() == 10 && bits[0] > 1.5 && bits[9] < 1., "{first}");
     for part in ["12 of them different", "tokens a second", "MB of memory at most"] {
         assert!(first.contains(part), "no {part:?} in {first}");
@@ -54,7 +54,7 @@ fn it_learns_and_writes() -> Result<()> {
 }
 
 #[test]
-fn what_is_wrong_is_said() -> Result<()> {
+fn invalid_input_is_rejected_with_a_message() -> Result<()> {
     let text = "abc".repeat(200);
     for (text, arguments, expected) in [
         ("abc", &[][..], "the text has 3 characters, expected more than 170"),
@@ -63,12 +63,12 @@ fn what_is_wrong_is_said() -> Result<()> {
         (&text, &["--lr", "0"], "--lr is 0, expected more than 0"),
         (&text, &["--steps", "0"], "0 is not in 1.."),
     ] {
-        let complaint = complaint(text, arguments)?;
-        assert!(complaint.contains(expected), "{complaint}");
+        let stderr = stderr(text, arguments)?;
+        assert!(stderr.contains(expected), "{stderr}");
     }
     let nowhere =
         Command::new(common::example("char_lm")).args(["--data", "no/such/file"]).output()?;
-    let complaint = String::from_utf8_lossy(&nowhere.stderr).into_owned();
-    assert!(complaint.contains("cannot use no/such/file"), "{complaint}");
+    let stderr = String::from_utf8_lossy(&nowhere.stderr).into_owned();
+    assert!(stderr.contains("cannot use no/such/file"), "{stderr}");
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! Bad input: each kind gets a message that says what was given and what was expected.
+//! Invalid input: each error message contains the given value and the expected one.
 
 mod common;
 
@@ -8,7 +8,7 @@ use candle_label_smoothing::{
 };
 use common::{CPU, random, random_labels, values};
 
-/// Checks the message, and that the error survives a way through candle's `Result` and back.
+/// Checks the message, and that the error is unchanged after conversion to candle's error and back.
 #[track_caller]
 fn assert_error<T>(result: candle_label_smoothing::Result<T>, parts: &[&str]) {
     let Err(error) = result else {
@@ -19,9 +19,9 @@ fn assert_error<T>(result: candle_label_smoothing::Result<T>, parts: &[&str]) {
         assert!(message.contains(part), "{message:?} does not say {part:?}");
     }
     let kind = std::mem::discriminant(&error);
-    let candles = candle_core::Error::from(error);
-    assert!(candles.to_string().contains(&message), "{candles}");
-    let back = Error::from(candles);
+    let converted = candle_core::Error::from(error);
+    assert!(converted.to_string().contains(&message), "{converted}");
+    let back = Error::from(converted);
     assert_eq!(std::mem::discriminant(&back), kind);
     assert_eq!(back.to_string(), message);
 }
@@ -35,7 +35,7 @@ fn zeros(dims: &[usize], dtype: DType) -> Result<Tensor> {
 }
 
 #[test]
-fn epsilon() -> Result<()> {
+fn epsilon_outside_0_to_1() -> Result<()> {
     let prior = Tensor::new(&[0.5f32, 0.5], &CPU)?;
     for (epsilon, given) in
         [(-0.1, "-0.1"), (1.1, "1.1"), (10., "10"), (f64::NAN, "NaN"), (f64::INFINITY, "inf")]
@@ -56,14 +56,14 @@ fn epsilon() -> Result<()> {
 }
 
 #[test]
-fn z_loss() {
+fn invalid_z_loss() {
     for (coefficient, given) in [(-1., "-1"), (f64::NAN, "NaN"), (f64::INFINITY, "inf")] {
         assert_error(loss().with_z_loss(coefficient), &["z-loss", given, ">= 0"]);
     }
 }
 
 #[test]
-fn class_weights() -> Result<()> {
+fn invalid_class_weights() -> Result<()> {
     let given = |weights: &Tensor| loss().with_class_weights(weights);
     assert_error(
         given(&zeros(&[2, 3], DType::F32)?),
@@ -84,7 +84,7 @@ fn class_weights() -> Result<()> {
 }
 
 #[test]
-fn priors() -> Result<()> {
+fn invalid_priors() -> Result<()> {
     let toward = |prior: &Tensor| Smoothing::toward(0.1, prior);
     let prior = |values: [f32; 3]| Tensor::new(&values, &CPU);
     assert_error(toward(&zeros(&[1, 3], DType::F32)?), &["prior", "[1, 3]"]);
@@ -102,7 +102,7 @@ fn priors() -> Result<()> {
 }
 
 #[test]
-fn shapes() -> Result<()> {
+fn mismatched_shapes() -> Result<()> {
     let forward = |loss: LabelSmoothingLoss, logits: &[usize], targets: &[usize], dtype| {
         loss.forward(&zeros(logits, DType::F32)?, &zeros(targets, dtype)?)
     };
@@ -134,7 +134,7 @@ fn shapes() -> Result<()> {
         forward(loss(), &[2, 5, 3, 4], &[2, 3, 4], labels),
         &["[2, 3, 4]", "[2, 5, 3]", "class dimension 3", "with_class_dim(1)"],
     );
-    // As many as expected, which reshaping would only mix up.
+    // The number of elements matches, but reshaping would mix up the dimensions.
     assert_error(
         forward(loss(), &[2, 4, 3, 4], &[2, 3, 4], labels),
         &["[2, 3, 4]", "[2, 4, 3]", "with_class_dim(1)"],
@@ -145,7 +145,7 @@ fn shapes() -> Result<()> {
     );
     let lengths = forward(loss(), &[3, 4], &[2], labels).expect_err("no error").to_string();
     assert!(lengths.ends_with("without their class dimension 1"), "no hint fits: {lengths}");
-    // Floats are probabilities.
+    // Floating-point targets are probabilities.
     assert_error(
         forward(loss(), &[3, 4], &[3], DType::F32),
         &["F32", "probabilities", "[3]", "[3, 4]", "integer dtype"],
@@ -159,16 +159,17 @@ fn shapes() -> Result<()> {
 }
 
 #[test]
-fn dtypes() -> Result<()> {
+fn unsupported_dtypes() -> Result<()> {
     let labels = zeros(&[2], DType::U32)?;
     for dtype in [DType::U8, DType::U32, DType::I64, DType::F8E4M3] {
         let result = loss().forward(&zeros(&[2, 3], dtype)?, &labels);
         assert_error(result, &["logits", &format!("{dtype:?}"), "F32"]);
     }
-    // The two arguments in the wrong order.
+    // Logits and targets swapped.
     let result = loss().forward(&labels, &zeros(&[2, 3], DType::F32)?);
     assert_error(result, &["U32", "forward(&logits, &targets)"]);
-    // Neither an index nor a number: the exponents of a block of smaller floats.
+    // F8E8M0 holds the scale exponents of block formats, so it is neither a label nor a
+    // probability.
     let storage = Storage::Cpu(candle_core::CpuStorage::F8E8M0(vec![0; 6]));
     let none = candle_core::op::BackpropOp::none();
     let scales = Tensor::from_storage(storage, Shape::from((2, 3)), none, false);
@@ -178,22 +179,22 @@ fn dtypes() -> Result<()> {
     Ok(())
 }
 
-/// The kernels alone, as benchmarks call them, are those of the loss.
+/// The kernels that benchmarks call give the results of `forward` and its backward pass.
 #[test]
-fn kernels_alone() -> Result<()> {
+fn kernels_for_benchmarks_match_forward() -> Result<()> {
     let logits = Var::from_tensor(&random(&[4, 5], 3., 1)?)?;
     let labels = random_labels(&[4], 5, 2)?;
     let (losses, saved) = testing::forward_rows(&loss(), &logits, &labels)?;
     let rows = loss().with_reduction(Reduction::None).forward(&logits, &labels)?;
     assert_eq!(values(&losses)?, values(&rows)?);
     let saved = saved.expect("statistics");
-    let upstream = random(&[4], 1., 3)?;
-    let gradients = (&rows * &upstream)?.sum_all()?.backward()?;
-    let gradient = testing::backward_rows(&saved, &logits, &upstream)?;
+    let grad_output = random(&[4], 1., 3)?;
+    let gradients = (&rows * &grad_output)?.sum_all()?.backward()?;
+    let gradient = testing::backward_rows(&saved, &logits, &grad_output)?;
     assert_eq!(values(&gradient)?, values(gradients.get(&logits).expect("no gradient"))?);
-    let short = upstream.narrow(0, 0, 3)?;
+    let short = grad_output.narrow(0, 0, 3)?;
     assert_error(testing::backward_rows(&saved, &logits, &short), &["[4]", "[3]"]);
-    assert_error(testing::backward_rows(&saved, &logits.t()?, &upstream), &["[4, 5]", "[5, 4]"]);
+    assert_error(testing::backward_rows(&saved, &logits.t()?, &grad_output), &["[4, 5]", "[5, 4]"]);
     Ok(())
 }
 
@@ -235,11 +236,11 @@ fn targets_out_of_range() -> Result<()> {
     assert_error(loss().forward(&logits, &unlabelled), &["target 255", "with_ignore_index(255)"]);
     let result = loss().forward(&zeros(&[3, 1], DType::F32)?, &targets([0, 1, 0])?);
     assert_error(result, &["target 1", "less than 1", "two logits"]);
-    // The ignored index may lie outside, others may not.
+    // The ignore_index may be out of range. Other targets may not.
     let ignoring = loss().with_ignore_index(-1);
     assert!(ignoring.forward(&logits, &targets([0, -1, 4])?).is_ok());
     assert_error(ignoring.forward(&logits, &targets([0, -1, -2])?), &["target -2", "row 2"]);
-    // Rows are counted in row-major order over all the other dimensions.
+    // The row in the message counts rows in row-major order over all dimensions but the classes.
     let image = zeros(&[2, 5, 2, 2], DType::F32)?;
     let labels = Tensor::new(&[[[0u8, 1], [2, 3]], [[4, 0], [7, 0]]], &CPU)?;
     let result = loss().with_class_dim(1).forward(&image, &labels);
@@ -253,7 +254,7 @@ fn targets_out_of_range() -> Result<()> {
 }
 
 #[test]
-fn checking_targets() -> Result<()> {
+fn check_targets_reports_invalid_targets() -> Result<()> {
     let targets = Tensor::new(&[[0i64, 2], [-100, 3]], &CPU)?;
     assert_error(check_targets(&targets, 4, None), &["target -100", "row 2"]);
     assert_error(check_targets(&targets, 3, Some(-100)), &["target 3", "row 3"]);
@@ -268,7 +269,7 @@ fn checking_targets() -> Result<()> {
 }
 
 #[test]
-fn smoothing_targets() -> Result<()> {
+fn smooth_targets_rejects_invalid_arguments() -> Result<()> {
     let none = Smoothing::none();
     let labels = zeros(&[2], DType::U32)?;
     assert_error(smooth_targets(&labels, 0, &none), &["no classes", "[2, 0]"]);
@@ -282,9 +283,10 @@ fn smoothing_targets() -> Result<()> {
     Ok(())
 }
 
-/// A view can be far larger than the memory behind it; what it would take to answer is not.
+/// A view can be far larger than its storage. The errors are about the memory that the result
+/// needs.
 #[test]
-fn sizes_beyond_memory() -> Result<()> {
+fn sizes_beyond_memory_are_errors() -> Result<()> {
     let one = zeros(&[1, 1], DType::F32)?;
     let labels = zeros(&[1], DType::U32)?;
     let dims = (1 << 30, 1 << 31);
@@ -315,7 +317,7 @@ fn sizes_beyond_memory() -> Result<()> {
     Ok(())
 }
 
-/// The CPU keeps class indices in 32 bits. More classes than that are for probabilities alone.
+/// The CPU stores class indices in 32 bits. Only probabilities allow more classes.
 #[test]
 fn class_indices_beyond_32_bits() -> Result<()> {
     let logits = zeros(&[1, 1], DType::F32)?.broadcast_as((1, (1 << 32) + 1))?;
@@ -324,7 +326,7 @@ fn class_indices_beyond_32_bits() -> Result<()> {
     Ok(())
 }
 
-/// candle's unchecked constructor makes tensors whose layout reaches beyond their storage.
+/// candle's unchecked constructor makes tensors whose layout exceeds their storage.
 #[test]
 fn layouts_beyond_their_storage() -> Result<()> {
     let lying = |storage: Storage| {
@@ -341,7 +343,7 @@ fn layouts_beyond_their_storage() -> Result<()> {
     assert_error(loss().forward(&logits, &labels), &expected);
     assert_error(check_targets(&labels, 4, None), &expected);
 
-    // What candle's own operations are to read is looked at before they do.
+    // The check precedes candle's own operations on the tensor.
     let vector = |len, shape: &[usize]| {
         let none = candle_core::op::BackpropOp::none();
         let storage = Storage::Cpu(candle_core::CpuStorage::F32(vec![1.; len]));
@@ -367,9 +369,10 @@ fn layouts_beyond_their_storage() -> Result<()> {
     Ok(())
 }
 
-/// A weight that the arithmetic loses, or whose sum or share it does, would make the loss or its gradient infinite or NaN.
+/// Class weights that underflow, or overflow alone or in a sum, would give an infinite or NaN loss
+/// or gradient.
 #[test]
-fn class_weights_beyond_the_arithmetic() -> Result<()> {
+fn class_weights_beyond_the_range_of_the_arithmetic() -> Result<()> {
     let labels = Tensor::new(&[1u32, 1], &CPU)?;
     let run = |weight: f64, dtype| -> candle_label_smoothing::Result<Tensor> {
         let weighted = loss().with_class_weights(&Tensor::new(&[1., weight, 0.], &CPU)?)?;
@@ -386,30 +389,30 @@ fn class_weights_beyond_the_arithmetic() -> Result<()> {
     }
     assert_error(run(2e301, DType::F64), &["class weight 2e301", "from 3.7e-301 to 1.1e301"]);
     assert_error(run(1e-310, DType::F64), &["class weight 1e-310"]);
-    // A mean of labels of one class does not depend on its weight.
+    // A weighted mean over labels of one class does not depend on the class weight.
     let plain = values(&run(1., DType::F64)?)?;
     for (weight, dtype) in
         [(2e31, DType::F32), (2e-31, DType::F32), (1e301, DType::F64), (4e-301, DType::F64)]
     {
-        for (ours, theirs) in values(&run(weight, dtype)?)?.iter().zip(&plain) {
-            assert!((ours - theirs).abs() < 1e-6, "{weight}: {ours}, {theirs}");
+        for (actual, expected) in values(&run(weight, dtype)?)?.iter().zip(&plain) {
+            assert!((actual - expected).abs() < 1e-6, "{weight}: {actual}, expected {expected}");
         }
     }
     Ok(())
 }
 
-/// A hint is better missing than wrong.
+/// A message has no hint where the hint would be wrong.
 #[test]
-fn hints_that_would_mislead() -> Result<()> {
+fn misleading_hints_are_left_out() -> Result<()> {
     let message = |logits: &[usize], targets: &[usize]| -> Result<String> {
         let result = loss().forward(&zeros(logits, DType::F32)?, &zeros(targets, DType::U32)?);
         Ok(result.expect_err("no error").to_string())
     };
-    // Batch and time in another order: reshaping would mix them up.
+    // Batch and time are swapped here, so reshaping would mix up the dimensions.
     assert!(!message(&[5, 2, 7], &[2, 5])?.contains("reshape"));
     assert!(message(&[5, 2, 7], &[10])?.contains("reshape"));
     assert!(message(&[5, 2, 7], &[5, 2, 1])?.contains("reshape"));
-    // One logit for two classes is not one-hot.
+    // Targets of a single column are not one-hot.
     assert!(message(&[4, 1], &[4, 1])?.contains("two logits"));
     assert!(message(&[4, 2], &[4, 2])?.contains("one-hot"));
     let counted_from_1 = Tensor::new(&[255u32], &CPU)?;
@@ -419,9 +422,9 @@ fn hints_that_would_mislead() -> Result<()> {
     Ok(())
 }
 
-/// Hidden states larger than memory, as a view.
+/// Views of hidden states and weight whose hidden size exceeds memory.
 #[test]
-fn hidden_sizes_beyond_memory() -> Result<()> {
+fn hidden_sizes_beyond_memory_are_errors() -> Result<()> {
     let labels = zeros(&[1], DType::U32)?;
     for len in [1 << 45, 1 << 61, usize::MAX >> 1] {
         let view = zeros(&[1, 1], DType::F32)?.broadcast_as((1, len))?;
@@ -431,9 +434,9 @@ fn hidden_sizes_beyond_memory() -> Result<()> {
     Ok(())
 }
 
-/// A tensor's numbers can be changed between forward and backward.
+/// A variable's values can change between forward and backward.
 #[test]
-fn targets_that_change_before_backward() -> Result<()> {
+fn targets_changed_before_backward_are_checked_again() -> Result<()> {
     let targets = Var::from_tensor(&Tensor::new(&[0i64, 1], &CPU)?)?;
     let logits = Var::from_tensor(&random(&[2, 3], 1., 1)?)?;
     let result = loss().forward(&logits, &targets)?;
@@ -443,9 +446,9 @@ fn targets_that_change_before_backward() -> Result<()> {
     Ok(())
 }
 
-/// `?` in both directions, without a layer for each.
+/// `?` converts errors in both directions.
 #[test]
-fn errors_cross_candles_result_and_come_back() -> Result<()> {
+fn errors_survive_conversion_to_candle_and_back() -> Result<()> {
     fn model(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
         let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?);
         Ok(loss.with_reduction(Reduction::Sum).forward(logits, targets)?)
@@ -461,23 +464,23 @@ fn errors_cross_candles_result_and_come_back() -> Result<()> {
         "{error}"
     );
 
-    // candle's own errors stay what they are.
-    let theirs = logits.reshape((7, 7)).expect_err("no error from candle");
-    let message = theirs.to_string();
-    let back = candle_core::Error::from(Error::from(theirs));
+    // candle's own errors are unchanged after conversion and back.
+    let candle_error = logits.reshape((7, 7)).expect_err("no error from candle");
+    let message = candle_error.to_string();
+    let back = candle_core::Error::from(Error::from(candle_error));
     assert_eq!(back.to_string(), message);
-    let theirs = Error::from(candle_core::Error::WrappedContext {
+    let wrapped = Error::from(candle_core::Error::WrappedContext {
         wrapped: Box::new(std::io::Error::other("elsewhere")),
         context: "foreign".to_string(),
     });
-    assert!(theirs.to_string().contains("elsewhere"));
-    assert!(candle_core::Error::from(theirs).to_string().contains("foreign"));
+    assert!(wrapped.to_string().contains("elsewhere"));
+    assert!(candle_core::Error::from(wrapped).to_string().contains("foreign"));
     Ok(())
 }
 
-/// Losses can be shared between threads, errors can leave them.
+/// Losses can be shared between threads, and errors can be sent between them.
 #[test]
-fn everything_is_send_and_sync() {
+fn public_types_are_send_sync_and_debug() {
     fn check<T: Send + Sync + std::fmt::Debug>() {}
     check::<LabelSmoothingLoss>();
     check::<Smoothing>();
@@ -485,9 +488,9 @@ fn everything_is_send_and_sync() {
     check::<Error>();
 }
 
-/// Without the devices themselves, all that can be seen here is what the messages say.
+/// These errors need a GPU to occur, so the test checks only their messages.
 #[test]
-fn devices_are_named() {
+fn device_errors_name_the_device_and_the_dtype() {
     let double = Error::MetalF64 { what: "logits" };
     assert_error(Err::<(), _>(double), &["logits", "F64", "Metal", "F32", "CPU"]);
     let mismatch = Error::DeviceMismatch {

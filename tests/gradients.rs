@@ -1,4 +1,4 @@
-//! That the gradient is the derivative of the loss, and that it arrives.
+//! The gradient is the derivative of the loss, and backward delivers it to the variables.
 
 mod common;
 
@@ -6,27 +6,29 @@ use approx::assert_abs_diff_eq;
 use candle_core::{DType, Result, Tensor, Var};
 use candle_label_smoothing::{LabelSmoothingLoss, Reduction, Smoothing};
 use candle_nn::{Linear, Module};
-use common::{CPU, Case, OnDevice, grid, random, random_labels, values, weighted};
+use common::{CPU, Case, OnDevice, grid, random, random_labels, sum_with_grad_output, values};
 
-/// Central differences in f64, over every combination of options.
+/// Central differences in f64.
 ///
-/// With a step of h = 1e-4 the error is h²/6 times the third derivative, which is of the order of
-/// the summed loss's own few units at most, plus the loss's rounding over h: below 1e-7 together.
+/// With a step of h = 1e-4 the error of the difference is h²/6 times the third derivative, which is
+/// at most a few units, plus the rounding error of the loss divided by h. Both together are below
+/// 1e-7.
 #[test]
-fn gradient_is_the_derivative_over_every_combination_of_options() -> Result<()> {
+fn gradient_matches_central_differences_for_every_combination_of_options() -> Result<()> {
     let step = 1e-4;
     for case in [grid(&[3, 4], 1)?, grid(&[2, 3, 2], 1)?].concat() {
         let (_, gradient) = case.run(DType::F64)?;
         let gradient = values(&gradient)?;
         let logits = values(&case.logits)?;
         for i in 0..logits.len() {
-            let moved = |by: f64| -> Result<f64> {
-                let mut moved = logits.clone();
-                moved[i] += by;
-                let logits = Tensor::from_vec(moved, case.logits.dims(), &CPU)?;
-                weighted(&case.loss.on_device(&logits, &case.targets)?)?.to_scalar::<f64>()
+            let loss_at = |by: f64| -> Result<f64> {
+                let mut shifted = logits.clone();
+                shifted[i] += by;
+                let logits = Tensor::from_vec(shifted, case.logits.dims(), &CPU)?;
+                sum_with_grad_output(&case.loss.on_device(&logits, &case.targets)?)?
+                    .to_scalar::<f64>()
             };
-            let difference = (moved(step)? - moved(-step)?) / (2. * step);
+            let difference = (loss_at(step)? - loss_at(-step)?) / (2. * step);
             assert!(
                 (gradient[i] - difference).abs() < 1e-7,
                 "{}, logit {i}: gradient {}, difference {difference}",
@@ -39,7 +41,7 @@ fn gradient_is_the_derivative_over_every_combination_of_options() -> Result<()> 
 }
 
 #[test]
-fn gradient_reaches_the_variables_behind_a_linear_layer() -> Result<()> {
+fn gradient_reaches_the_parameters_of_a_linear_layer() -> Result<()> {
     let weight = Var::from_tensor(&random(&[5, 4], 1., 1)?)?;
     let bias = Var::from_tensor(&random(&[5], 1., 2)?)?;
     let layer = Linear::new(weight.as_tensor().clone(), Some(bias.as_tensor().clone()));
@@ -53,18 +55,18 @@ fn gradient_reaches_the_variables_behind_a_linear_layer() -> Result<()> {
     for var in [&weight, &bias] {
         let gradient = gradients.get(var).expect("no gradient arrived");
         assert_eq!(gradient.dims(), var.dims());
-        let expected = expected.get(var).expect("no gradient by stock ops");
-        for (ours, theirs) in values(gradient)?.iter().zip(values(expected)?) {
-            assert_abs_diff_eq!(*ours, theirs, epsilon = 1e-14);
-            assert!(ours.abs() > 1e-6);
+        let expected = expected.get(var).expect("no gradient of the reference");
+        for (actual, expected) in values(gradient)?.iter().zip(values(expected)?) {
+            assert_abs_diff_eq!(*actual, expected, epsilon = 1e-14);
+            assert!(actual.abs() > 1e-6);
         }
     }
     Ok(())
 }
 
-/// A gradient that is wanted nowhere is not prepared for.
+/// An untracked loss keeps nothing for backward.
 #[test]
-fn result_is_tracked_only_if_the_logits_are() -> Result<()> {
+fn loss_is_tracked_only_if_the_logits_are() -> Result<()> {
     let loss = LabelSmoothingLoss::new(Smoothing::none());
     let labels = random_labels(&[6], 5, 3)?;
     let logits = random(&[6, 5], 1., 1)?;
@@ -72,7 +74,7 @@ fn result_is_tracked_only_if_the_logits_are() -> Result<()> {
     let variable = Var::from_tensor(&logits)?;
     assert!(loss.on_device(&variable, &labels)?.track_op());
     assert!(!loss.on_device(&variable.detach(), &labels)?.track_op());
-    // Targets are constants, even if they come from a network that is being trained.
+    // Targets are constants and get no gradient, even if they come from a trained network.
     let teacher = Var::from_tensor(&logits)?;
     let probabilities = candle_nn::ops::softmax(&teacher, 1)?;
     let gradients = loss.on_device(&variable, &probabilities)?.backward()?;
@@ -83,19 +85,19 @@ fn result_is_tracked_only_if_the_logits_are() -> Result<()> {
 }
 
 #[test]
-fn upstream_gradient_scales_the_gradient() -> Result<()> {
+fn gradient_is_proportional_to_grad_output() -> Result<()> {
     for case in grid(&[3, 4], 1)? {
         let logits = Var::from_tensor(&case.logits)?;
         let loss = case.loss.on_device(&logits, &case.targets)?;
-        let gradient = |upstream: f64| -> Result<Vec<f64>> {
-            // A tensor, since candle drops the graph behind a multiplication by the number 0.
-            let upstream = Tensor::full(upstream, loss.shape(), &CPU)?;
-            let gradients = (&loss * upstream)?.backward()?;
+        let gradient = |grad_output: f64| -> Result<Vec<f64>> {
+            // A tensor, because candle drops the graph in a multiplication by the number 0.
+            let grad_output = Tensor::full(grad_output, loss.shape(), &CPU)?;
+            let gradients = (&loss * grad_output)?.backward()?;
             values(gradients.get(&logits).expect("no gradient"))
         };
         let once = gradient(1.)?;
         for (scaled, once) in gradient(-4.)?.iter().zip(&once) {
-            // A power of two scales without rounding.
+            // Scaling by a power of two is exact.
             assert_eq!(*scaled, -4. * once, "{}", case.name);
         }
         assert!(gradient(0.)?.iter().all(|g| *g == 0.), "{}", case.name);
@@ -104,10 +106,10 @@ fn upstream_gradient_scales_the_gradient() -> Result<()> {
 }
 
 #[test]
-fn backward_may_be_called_again() -> Result<()> {
+fn second_backward_gives_the_same_gradient() -> Result<()> {
     for case in grid(&[3, 4], 1)? {
         let logits = Var::from_tensor(&case.logits)?;
-        let loss = weighted(&case.loss.on_device(&logits, &case.targets)?)?;
+        let loss = sum_with_grad_output(&case.loss.on_device(&logits, &case.targets)?)?;
         let first = values(loss.backward()?.get(&logits).expect("no gradient"))?;
         let second = values(loss.backward()?.get(&logits).expect("no gradient"))?;
         assert_eq!(first, second, "{}", case.name);
@@ -115,7 +117,7 @@ fn backward_may_be_called_again() -> Result<()> {
     Ok(())
 }
 
-/// Logits that are used twice collect both gradients.
+/// Logits that are used by two losses get the sum of both gradients.
 #[test]
 fn gradients_of_two_losses_add_up() -> Result<()> {
     let [first, second] = [Reduction::Sum, Reduction::Mean]
@@ -133,10 +135,10 @@ fn gradients_of_two_losses_add_up() -> Result<()> {
     Ok(())
 }
 
-/// A few steps of gradient descent on the logits themselves reach the smoothed targets: the loss's
-/// minimum is the target distribution's entropy.
+/// Gradient descent on the logits converges to the smoothed targets, where the loss is the entropy
+/// of the targets.
 #[test]
-fn descent_ends_at_the_smoothed_targets() -> Result<()> {
+fn gradient_descent_converges_to_the_smoothed_targets() -> Result<()> {
     let case = Case {
         name: "descent".to_string(),
         loss: LabelSmoothingLoss::new(Smoothing::over_others(0.1)?),
@@ -150,8 +152,8 @@ fn descent_ends_at_the_smoothed_targets() -> Result<()> {
         logits.set(&(logits.as_tensor() - gradient)?)?;
     }
     let softmax = values(&candle_nn::ops::softmax(&logits, 1)?)?;
-    for (ours, target) in softmax.iter().zip([0.05, 0.9, 0.05]) {
-        assert_abs_diff_eq!(*ours, target, epsilon = 1e-9);
+    for (actual, target) in softmax.iter().zip([0.05, 0.9, 0.05]) {
+        assert_abs_diff_eq!(*actual, target, epsilon = 1e-9);
     }
     let entropy = -(0.9f64 * 0.9f64.ln() + 2. * 0.05 * 0.05f64.ln());
     let loss = case.loss.on_device(&logits, &case.targets)?;

@@ -1,4 +1,5 @@
-//! Views: any layout gives the numbers of its contiguous copy, and gradients flow back through it.
+//! Strided views: any layout gives the results of its contiguous copy, and gradients flow back
+//! through the view.
 
 mod common;
 
@@ -7,12 +8,12 @@ use candle_core::{DType, Result, Tensor, Var};
 use candle_label_smoothing::{LabelSmoothingLoss, Reduction, Smoothing};
 use common::{
     CPU, OnDevice, assert_same, dtypes, random, random_labels, random_probabilities,
-    smooth_on_device, values, weighted,
+    smooth_on_device, sum_with_grad_output, values,
 };
 
 type View = fn(&Tensor) -> Result<Tensor>;
 
-/// Ways to see a tensor of another shape as one of shape (3, 4, 5).
+/// Views of shape (3, 4, 5) and the shapes of the tensors behind them.
 const VIEWS: [(&str, &[usize], View); 9] = [
     ("contiguous", &[3, 4, 5], |t| Ok(t.clone())),
     ("offset", &[5, 4, 5], |t| t.narrow(0, 2, 3)),
@@ -26,12 +27,12 @@ const VIEWS: [(&str, &[usize], View); 9] = [
 ];
 
 fn gradient(loss: &Tensor, base: &Var) -> Result<Vec<f64>> {
-    let gradients = weighted(loss)?.backward()?;
+    let gradients = sum_with_grad_output(loss)?.backward()?;
     values(gradients.get(base).expect("no gradient reached the base"))
 }
 
 #[test]
-fn views_of_logits_give_the_numbers_of_their_copies() -> Result<()> {
+fn views_of_logits_match_their_contiguous_copies() -> Result<()> {
     let weights = random(&[4], 1., 5)?.abs()?;
     for (name, dims, view) in VIEWS {
         for class_dim in 0..3 {
@@ -51,12 +52,13 @@ fn views_of_logits_give_the_numbers_of_their_copies() -> Result<()> {
                     }
                     let name = format!("{name}, class dim {class_dim}, {dtype:?}");
                     let logits = view(&base)?;
-                    let ours = loss.on_device(&logits, targets)?;
-                    let theirs = loss.on_device(&logits.contiguous()?, targets)?;
-                    assert_same(&name, ours.dtype(), &values(&ours)?, &values(&theirs)?);
-                    let (ours, theirs) = (gradient(&ours, &base)?, gradient(&theirs, &base)?);
-                    assert_same(&name, dtype, &ours, &theirs);
-                    assert!(ours.iter().any(|g| *g != 0.), "{name}");
+                    let actual = loss.on_device(&logits, targets)?;
+                    let expected = loss.on_device(&logits.contiguous()?, targets)?;
+                    assert_same(&name, actual.dtype(), &values(&actual)?, &values(&expected)?);
+                    let (actual, expected) =
+                        (gradient(&actual, &base)?, gradient(&expected, &base)?);
+                    assert_same(&name, dtype, &actual, &expected);
+                    assert!(actual.iter().any(|g| *g != 0.), "{name}");
                 }
             }
         }
@@ -65,14 +67,14 @@ fn views_of_logits_give_the_numbers_of_their_copies() -> Result<()> {
 }
 
 #[test]
-fn views_of_targets_give_the_numbers_of_their_copies() -> Result<()> {
+fn views_of_targets_match_their_contiguous_copies() -> Result<()> {
     let logits = random(&[3, 4, 5], 3., 1)?;
     let loss = LabelSmoothingLoss::new(Smoothing::over_others(0.1)?);
     for (name, dims, view) in VIEWS {
         let probabilities = view(&random_probabilities(dims, dims.len() - 1, 3)?)?;
-        let ours = loss.on_device(&logits, &probabilities)?;
-        let theirs = loss.on_device(&logits, &probabilities.contiguous()?)?;
-        assert_eq!(values(&ours)?, values(&theirs)?, "{name}");
+        let actual = loss.on_device(&logits, &probabilities)?;
+        let expected = loss.on_device(&logits, &probabilities.contiguous()?)?;
+        assert_eq!(values(&actual)?, values(&expected)?, "{name}");
         let soft = |p: &Tensor| smooth_on_device(p, 5, &Smoothing::over_others(0.1)?);
         assert_eq!(
             values(&soft(&probabilities)?)?,
@@ -80,71 +82,72 @@ fn views_of_targets_give_the_numbers_of_their_copies() -> Result<()> {
             "{name}"
         );
 
-        // Labels of shape (3, 4, 5), for logits with the classes in front.
+        // Labels of shape (3, 4, 5), for logits with the classes first.
         let logits = random(&[6, 3, 4, 5], 3., 1)?;
         let loss = loss.clone().with_class_dim(0);
         let labels = view(&random_labels(dims, 6, 2)?)?;
-        let ours = loss.on_device(&logits, &labels)?;
-        let theirs = loss.on_device(&logits, &labels.contiguous()?)?;
-        assert_eq!(values(&ours)?, values(&theirs)?, "{name}");
+        let actual = loss.on_device(&logits, &labels)?;
+        let expected = loss.on_device(&logits, &labels.contiguous()?)?;
+        assert_eq!(values(&actual)?, values(&expected)?, "{name}");
     }
     Ok(())
 }
 
-/// `with_class_dim` moves nothing but the meaning of the dimensions.
+/// `with_class_dim(1)` equals a permutation that moves the classes last.
 #[test]
-fn class_dim_is_the_last_dimension_of_a_permuted_view() -> Result<()> {
+fn class_dim_matches_a_permuted_view_with_the_classes_last() -> Result<()> {
     let logits = Var::from_tensor(&random(&[2, 5, 3, 4], 3., 1)?)?;
     let labels = random_labels(&[2, 3, 4], 5, 2)?;
     let last = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?).with_reduction(Reduction::None);
-    let ours = last.clone().with_class_dim(1).on_device(&logits, &labels)?;
-    let theirs = last.on_device(&logits.permute((0, 2, 3, 1))?, &labels)?;
-    // Sums in another order, a rounding or two apart.
-    for (ours, theirs) in values(&ours)?.iter().zip(values(&theirs)?) {
-        assert_abs_diff_eq!(*ours, theirs, epsilon = 1e-14);
+    let actual = last.clone().with_class_dim(1).on_device(&logits, &labels)?;
+    let expected = last.on_device(&logits.permute((0, 2, 3, 1))?, &labels)?;
+    // The order of the additions differs, so the results differ by a rounding or two.
+    for (actual, expected) in values(&actual)?.iter().zip(values(&expected)?) {
+        assert_abs_diff_eq!(*actual, expected, epsilon = 1e-14);
     }
-    for (ours, theirs) in gradient(&ours, &logits)?.iter().zip(gradient(&theirs, &logits)?) {
-        assert_abs_diff_eq!(*ours, theirs, epsilon = 1e-15);
+    for (actual, expected) in gradient(&actual, &logits)?.iter().zip(gradient(&expected, &logits)?)
+    {
+        assert_abs_diff_eq!(*actual, expected, epsilon = 1e-15);
     }
     Ok(())
 }
 
-/// Upstream gradients come in any layout too.
+/// `grad_output` may have any layout.
 #[test]
-fn upstream_gradients_may_be_views() -> Result<()> {
+fn grad_output_may_be_a_view() -> Result<()> {
     let labels = random_labels(&[3, 4], 5, 2)?;
     let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?).with_reduction(Reduction::None);
     let logits = Var::from_tensor(&random(&[3, 4, 5], 3., 1)?)?;
-    let upstream = random(&[4, 3], 1., 4)?;
+    let grad_output = random(&[4, 3], 1., 4)?;
     let result = loss.on_device(&logits, &labels)?;
     let gradient = |total: Tensor| -> Result<Vec<f64>> {
         values(total.backward()?.get(&logits).expect("no gradient"))
     };
-    let transposed = gradient((result.t()? * &upstream)?.sum_all()?)?;
-    let straight = gradient((&result * upstream.t()?)?.sum_all()?)?;
+    let transposed = gradient((result.t()? * &grad_output)?.sum_all()?)?;
+    let straight = gradient((&result * grad_output.t()?)?.sum_all()?)?;
     assert_eq!(transposed, straight);
 
-    // Backward straight from a result with many elements: each counts once.
+    // Backward from a loss of several elements uses a `grad_output` of ones.
     let ones = gradient(result.clone())?;
     let sum = gradient(result.sum_all()?)?;
     assert_eq!(ones, sum);
     Ok(())
 }
 
-/// The logits as their own targets share one storage: the entropy of a softmax output, say.
+/// Logits and targets in one storage.
 #[test]
 fn logits_and_targets_may_share_a_storage() -> Result<()> {
     let both = random_probabilities(&[3, 4], 1, 1)?;
     let loss = LabelSmoothingLoss::new(Smoothing::none());
-    let ours = loss.on_device(&both, &both)?.to_scalar::<f64>()?;
+    let actual = loss.on_device(&both, &both)?.to_scalar::<f64>()?;
     let copied = loss.on_device(&both, &both.copy()?)?.to_scalar::<f64>()?;
-    assert_eq!(ours, copied);
+    assert_eq!(actual, copied);
     Ok(())
 }
 
-/// Large enough for every way of sharing the work, with the same bits for any number of threads.
+/// The shapes are large enough for every way of dividing the work between threads.
 #[test]
-fn the_number_of_threads_changes_no_bit() -> Result<()> {
+fn number_of_threads_changes_no_bit() -> Result<()> {
     if cfg!(target_family = "wasm") {
         return Ok(());
     }
@@ -173,25 +176,29 @@ fn the_number_of_threads_changes_no_bit() -> Result<()> {
         for threads in [2, 3, 7] {
             assert!(run(threads)? == one, "{dims:?}, {threads} threads");
         }
-        // And they are the right numbers: f32's rounding of a mean of N losses below ten.
+        // The results also match the reference: the tolerance is f32's rounding of a mean of losses
+        // below ten.
         let logits = Var::from_tensor(&base.to_dtype(DType::F64)?)?;
-        let expected = candle_label_smoothing::reference::forward(&loss, &logits, &labels)?;
-        let (ours, theirs) = (one.0[0], values(&expected)?[0]);
-        assert!((ours - theirs).abs() < 1e-6 * theirs, "{dims:?}: {ours} and {theirs}");
-        let gradients = expected.backward()?;
+        let reference = candle_label_smoothing::reference::forward(&loss, &logits, &labels)?;
+        let (actual, expected) = (one.0[0], values(&reference)?[0]);
+        assert!(
+            (actual - expected).abs() < 1e-6 * expected,
+            "{dims:?}: {actual}, expected {expected}"
+        );
+        let gradients = reference.backward()?;
         let expected = values(gradients.get(&logits).expect("no gradient"))?;
         let largest = expected.iter().fold(0f64, |max, g| max.max(g.abs()));
-        for (ours, theirs) in one.1.iter().zip(&expected) {
-            // Some roundings of its own size; where it is a label's, five of the two terms that nearly
-            // cancel, which are as large as the largest gradient.
-            let epsilon = 2e-6 * theirs.abs() + 5. * 2f64.powi(-24) * largest;
-            assert!((ours - theirs).abs() < epsilon, "{dims:?}: {ours} and {theirs}");
+        for (actual, expected) in one.1.iter().zip(&expected) {
+            // The tolerance has a relative part and five roundings of the largest gradient. The
+            // gradient of the label is a difference of two terms of that size.
+            let epsilon = 2e-6 * expected.abs() + 5. * 2f64.powi(-24) * largest;
+            assert!((actual - expected).abs() < epsilon, "{dims:?}: {actual}, expected {expected}");
         }
     }
     Ok(())
 }
 
-/// A scalar result may be used like any other tensor of the graph.
+/// The loss of a single row is a scalar that the graph can use.
 #[test]
 fn rank_one_logits_are_a_single_row() -> Result<()> {
     let logits = Var::from_tensor(&random(&[4], 3., 1)?)?;

@@ -1,16 +1,18 @@
-//! The loss straight from the hidden states, against a multiplication and the loss of all logits.
+//! `forward_linear` against a matrix multiplication followed by `forward`.
 
 mod common;
 
 use candle_core::{D, DType, Device, Result, Tensor, Var};
 use candle_label_smoothing::testing::{self, TileSize};
 use candle_label_smoothing::{LabelSmoothingLoss, Reduction, Smoothing};
-use common::{CPU, grid, on_device, random, random_labels, random_probabilities, values, weighted};
+use common::{
+    CPU, grid, on_device, random, random_labels, random_probabilities, sum_with_grad_output, values,
+};
 
-/// A way from hidden states, weight and bias to a loss.
-type Way<'a> = &'a dyn Fn(&Tensor, &Tensor, Option<&Tensor>) -> Result<Tensor>;
+/// A loss as a function of hidden states, weight and bias.
+type Forward<'a> = &'a dyn Fn(&Tensor, &Tensor, Option<&Tensor>) -> Result<Tensor>;
 
-/// A head of some size and what it is given, all f64 on the CPU.
+/// Hidden states and the weight and bias of a linear layer, all f64 on the CPU.
 struct Inputs {
     hidden: Tensor,
     weight: Tensor,
@@ -18,7 +20,7 @@ struct Inputs {
 }
 
 impl Inputs {
-    /// For rows of these dimensions.
+    /// `rows` are the dimensions of the hidden states but the last.
     fn new(rows: &[usize], hidden_size: usize, num_classes: usize, bias: bool) -> Result<Self> {
         Ok(Self {
             hidden: random(&[rows, &[hidden_size]].concat(), 1., 11)?,
@@ -33,19 +35,19 @@ impl Inputs {
         Ok([Some(var(&self.hidden)?), Some(var(&self.weight)?), bias])
     }
 
-    /// The loss by `of`, and the gradients of Σ u·loss.
+    /// The loss by `forward`, and the gradients of Σ grad_output·loss.
     fn run(
         &self,
         dtype: DType,
-        of: impl Fn(&Tensor, &Tensor, Option<&Tensor>) -> Result<Tensor>,
+        forward: impl Fn(&Tensor, &Tensor, Option<&Tensor>) -> Result<Tensor>,
     ) -> Result<(Vec<f64>, Vec<Vec<f64>>)> {
         let vars = self.vars(dtype)?;
         let [hidden, weight, bias] = vars.each_ref().map(|var| var.as_ref().map(Var::as_tensor));
         let (hidden, weight) = (hidden.expect("hidden"), weight.expect("weight"));
-        let loss = of(hidden, weight, bias)?;
-        let upstream = random(loss.dims(), 1., 99)?.to_dtype(loss.dtype())?;
-        let upstream = upstream.to_device(loss.device())?;
-        let gradients = (&loss * upstream)?.sum_all()?.backward()?;
+        let loss = forward(hidden, weight, bias)?;
+        let grad_output = random(loss.dims(), 1., 99)?.to_dtype(loss.dtype())?;
+        let grad_output = grad_output.to_device(loss.device())?;
+        let gradients = (&loss * grad_output)?.sum_all()?.backward()?;
         let gradients = vars.iter().flatten().map(|var| {
             let gradient = gradients.get(var).expect("no gradient arrived");
             assert_eq!((gradient.dims(), gradient.dtype()), (var.dims(), dtype));
@@ -54,7 +56,7 @@ impl Inputs {
         Ok((values(&loss)?, gradients.collect::<Result<_>>()?))
     }
 
-    fn whole(
+    fn run_full_logits(
         &self,
         loss: &LabelSmoothingLoss,
         targets: &Tensor,
@@ -65,7 +67,7 @@ impl Inputs {
         })
     }
 
-    fn tiled(
+    fn run_tiled(
         &self,
         dtype: DType,
         loss: &LabelSmoothingLoss,
@@ -89,51 +91,58 @@ fn logits(hidden: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Ten
     }
 }
 
-fn assert_close(name: &str, ours: &[f64], theirs: &[f64], tolerance: f64) {
-    assert_eq!(ours.len(), theirs.len(), "{name}");
-    for (i, (ours, theirs)) in ours.iter().zip(theirs).enumerate() {
-        let error = (ours - theirs).abs();
-        assert!(error <= tolerance * theirs.abs().max(1.), "{name}, {i}: {ours} and {theirs}");
+fn assert_close(name: &str, actual: &[f64], expected: &[f64], tolerance: f64) {
+    assert_eq!(actual.len(), expected.len(), "{name}");
+    for (i, (actual, expected)) in actual.iter().zip(expected).enumerate() {
+        let error = (actual - expected).abs();
+        assert!(
+            error <= tolerance * expected.abs().max(1.),
+            "{name}, {i}: {actual}, expected {expected}"
+        );
     }
 }
 
 fn assert_all_close(
     name: &str,
-    ours: &(Vec<f64>, Vec<Vec<f64>>),
-    theirs: &(Vec<f64>, Vec<Vec<f64>>),
+    actual: &(Vec<f64>, Vec<Vec<f64>>),
+    expected: &(Vec<f64>, Vec<Vec<f64>>),
     tolerance: f64,
 ) {
-    assert_close(&format!("{name}: loss"), &ours.0, &theirs.0, tolerance);
-    assert_eq!(ours.1.len(), theirs.1.len());
-    for (i, (ours, theirs)) in ours.1.iter().zip(&theirs.1).enumerate() {
-        assert_close(&format!("{name}: gradient {i}"), ours, theirs, tolerance);
+    assert_close(&format!("{name}: loss"), &actual.0, &expected.0, tolerance);
+    assert_eq!(actual.1.len(), expected.1.len());
+    for (i, (actual, expected)) in actual.1.iter().zip(&expected.1).enumerate() {
+        assert_close(&format!("{name}: gradient {i}"), actual, expected, tolerance);
     }
 }
 
-/// Every option, by tiles that cut the classes and the rows in several ways.
+/// The tiles divide the classes and the rows in several ways.
 #[test]
-fn every_option_equals_the_loss_of_all_logits() -> Result<()> {
+fn every_combination_of_options_matches_forward() -> Result<()> {
     let tiles = [(100, 100), (100, 4), (4, 100), (3, 5), (1, 1), (2, 10)];
     for (rows, classes) in [(&[2, 3][..], 11), (&[7], 3), (&[2, 1, 3], 40)] {
         let dims = [rows, &[classes]].concat();
         for (i, case) in grid(&dims, rows.len())?.into_iter().enumerate() {
             let inputs = Inputs::new(rows, 5, classes, i % 2 == 0)?;
-            let theirs = inputs.whole(&case.loss, &case.targets)?;
+            let expected = inputs.run_full_logits(&case.loss, &case.targets)?;
             let (rows, classes) = tiles[i % tiles.len()];
-            let ours =
-                inputs.tiled(DType::F64, &case.loss, &case.targets, TileSize { rows, classes })?;
+            let actual = inputs.run_tiled(
+                DType::F64,
+                &case.loss,
+                &case.targets,
+                TileSize { rows, classes },
+            )?;
             let name = format!("{}, tiles of {rows} x {classes}", case.name);
-            assert_all_close(&name, &ours, &theirs, 1e-12);
+            assert_all_close(&name, &actual, &expected, 1e-12);
         }
     }
     Ok(())
 }
 
-/// Sizes at which the public function cuts rows and classes itself.
+/// `forward_linear` divides rows and classes of these sizes itself.
 #[test]
-fn the_tiles_of_its_own_choice() -> Result<()> {
+fn default_tiles_match_forward() -> Result<()> {
     if cfg!(emulator) {
-        // Too many for threads that are emulated.
+        // The emulated threads are too slow for these sizes.
         return Ok(());
     }
     let inputs = Inputs::new(&[3, 1400], 3, 1100, true)?;
@@ -142,18 +151,18 @@ fn the_tiles_of_its_own_choice() -> Result<()> {
         .with_ignore_index(7)
         .with_class_weights(&random(&[1100], 1., 4)?.abs()?)?
         .with_z_loss(1e-3)?;
-    let theirs = inputs.whole(&loss, &targets)?;
-    let ours = inputs.run(DType::F64, |hidden, weight, bias| {
+    let expected = inputs.run_full_logits(&loss, &targets)?;
+    let actual = inputs.run(DType::F64, |hidden, weight, bias| {
         let targets = targets.to_device(hidden.device())?;
         Ok(loss.forward_linear(hidden, weight, bias, &targets)?)
     })?;
-    assert_all_close("4200 x 1100", &ours, &theirs, 1e-11);
+    assert_all_close("4200 x 1100", &actual, &expected, 1e-11);
     Ok(())
 }
 
-/// Long rows, whose ranges are shared between threads or groups of them.
+/// Tiles with long rows are shared between threads or groups of threads.
 #[test]
-fn long_rows() -> Result<()> {
+fn long_rows_match_forward() -> Result<()> {
     let inputs = Inputs::new(&[2], 2, 40_000, true)?;
     let labels = Tensor::new(&[39_999u32, 3], &CPU)?;
     let probabilities = random_probabilities(&[2, 40_000], 1, 3)?;
@@ -163,20 +172,20 @@ fn long_rows() -> Result<()> {
     let weighted = plain.clone().with_class_weights(&random(&[40_000], 1., 4)?.abs()?)?;
     for targets in [labels, probabilities] {
         for loss in [&plain, &weighted] {
-            let theirs = inputs.whole(loss, &targets)?;
+            let expected = inputs.run_full_logits(loss, &targets)?;
             for classes in [40_000, 39_000, 17_000] {
-                let ours =
-                    inputs.tiled(DType::F64, loss, &targets, TileSize { rows: 9, classes })?;
-                assert_all_close(&format!("{classes} at a time"), &ours, &theirs, 1e-11);
+                let actual =
+                    inputs.run_tiled(DType::F64, loss, &targets, TileSize { rows: 9, classes })?;
+                assert_all_close(&format!("{classes} at a time"), &actual, &expected, 1e-11);
             }
         }
     }
     Ok(())
 }
 
-/// Views of larger tensors, transposed and broadcast ones.
+/// Transposed, narrowed and broadcast views.
 #[test]
-fn layouts() -> Result<()> {
+fn views_match_forward() -> Result<()> {
     let (rows, size, classes) = ([4, 3], 6, 9);
     let tile = TileSize { rows: 5, classes: 4 };
     let plain = Inputs::new(&rows, size, classes, true)?;
@@ -196,8 +205,9 @@ fn layouts() -> Result<()> {
     let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?);
     for targets in [labels, probabilities] {
         for (name, inputs) in [("views", &views), ("broadcast", &broadcast)] {
-            // Not as variables, which are made contiguous: as views of some.
-            let of = |forward: Way| {
+            // `Var::from_tensor` would make the views contiguous, so the variable is a scale before
+            // the view.
+            let of = |forward: Forward| {
                 let (hidden, weight) = (inputs.hidden.clone(), inputs.weight.clone());
                 let scale = Var::new(2f64, &CPU)?;
                 let hidden = hidden.broadcast_mul(&scale)?.broadcast_as(hidden.shape())?;
@@ -208,24 +218,29 @@ fn layouts() -> Result<()> {
                     vec![values(gradients.get(&scale).expect("no gradient"))?],
                 ))
             };
-            let theirs = of(&|h, w, b| Ok(loss.forward(&logits(h, w, b)?, &targets)?))?;
-            let ours =
+            let expected = of(&|h, w, b| Ok(loss.forward(&logits(h, w, b)?, &targets)?))?;
+            let actual =
                 of(&|h, w, b| Ok(testing::forward_linear_tiled(&loss, h, w, b, &targets, tile)?))?;
-            assert_all_close(name, &ours, &theirs, 1e-12);
+            assert_all_close(name, &actual, &expected, 1e-12);
         }
     }
     Ok(())
 }
 
-/// One row without any other dimension, and no rows.
+/// Hidden states of rank 1, and batches without rows.
 #[test]
-fn ranks_and_empty_batches() -> Result<()> {
+fn single_row_and_empty_batches() -> Result<()> {
     let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?);
     let tile = TileSize { rows: 2, classes: 2 };
     let one = Inputs::new(&[], 4, 5, true)?;
     let target = Tensor::new(3u32, &CPU)?;
-    let theirs = one.whole(&loss, &target)?;
-    assert_all_close("one row", &one.tiled(DType::F64, &loss, &target, tile)?, &theirs, 1e-12);
+    let expected = one.run_full_logits(&loss, &target)?;
+    assert_all_close(
+        "one row",
+        &one.run_tiled(DType::F64, &loss, &target, tile)?,
+        &expected,
+        1e-12,
+    );
 
     for rows in [&[0][..], &[3, 0], &[0, 2]] {
         let none = Inputs::new(rows, 4, 5, true)?;
@@ -249,21 +264,21 @@ fn ranks_and_empty_batches() -> Result<()> {
     Ok(())
 }
 
-/// A hidden size of 0: all logits are the bias.
+/// With a hidden size of 0, the logits are the bias.
 #[test]
-fn no_hidden_units() -> Result<()> {
+fn zero_hidden_size_uses_the_bias_alone() -> Result<()> {
     let inputs = Inputs::new(&[3], 0, 4, true)?;
     let targets = Tensor::new(&[3u32, 0, 1], &CPU)?;
     let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?);
-    let theirs = inputs.whole(&loss, &targets)?;
-    let ours = inputs.tiled(DType::F64, &loss, &targets, TileSize { rows: 2, classes: 3 })?;
-    assert_all_close("no hidden units", &ours, &theirs, 1e-12);
+    let expected = inputs.run_full_logits(&loss, &targets)?;
+    let actual = inputs.run_tiled(DType::F64, &loss, &targets, TileSize { rows: 2, classes: 3 })?;
+    assert_all_close("no hidden units", &actual, &expected, 1e-12);
     Ok(())
 }
 
-/// f32 and the half types against f64 from the very same numbers.
+/// The f64 reference gets the same rounded inputs.
 #[test]
-fn smaller_dtypes() -> Result<()> {
+fn f32_and_half_types_match_f64() -> Result<()> {
     let exact = Inputs::new(&[6, 5], 16, 37, true)?;
     let targets = random_labels(&[6, 5], 37, 2)?;
     for reduction in [Reduction::Mean, Reduction::None] {
@@ -279,20 +294,23 @@ fn smaller_dtypes() -> Result<()> {
                 weight: round(&exact.weight)?,
                 bias: exact.bias.as_ref().map(round).transpose()?,
             };
-            let theirs = rounded.whole(&loss, &targets)?;
+            let expected = rounded.run_full_logits(&loss, &targets)?;
             let (losses, gradients) =
-                rounded.tiled(dtype, &loss, &targets, TileSize { rows: 8, classes: 10 })?;
-            // The multiplications and the loss run in f32 on the CPU, whatever the dtype; on a GPU the logits
-            // and their gradient are rounded to it.
+                rounded.run_tiled(dtype, &loss, &targets, TileSize { rows: 8, classes: 10 })?;
+            // On the CPU the multiplications and the loss run in f32 for these dtypes. On a GPU the
+            // logits and their gradient are rounded to the dtype.
             let (absolute, relative) = match common::device() {
                 Device::Cpu => (4e-6, 0.51 * ulp),
                 _ => (4e-6 + 4. * ulp, 2. * ulp),
             };
-            assert_close(&format!("{dtype:?} loss"), &losses, &theirs.0, absolute);
-            for (ours, theirs) in gradients.iter().zip(&theirs.1) {
-                for (ours, theirs) in ours.iter().zip(theirs) {
-                    let tolerance = absolute + relative * theirs.abs();
-                    assert!((ours - theirs).abs() <= tolerance, "{dtype:?}: {ours} and {theirs}");
+            assert_close(&format!("{dtype:?} loss"), &losses, &expected.0, absolute);
+            for (actual, expected) in gradients.iter().zip(&expected.1) {
+                for (actual, expected) in actual.iter().zip(expected) {
+                    let tolerance = absolute + relative * expected.abs();
+                    assert!(
+                        (actual - expected).abs() <= tolerance,
+                        "{dtype:?}: {actual}, expected {expected}"
+                    );
                 }
             }
         }
@@ -301,35 +319,35 @@ fn smaller_dtypes() -> Result<()> {
 }
 
 #[test]
-fn gradients_go_to_those_that_ask_for_them() -> Result<()> {
+fn only_tracked_inputs_get_gradients() -> Result<()> {
     let inputs = Inputs::new(&[4], 3, 6, true)?;
     let targets = random_labels(&[4], 6, 2)?;
     let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?);
-    let theirs = inputs.whole(&loss, &targets)?;
+    let expected = inputs.run_full_logits(&loss, &targets)?;
     let plain = [Some(&inputs.hidden), Some(&inputs.weight), inputs.bias.as_ref()];
     let plain = plain.map(|tensor| tensor.expect("all three").clone());
-    for asked in 0..8 {
-        let asks = |i: usize| asked >> i & 1 == 1;
+    for tracked in 0..8 {
+        let is_tracked = |i: usize| tracked >> i & 1 == 1;
         let vars: Vec<Option<Var>> = (0..3)
-            .map(|i| asks(i).then(|| Var::from_tensor(&plain[i])).transpose())
+            .map(|i| is_tracked(i).then(|| Var::from_tensor(&plain[i])).transpose())
             .collect::<Result<_>>()?;
         let of = |i: usize| vars[i].as_ref().map_or(&plain[i], Var::as_tensor);
         let result = loss.forward_linear(of(0), of(1), Some(of(2)), &targets)?;
-        assert_close("loss", &values(&result)?, &theirs.0, 1e-12);
-        assert_eq!(result.track_op(), asked != 0);
-        // Of a scalar, twice: the graph is still there.
+        assert_close("loss", &values(&result)?, &expected.0, 1e-12);
+        assert_eq!(result.track_op(), tracked != 0);
+        // The second pass checks that the graph is still there after the first backward.
         for _ in 0..2 {
             let gradients = (&result * 1.)?.backward()?;
             for i in 0..3 {
                 match gradients.get(of(i)) {
                     Some(gradient) => {
-                        assert!(asks(i));
-                        let mean = weighted(&Tensor::ones((), DType::F64, &CPU)?)?;
+                        assert!(is_tracked(i));
+                        let mean = sum_with_grad_output(&Tensor::ones((), DType::F64, &CPU)?)?;
                         let scale = mean.to_scalar::<f64>()?;
-                        let theirs: Vec<f64> = theirs.1[i].iter().map(|g| g / scale).collect();
-                        assert_close("gradient", &values(gradient)?, &theirs, 1e-11);
+                        let expected: Vec<f64> = expected.1[i].iter().map(|g| g / scale).collect();
+                        assert_close("gradient", &values(gradient)?, &expected, 1e-11);
                     }
-                    None => assert!(!asks(i), "{i} of {asked}"),
+                    None => assert!(!is_tracked(i), "{i} of {tracked}"),
                 }
             }
         }
@@ -337,7 +355,7 @@ fn gradients_go_to_those_that_ask_for_them() -> Result<()> {
     Ok(())
 }
 
-/// Hidden states that come from a layer before, and a weight that is used twice (tied embeddings).
+/// The hidden states come from an earlier layer, and the weight is used twice (tied embeddings).
 #[test]
 fn within_a_graph() -> Result<()> {
     let embeddings = Var::from_tensor(&random(&[9, 4], 1., 5)?)?;
@@ -348,17 +366,17 @@ fn within_a_graph() -> Result<()> {
         let hidden = embeddings.index_select(&tokens.flatten_all()?, 0)?;
         hidden.reshape((2, 6, 4))?.tanh()
     };
-    let ours = loss.forward_linear(&hidden()?, &embeddings, None, &targets)?;
-    let theirs = loss.forward(&logits(&hidden()?, &embeddings, None)?, &targets)?;
-    assert_close("loss", &values(&ours)?, &values(&theirs)?, 1e-12);
+    let actual = loss.forward_linear(&hidden()?, &embeddings, None, &targets)?;
+    let expected = loss.forward(&logits(&hidden()?, &embeddings, None)?, &targets)?;
+    assert_close("loss", &values(&actual)?, &values(&expected)?, 1e-12);
     let gradient = |loss: &Tensor| values(loss.backward()?.get(&embeddings).expect("no gradient"));
-    assert_close("gradient", &gradient(&ours)?, &gradient(&theirs)?, 1e-12);
+    assert_close("gradient", &gradient(&actual)?, &gradient(&expected)?, 1e-12);
     Ok(())
 }
 
-/// Ignored rows have loss and gradient 0 whatever their logits.
+/// An ignored row has zero gradient even if its logits overflow.
 #[test]
-fn ignored_rows_with_infinite_logits() -> Result<()> {
+fn ignored_rows_with_infinite_logits_have_zero_gradient() -> Result<()> {
     let hidden = Tensor::new(&[[1f32, 0.], [f32::MAX, 1.], [0., 1.]], &CPU)?;
     let hidden = Var::from_tensor(&hidden)?;
     let weight = Tensor::new(&[[2f32, 0.], [0., 3.], [-2., 1.]], &CPU)?;
@@ -374,9 +392,9 @@ fn ignored_rows_with_infinite_logits() -> Result<()> {
     Ok(())
 }
 
-/// A vector of upstream gradients of any size, and a power of two, which scales exactly.
+/// A power of two scales the gradients exactly.
 #[test]
-fn upstream_gradients_scale() -> Result<()> {
+fn gradients_are_proportional_to_grad_output() -> Result<()> {
     let inputs = Inputs::new(&[5], 3, 8, false)?;
     let targets = random_labels(&[5], 8, 2)?;
     let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?);
@@ -397,7 +415,7 @@ fn upstream_gradients_scale() -> Result<()> {
 }
 
 #[test]
-fn errors_name_what_was_given() -> Result<()> {
+fn errors_contain_the_given_shapes_and_dtypes() -> Result<()> {
     let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?);
     let of = |dims: &[usize]| Tensor::zeros(dims, DType::F32, &Device::Cpu);
     let targets = Tensor::zeros(4, DType::U32, &CPU)?;
@@ -441,10 +459,10 @@ fn errors_name_what_was_given() -> Result<()> {
     Ok(())
 }
 
-/// A view of more rows than there is memory for what is kept of each.
+/// The view has more rows than memory has room for row results.
 #[test]
 #[cfg(target_pointer_width = "64")]
-fn too_many_rows() -> Result<()> {
+fn more_rows_than_memory_holds_is_an_error() -> Result<()> {
     let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?);
     let weight = Tensor::zeros((1, 1), DType::F32, &CPU)?;
     for rows in [1usize << 50, 1 << 62] {
@@ -456,9 +474,9 @@ fn too_many_rows() -> Result<()> {
     Ok(())
 }
 
-/// By its number among all rows, whatever the slice it is in. A GPU makes its row NaN instead.
+/// The error counts the row among all rows, not within its tile. A GPU sets the row to NaN instead.
 #[test]
-fn a_target_that_is_no_class_is_found() -> Result<()> {
+fn target_out_of_range_is_reported_with_its_row() -> Result<()> {
     let inputs = Inputs::new(&[2, 3], 3, 4, false)?;
     let targets = Tensor::new(&[[0i64, 1, 2], [3, 4, 0]], &CPU)?;
     let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?).with_reduction(Reduction::None);
@@ -475,9 +493,8 @@ fn a_target_that_is_no_class_is_found() -> Result<()> {
     Ok(())
 }
 
-/// Same bits whatever the number of threads.
 #[test]
-fn bits_do_not_depend_on_threads() -> Result<()> {
+fn number_of_threads_changes_no_bit() -> Result<()> {
     if cfg!(any(emulator, target_family = "wasm")) {
         return Ok(());
     }
@@ -485,28 +502,28 @@ fn bits_do_not_depend_on_threads() -> Result<()> {
     let targets = random_labels(&[70], 3000, 2)?;
     let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?);
     let tile = TileSize { rows: 64, classes: 2000 };
-    let statistics_of = |threads: usize| {
+    let run = |threads: usize| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
-        pool.expect("a pool").install(|| inputs.tiled(DType::F32, &loss, &targets, tile))
+        pool.expect("a pool").install(|| inputs.run_tiled(DType::F32, &loss, &targets, tile))
     };
-    let one = statistics_of(1)?;
+    let one = run(1)?;
     for threads in [2, 5] {
-        assert_eq!(statistics_of(threads)?, one, "{threads} threads");
+        assert_eq!(run(threads)?, one, "{threads} threads");
     }
     Ok(())
 }
 
-/// candle's own linear layer over a row of shape (.., H), for the documentation's claim about shapes.
+/// candle's linear layer keeps its weight as (K, H), the shape that `forward_linear` takes.
 #[test]
-fn as_candle_nn_keeps_them() -> Result<()> {
+fn parameters_of_candle_nn_linear_can_be_used() -> Result<()> {
     use candle_nn::Module;
     let inputs = Inputs::new(&[2, 3], 4, 5, true)?;
     let targets = random_labels(&[2, 3], 5, 2)?;
     let layer = candle_nn::Linear::new(inputs.weight.clone(), inputs.bias.clone());
     let loss = LabelSmoothingLoss::new(Smoothing::over_others(0.1)?);
-    let theirs = loss.forward(&layer.forward(&inputs.hidden)?, &targets)?;
+    let expected = loss.forward(&layer.forward(&inputs.hidden)?, &targets)?;
     assert_eq!(inputs.hidden.dim(D::Minus1)?, 4);
-    let ours = loss.forward_linear(&inputs.hidden, layer.weight(), layer.bias(), &targets)?;
-    assert_close("loss", &values(&ours)?, &values(&theirs)?, 1e-12);
+    let actual = loss.forward_linear(&inputs.hidden, layer.weight(), layer.bias(), &targets)?;
+    assert_close("loss", &values(&actual)?, &values(&expected)?, 1e-12);
     Ok(())
 }

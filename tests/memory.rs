@@ -1,4 +1,5 @@
-//! What the loss allocates: a few numbers a row, and the gradient; or no more logits than a tile.
+//! Peak memory: `forward` and backward allocate some numbers per row and the gradient,
+//! `forward_linear` one tile of logits.
 
 mod common;
 
@@ -12,7 +13,7 @@ use rayon::ThreadPoolBuilder;
 #[global_allocator]
 static ALLOCATOR: PeakAlloc = PeakAlloc;
 
-/// The bytes that `f` held at most, beyond those that were held before.
+/// Peak bytes allocated during `f`, beyond those allocated before.
 fn peak<T>(f: impl FnOnce() -> Result<T>) -> Result<(T, usize)> {
     let before = ALLOCATOR.current_usage();
     ALLOCATOR.reset_peak_usage();
@@ -20,25 +21,25 @@ fn peak<T>(f: impl FnOnce() -> Result<T>) -> Result<(T, usize)> {
     Ok((result, ALLOCATOR.peak_usage() - before))
 }
 
-/// One test, since the allocator counts for the whole process.
+/// A single test, because the allocator counts for the whole process.
 #[test]
-fn no_more_is_allocated_than_has_to_be() -> Result<()> {
-    nothing_of_the_logits_size_is_allocated_but_the_gradient()?;
-    // On one thread, so that it is known which one has multiplied before.
+fn peak_memory_is_bounded() -> Result<()> {
+    forward_and_backward_allocate_no_copy_of_the_logits()?;
+    // On a single thread, the warm-up runs on the thread that is measured.
     let pool = ThreadPoolBuilder::new().num_threads(1).build().expect("a thread pool");
-    pool.install(of_logits_from_hidden_states_there_is_a_tile)
+    pool.install(forward_linear_allocates_one_tile_of_logits)
 }
 
-fn nothing_of_the_logits_size_is_allocated_but_the_gradient() -> Result<()> {
+fn forward_and_backward_allocate_no_copy_of_the_logits() -> Result<()> {
     const ROWS: usize = 32;
     const CLASSES: usize = 16_384;
-    // A row keeps a label and some statistics, and the thread pool some blocks.
+    // A row needs a label and its saved state, and the thread pool needs some blocks.
     const SMALL: usize = ROWS * 256 + 256 * 1024;
 
     let base = random(&[ROWS, CLASSES], 3., 1)?;
     let labels = random_labels(&[ROWS], CLASSES, 2)?;
     let probabilities = random_probabilities(&[ROWS, CLASSES], 1, 3)?.to_dtype(DType::F16)?;
-    // The thread pool's own allocations come with its first use.
+    // The first use of the thread pool allocates.
     let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?);
     loss.forward(&base, &labels)?;
 
@@ -55,8 +56,8 @@ fn nothing_of_the_logits_size_is_allocated_but_the_gradient() -> Result<()> {
                 let (result, forward) = peak(|| Ok(loss.forward(view, targets)?))?;
                 assert!(forward < SMALL, "{dtype:?} forward: {forward} bytes");
 
-                // candle makes a tensor of zeros for each gradient and a third for their sum; the
-                // gradient through a transposed view is added up once more.
+                // candle allocates a tensor of zeros for each gradient, the gradient, and their
+                // sum. A transposed view adds its gradient once more.
                 let gradients = if class_dim == 1 { 3 } else { 5 };
                 let (_, backward) = peak(|| result.backward())?;
                 assert!(
@@ -71,7 +72,7 @@ fn nothing_of_the_logits_size_is_allocated_but_the_gradient() -> Result<()> {
 
 const TILE: TileSize = TileSize { rows: 256, classes: 128 };
 
-/// The bytes that `forward_linear` and its backward hold at most.
+/// Peak bytes of `forward_linear` and of its backward.
 fn peaks(weight: &Tensor, rows: usize) -> Result<(usize, usize)> {
     let (classes, size) = weight.dims2()?;
     let hidden = Var::from_tensor(&random(&[rows, size], 1., 2)?.to_dtype(weight.dtype())?)?;
@@ -83,21 +84,23 @@ fn peaks(weight: &Tensor, rows: usize) -> Result<(usize, usize)> {
     Ok((forward, backward))
 }
 
-fn of_logits_from_hidden_states_there_is_a_tile() -> Result<()> {
+fn forward_linear_allocates_one_tile_of_logits() -> Result<()> {
     let weight = Var::from_tensor(&random(&[1000, 4], 1., 1)?.to_dtype(DType::F32)?)?;
     let (classes, size) = weight.dims2()?;
-    // A thread keeps a block as large as its cache from its first multiplication on: here, of the rows of one tile.
+    // A thread allocates a block as large as its cache in its first matrix multiplication. This
+    // call does so with the rows of one tile.
     peaks(&weight, TILE.rows)?;
     for rows in [512, 4096, 16_384] {
         let (forward, backward) = peaks(&weight, rows)?;
-        // The logits of a tile, and what the multiplications pack of it.
+        // The logits of a tile, and the copies that the multiplications pack.
         let tiles = 3 * TILE.rows * TILE.classes * size_of::<f32>();
-        // A row has parts, twice while they are joined, and a label, a loss and statistics.
+        // A row needs a softmax state, twice during a merge, a label, a loss and its saved state.
         let bound = tiles + 104 * rows;
         assert!(forward < bound, "{rows} rows, forward: {forward} bytes of {bound}");
-        // All logits would be more.
+        // All logits together exceed the bound.
         assert!(bound < rows * classes * size_of::<f32>());
-        // First the gradients, with a tile; then what candle adds to zeros.
+        // Backward first holds the gradients and a tile, then the tensors that candle adds to
+        // zeros.
         let gradients = (rows + classes) * size * size_of::<f32>();
         let bound = (gradients + tiles).max(3 * gradients) + 128 * 1024;
         assert!(backward < bound, "{rows} rows, backward: {backward} bytes of {bound}");
@@ -107,8 +110,9 @@ fn of_logits_from_hidden_states_there_is_a_tile() -> Result<()> {
     let weight = random(&[300, size], 1., 1)?.to_dtype(DType::BF16)?;
     peaks(&weight, TILE.rows)?;
     let (_, backward) = peaks(&weight, rows)?;
-    // Of a half type there are first the sums in f32; with a tile's logits, weight and rows, what it adds to the sum, and
-    // the sum, and blocks of the multiplication. Then the gradient, candle's zeros, and the sum of these.
+    // Half types first need gradient sums in f32, a tile's logits, weight and rows, the product
+    // that is added to the sums, and blocks of the multiplication. Then they need the gradient,
+    // candle's zeros, and the sum of both.
     let piece = TILE.rows * size * size_of::<f32>();
     let (sums, gradient) = (4 * rows * size, 2 * rows * size);
     let bound = (sums + 5 * piece).max(3 * gradient + piece) + 256 * 1024;

@@ -1,4 +1,4 @@
-//! What each option means.
+//! The effect of each option: smoothing, class weights, ignore_index, z-loss, reduction and dtype.
 
 mod common;
 
@@ -10,24 +10,24 @@ use common::{
     values,
 };
 
-fn assert_close(name: &str, ours: &Tensor, theirs: &Tensor, epsilon: f64) -> Result<()> {
-    assert_eq!(ours.dims(), theirs.dims(), "{name}");
-    assert_eq!(ours.dtype(), theirs.dtype(), "{name}");
-    for (ours, theirs) in values(ours)?.iter().zip(values(theirs)?) {
-        // The mean of no row is NaN, both ways.
+fn assert_close(name: &str, actual: &Tensor, expected: &Tensor, epsilon: f64) -> Result<()> {
+    assert_eq!(actual.dims(), expected.dims(), "{name}");
+    assert_eq!(actual.dtype(), expected.dtype(), "{name}");
+    for (actual, expected) in values(actual)?.iter().zip(values(expected)?) {
+        // The mean over no rows is NaN in both.
         assert!(
-            (ours - theirs).abs() <= epsilon || ours.is_nan() && theirs.is_nan(),
-            "{name}: {ours} and {theirs} differ by more than {epsilon}"
+            (actual - expected).abs() <= epsilon || actual.is_nan() && expected.is_nan(),
+            "{name}: {actual}, expected {expected} differ by more than {epsilon}"
         );
     }
     Ok(())
 }
 
-/// Two ways to one formula in f64 differ by some roundings of numbers of order ten. In f32 by as
-/// many of f32's; and the gradients of half types by one rounding of the gradient more, half an ulp
-/// on either side, where gradients are at most 1 but for the z-loss, which adds some 5 percent.
+/// The loss and the reference compute one formula in two ways. In f64 and f32 they differ by some
+/// roundings of numbers of order ten. Gradients of half types differ by one more rounding, half an
+/// ulp on either side. Their size is at most 1, plus some 5 percent with z-loss.
 #[test]
-fn every_combination_of_options_agrees_with_stock_ops() -> Result<()> {
+fn every_combination_of_options_matches_the_reference() -> Result<()> {
     for (dtype, loss_epsilon, gradient_epsilon) in [
         (DType::F64, 1e-13, 1e-14),
         (DType::F32, 4e-6, 4e-7),
@@ -46,7 +46,7 @@ fn every_combination_of_options_agrees_with_stock_ops() -> Result<()> {
 }
 
 #[test]
-fn dtypes_of_the_loss_and_the_gradient() -> Result<()> {
+fn loss_is_f32_or_f64_and_gradient_has_the_dtype_of_the_logits() -> Result<()> {
     let case = &grid(&[3, 4], 1)?[0];
     for (logits, loss) in [
         (DType::F64, DType::F64),
@@ -63,7 +63,7 @@ fn dtypes_of_the_loss_and_the_gradient() -> Result<()> {
 }
 
 #[test]
-fn shapes_of_the_result() -> Result<()> {
+fn loss_has_the_shape_of_the_rows_or_is_a_scalar() -> Result<()> {
     let loss = LabelSmoothingLoss::new(Smoothing::none());
     for (dims, class_dim, rows) in [
         (&[5][..], None, &[][..]),
@@ -88,20 +88,20 @@ fn shapes_of_the_result() -> Result<()> {
 }
 
 #[test]
-fn without_smoothing_it_is_candles_cross_entropy() -> Result<()> {
+fn without_smoothing_matches_candle_nn_cross_entropy() -> Result<()> {
     let logits = random(&[20, 10], 5., 1)?;
     let labels = random_labels(&[20], 10, 2)?;
-    let theirs = candle_nn::loss::cross_entropy(&logits, &labels)?.to_scalar::<f64>()?;
+    let expected = candle_nn::loss::cross_entropy(&logits, &labels)?.to_scalar::<f64>()?;
     for smoothing in [Smoothing::none(), Smoothing::over_all(0.)?, Smoothing::over_others(0.)?] {
-        let ours =
+        let actual =
             LabelSmoothingLoss::new(smoothing).on_device(&logits, &labels)?.to_scalar::<f64>()?;
-        assert_relative_eq!(ours, theirs, epsilon = 1e-14);
+        assert_relative_eq!(actual, expected, epsilon = 1e-14);
     }
     Ok(())
 }
 
 #[test]
-fn over_others_is_over_all_with_more() -> Result<()> {
+fn over_others_is_over_all_of_a_larger_epsilon() -> Result<()> {
     let logits = random(&[6, 4], 3., 1)?;
     let labels = random_labels(&[6], 4, 2)?;
     let probabilities = random_probabilities(&[6, 4], 1, 3)?;
@@ -117,7 +117,7 @@ fn over_others_is_over_all_with_more() -> Result<()> {
 }
 
 #[test]
-fn a_uniform_prior_is_over_all() -> Result<()> {
+fn uniform_prior_matches_over_all() -> Result<()> {
     let logits = random(&[6, 4], 3., 1)?;
     let labels = random_labels(&[6], 4, 2)?;
     let prior = Tensor::new(&[0.25f32; 4], &CPU)?;
@@ -128,39 +128,39 @@ fn a_uniform_prior_is_over_all() -> Result<()> {
     Ok(())
 }
 
-/// A prior may be off by rounding, and is then normalised.
+/// A prior whose sum is slightly off 1 is divided by its sum.
 #[test]
-fn a_prior_is_normalised() -> Result<()> {
+fn prior_is_normalised() -> Result<()> {
     let prior = Tensor::new(&[0.2501f64, 0.5, 0.25], &CPU)?;
     let labels = Tensor::new(&[0u32], &CPU)?;
     let soft = smooth_on_device(&labels, 3, &Smoothing::toward(1., &prior)?)?;
     let sum = 0.2501 + 0.5 + 0.25;
     let expected = [0.2501 / sum, 0.5 / sum, 0.25 / sum];
-    for (ours, expected) in values(&soft)?.iter().zip(expected) {
-        assert_abs_diff_eq!(*ours, expected, epsilon = 1e-7);
+    for (actual, expected) in values(&soft)?.iter().zip(expected) {
+        assert_abs_diff_eq!(*actual, expected, epsilon = 1e-7);
     }
     Ok(())
 }
 
 #[test]
-fn labels_of_every_integer_dtype_are_the_same_labels() -> Result<()> {
+fn labels_of_every_integer_dtype_give_the_same_loss() -> Result<()> {
     let logits = random(&[6, 4], 3., 1)?;
     let labels = random_labels(&[6], 4, 2)?;
     let loss = LabelSmoothingLoss::new(Smoothing::over_others(0.1)?).with_ignore_index(2);
     let expected = loss.on_device(&logits, &labels)?.to_scalar::<f64>()?;
     for dtype in [DType::U8, DType::U32, DType::I16, DType::I32, DType::I64] {
         let labels = labels.to_dtype(dtype)?;
-        let ours = loss.on_device(&logits, &labels)?.to_scalar::<f64>()?;
-        assert_eq!(ours, expected, "{dtype:?}");
+        let actual = loss.on_device(&logits, &labels)?.to_scalar::<f64>()?;
+        assert_eq!(actual, expected, "{dtype:?}");
         check_targets(&labels, 4, None)?;
         smooth_on_device(&labels, 4, &Smoothing::none())?;
     }
     Ok(())
 }
 
-/// Hard labels as probabilities, of every dtype, mixed with every dtype of the logits.
+/// One-hot probabilities of every dtype, with logits of every dtype.
 #[test]
-fn one_hot_probabilities_are_labels() -> Result<()> {
+fn one_hot_probabilities_match_labels() -> Result<()> {
     let logits = random(&[6, 4], 3., 1)?;
     let labels = random_labels(&[6], 4, 2)?;
     let weights = Tensor::new(&[0.5f32, 2., 0., 1.], &CPU)?;
@@ -173,19 +173,19 @@ fn one_hot_probabilities_are_labels() -> Result<()> {
             let logits = logits.to_dtype(logits_dtype)?;
             let expected = loss.on_device(&logits, &labels)?;
             for dtype in [DType::F64, DType::F32, DType::F16, DType::BF16, DType::F8E4M3] {
-                let ours = loss.on_device(&logits, &one_hot.to_dtype(dtype)?)?;
-                // Labels take their own coefficient directly, probabilities as a sum of two.
+                let actual = loss.on_device(&logits, &one_hot.to_dtype(dtype)?)?;
+                // A label uses a precomputed coefficient, a probability a sum of two.
                 let epsilon = if logits_dtype == DType::F64 { 1e-14 } else { 1e-5 };
-                assert_close(&format!("{name} {dtype:?}"), &ours, &expected, epsilon)?;
+                assert_close(&format!("{name} {dtype:?}"), &actual, &expected, epsilon)?;
             }
         }
     }
     Ok(())
 }
 
-/// The targets that `smooth_targets` makes are those that the loss works with.
+/// The result of `smooth_targets` equals the smoothed targets of the loss.
 #[test]
-fn smoothed_targets_without_smoothing_give_the_same_loss() -> Result<()> {
+fn smooth_targets_as_probabilities_give_the_same_loss() -> Result<()> {
     let logits = random(&[2, 3, 4], 3., 1)?;
     let labels = random_labels(&[2, 3], 4, 2)?;
     let probabilities = random_probabilities(&[2, 3, 4], 2, 3)?;
@@ -199,16 +199,16 @@ fn smoothed_targets_without_smoothing_give_the_same_loss() -> Result<()> {
             for sum in values(&soft.sum(2)?)? {
                 assert_abs_diff_eq!(sum, 1., epsilon = 4e-7);
             }
-            let ours = loss.on_device(&logits, targets)?.to_scalar::<f64>()?;
-            let theirs = plain.on_device(&logits, &soft)?.to_scalar::<f64>()?;
-            assert!((ours - theirs).abs() < 1e-6, "{name}: {ours} and {theirs}");
+            let actual = loss.on_device(&logits, targets)?.to_scalar::<f64>()?;
+            let expected = plain.on_device(&logits, &soft)?.to_scalar::<f64>()?;
+            assert!((actual - expected).abs() < 1e-6, "{name}: {actual}, expected {expected}");
         }
     }
     Ok(())
 }
 
 #[test]
-fn smooth_targets_of_the_tutorial_and_of_odd_shapes() -> Result<()> {
+fn smooth_targets_of_scalars_empty_batches_and_views() -> Result<()> {
     let others = Smoothing::over_others(0.1)?;
     let one = smooth_on_device(&Tensor::new(1u8, &CPU)?, 3, &others)?;
     assert_eq!(one.to_vec1::<f32>()?, [0.05, 0.9, 0.05]);
@@ -216,21 +216,21 @@ fn smooth_targets_of_the_tutorial_and_of_odd_shapes() -> Result<()> {
     let none = Tensor::zeros((2, 0), DType::I64, &CPU)?;
     assert_eq!(smooth_on_device(&none, 3, &others)?.dims(), [2, 0, 3]);
 
-    // A transposed view, probabilities as mixup makes them.
+    // Probabilities in a transposed view, as from mixup.
     let mixed = Tensor::new(&[[0.7f32, 0.5], [0.3, 0.5]], &CPU)?.t()?;
     let soft = smooth_on_device(&mixed, 2, &Smoothing::over_all(0.2)?)?;
-    for (ours, expected) in values(&soft)?.iter().zip([0.66, 0.34, 0.5, 0.5]) {
-        assert_abs_diff_eq!(*ours, expected, epsilon = 1e-7);
+    for (actual, expected) in values(&soft)?.iter().zip([0.66, 0.34, 0.5, 0.5]) {
+        assert_abs_diff_eq!(*actual, expected, epsilon = 1e-7);
     }
     Ok(())
 }
 
-/// Class weights and priors of every float dtype, and views of them.
+/// Class weights and priors of every float dtype, and strided views of them.
 #[test]
-fn weights_and_priors_of_every_dtype_and_layout() -> Result<()> {
+fn class_weights_and_priors_may_have_any_dtype_and_layout() -> Result<()> {
     let logits = random(&[4, 4], 2., 1)?;
     let labels = random_labels(&[4], 4, 2)?;
-    // Exact in every dtype, and every other column of something else.
+    // The first column is exact in every dtype. The second column makes the view strided.
     let table = Tensor::new(&[[0.5f32, -7.], [0.25, -7.], [0.125, -7.], [0.125, -7.]], &CPU)?;
     let run = |vector: &Tensor| -> Result<f64> {
         LabelSmoothingLoss::new(Smoothing::toward(0.3, vector)?)
@@ -246,7 +246,7 @@ fn weights_and_priors_of_every_dtype_and_layout() -> Result<()> {
     Ok(())
 }
 
-/// PyTorch's rule: Σ w_y over the rows that count.
+/// As in PyTorch, labels divide the sum by Σ w_y over the rows that are not ignored.
 #[test]
 fn mean_divides_by_the_weights_of_the_targets() -> Result<()> {
     let logits = random(&[4, 3], 2., 1)?;
@@ -261,7 +261,7 @@ fn mean_divides_by_the_weights_of_the_targets() -> Result<()> {
     let mean = loss.on_device(&logits, &labels)?.to_scalar::<f64>()?;
     assert_relative_eq!(mean, sum / (0.5 + 2. + 2.), epsilon = 1e-15);
 
-    // Probabilities: by the number of rows, whatever the weights.
+    // Probabilities divide the sum by the number of rows, whatever the class weights.
     let probabilities = random_probabilities(&[4, 3], 1, 3)?;
     let loss = LabelSmoothingLoss::new(Smoothing::none()).with_class_weights(&weights)?;
     let sum = loss.clone().with_reduction(Reduction::Sum);
@@ -272,24 +272,28 @@ fn mean_divides_by_the_weights_of_the_targets() -> Result<()> {
 }
 
 #[test]
-fn an_ignored_row_is_as_if_it_were_not_there() -> Result<()> {
+fn ignoring_a_row_equals_removing_it() -> Result<()> {
     let logits = random(&[3, 4], 2., 1)?;
     let labels = Tensor::new(&[1i64, -100, 3], &CPU)?;
     let rest = Tensor::new(&[0u32, 2], &CPU)?;
     let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?).with_z_loss(0.01)?;
     let ignoring = loss.clone().with_ignore_index(-100);
     for reduction in [Reduction::Sum, Reduction::Mean] {
-        let ours = ignoring.clone().with_reduction(reduction).on_device(&logits, &labels)?;
-        let theirs = loss
+        let actual = ignoring.clone().with_reduction(reduction).on_device(&logits, &labels)?;
+        let expected = loss
             .clone()
             .with_reduction(reduction)
             .on_device(&logits.index_select(&rest, 0)?, &labels.index_select(&rest, 0)?)?;
-        assert_relative_eq!(ours.to_scalar::<f64>()?, theirs.to_scalar::<f64>()?, epsilon = 1e-15);
+        assert_relative_eq!(
+            actual.to_scalar::<f64>()?,
+            expected.to_scalar::<f64>()?,
+            epsilon = 1e-15
+        );
     }
     Ok(())
 }
 
-/// candle's own comparison of u8 with 300 would match 44.
+/// Cast to u8, 300 would be 44.
 #[test]
 fn ignore_index_is_compared_as_i64() -> Result<()> {
     let logits = random(&[1, 60], 2., 1)?;
@@ -299,12 +303,12 @@ fn ignore_index_is_compared_as_i64() -> Result<()> {
     let ignoring = loss.with_ignore_index(300).on_device(&logits, &labels)?;
     assert_eq!(ignoring.to_scalar::<f64>()?, plain);
 
-    // Nor does −1 match the u32 of the same bits.
+    // −1 does not match the u32 of the same bits.
     let labels = Tensor::new(&[u32::MAX], &CPU)?;
     let loss = LabelSmoothingLoss::new(Smoothing::none());
     let signed = loss.clone().with_ignore_index(-1);
     let no_class = signed.on_device(&logits, &labels).and_then(|loss| Ok(loss.to_scalar::<f64>()?));
-    // A GPU cannot say so.
+    // The CPU returns an error, a GPU NaN.
     assert!(no_class.map_or(true, f64::is_nan));
     let unsigned = loss.with_ignore_index(u32::MAX.into());
     let ignored = unsigned.on_device(&logits, &labels)?.to_scalar::<f64>()?;
@@ -323,9 +327,10 @@ fn z_loss_adds_the_square_of_logsumexp() -> Result<()> {
     assert_close("z-loss", &with_z, &expected, 1e-14)
 }
 
-/// An option set later replaces the earlier one, and a loss keeps no memory of its inputs.
+/// An option set later replaces the earlier one. A loss keeps no state between calls with different
+/// dtypes.
 #[test]
-fn a_loss_may_be_changed_and_used_again() -> Result<()> {
+fn later_options_replace_earlier_ones_and_losses_can_be_reused() -> Result<()> {
     let logits = random(&[4, 3], 2., 1)?;
     let labels = random_labels(&[4], 3, 2)?;
     let first = Tensor::new(&[1f32, 2., 3.], &CPU)?;
@@ -349,6 +354,6 @@ fn a_loss_may_be_changed_and_used_again() -> Result<()> {
 }
 
 #[test]
-fn the_default_reduction_is_mean() {
+fn default_reduction_is_mean() {
     assert_eq!(Reduction::default(), Reduction::Mean);
 }

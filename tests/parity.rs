@@ -1,12 +1,11 @@
-//! The loss and its gradient against PyTorch's numbers, in every dtype.
+//! The loss and its gradient against PyTorch's results, in every dtype.
 //!
-//! `data/parity.safetensors` holds the inputs, losses and gradients of four tables of cases.
-//! `data/parity.py` beside it made it with torch in f64 and says what the tables are; nothing but
-//! the file is needed here. Every input is exact in bf16 and f16 as well, so the one answer in f64
-//! is the reference of every dtype and an error can only be rounding: of the arithmetic, and of the
-//! result.
+//! `data/parity.safetensors` holds inputs, losses and gradients for four tables of cases.
+//! `data/parity.py` made it with torch in f64 and describes the tables. The tests need only the
+//! file. Every input is exact in bf16 and f16 too, so the f64 results are the reference for every
+//! dtype. The only errors are the rounding of the arithmetic and the rounding of the result.
 //!
-//! `cargo test --test parity -- --nocapture` prints the worst error of each dtype as a share of its
+//! `cargo test --test parity -- --nocapture` prints the largest error of each dtype relative to its
 //! tolerance.
 
 mod common;
@@ -25,8 +24,8 @@ type Result<T> = std::result::Result<T, Box<dyn Error>>;
 const FLOATS: [DType; 4] = [DType::F64, DType::F32, DType::F16, DType::BF16];
 const INTEGERS: [DType; 5] = [DType::U8, DType::U32, DType::I16, DType::I32, DType::I64];
 
-/// The cases of each table: 3 reductions × (5 options × 4 ranks + 3 options × 5 more shapes) in
-/// PyTorch's ModuleInfo, 11 × 2 - 1 in its OpInfo, and ours.
+/// Number of cases in each table. PyTorch's ModuleInfo has 3 reductions × (5 options × 4 ranks + 3
+/// options × 5 more shapes), its OpInfo 11 × 2 - 1. The other two tables are this crate's own.
 const TABLES: [(&str, usize); 4] =
     [("moduleinfo", 105), ("opinfo", 21), ("torch", 198), ("formula", 488)];
 
@@ -50,10 +49,10 @@ fn formula() -> Result<()> {
     run("formula")
 }
 
-/// The oracle of the other tests gives torch's numbers too. In f64 only, as the tests use it: half
-/// precision is beside its point.
+/// The reference of the other tests matches torch too. The test runs in f64 only, as the other
+/// tests use the reference in f64.
 #[test]
-fn reference() -> Result<()> {
+fn reference_matches_every_table() -> Result<()> {
     let file = load()?;
     let mut wrong = Vec::new();
     for case in cases(&file)? {
@@ -69,9 +68,9 @@ fn reference() -> Result<()> {
     Ok(())
 }
 
-/// No case and no number of the file goes unread: a table cut short would otherwise pass.
+/// Every case and every tensor of the file is used, so an incomplete table fails.
 #[test]
-fn every_case_is_there() -> Result<()> {
+fn every_case_and_tensor_of_the_file_is_used() -> Result<()> {
     let file = load()?;
     let cases = cases(&file)?;
     for (table, count) in TABLES {
@@ -95,42 +94,44 @@ fn every_case_is_there() -> Result<()> {
     Ok(())
 }
 
-// What the arithmetic may be off by is so many roundings: multiples of u·size, where u is half the
-// distance from 1 to the next number (2^-24 in f32, in which f16 and bf16 are computed too, and
-// 2^-53 in f64), and the size, frozen in the file, is the sum of the absolute values of the terms
-// that the number is computed from:
+// The error of the arithmetic is bounded by a number of roundings, in units of u·size.
 //
-//   a row's loss   Σ_k t_k·(lse - x_k + 1) + z·(lse² + |lse|)
-//   its gradient   softmax_k·(Σ_j t_j + 2z·|lse|)·(1 + lse - x_k) + t_k
-//   with           t_k = |(1-e)·w_k·p_k| + |e·w_k·π_k|
+// u is half the distance from 1 to the next number: 2^-53 in f64, and 2^-24 in f32, the dtype of
+// the arithmetic for f16 and bf16 too. `size` is stored in the file. It is the sum of the absolute
+// values of the terms of a number:
 //
-// times the upstream gradient, or over the divisor of a mean. `lse - x_k` is there because the
-// logarithm and the exponent of a softmax are rounded relative to themselves, `1` because the sum
-// of the exponentials has a relative error, which its logarithm turns into an absolute one.
+//   loss of a row    Σ_k t_k·(lse - x_k + 1) + z·(lse² + |lse|)
+//   its gradient     softmax_k·(Σ_j t_j + 2z·|lse|)·(1 + lse - x_k) + t_k
+//   with             t_k = |(1-e)·w_k·p_k| + |e·w_k·π_k|
 //
-// A term of the loss takes up to seven roundings: three for its coefficient, two for lse - x_k or
-// its parts, a product, and its part in the sum. One of the gradient takes as many: two for the
-// exponential, three for its factor, the product and the subtraction. They do not all fall the same
-// way: the worst of all cases on the CPU is 2.3 (loss) and 3.4 (gradient) in f32. In f64 torch's
-// numbers have as many of their own, so twice as much is allowed, and 4.7 and 5.0 are measured.
+// Both are multiplied by grad_output, or divided by the divisor of the mean. The factor lse - x_k
+// accounts for the relative rounding of the logarithm and of the exponent. The term 1 accounts for
+// the relative error of the sum of exponentials, which its logarithm makes absolute.
+//
+// A term of the loss has up to seven roundings: three in its coefficient, two in lse - x_k or its
+// parts, one in the product and one in the sum. A term of the gradient also has seven: two in the
+// exponential, three in its factor, one in the product and one in the subtraction. Roundings
+// partly cancel. The largest measured errors on the CPU are 2.3 (loss) and 3.4 (gradient) in f32.
+// The f64 tolerance is twice as large, because torch's results are rounded as often. The largest
+// measured f64 errors are 4.7 and 5.0.
 const LOSS_ROUNDINGS: f64 = 4.0;
 const GRAD_ROUNDINGS: f64 = 5.0;
 
-/// What f64 must keep to, whatever its arithmetic would be allowed.
+/// Upper bound of the f64 tolerance.
 const F64_CEILING: f64 = 1e-9;
 
-/// `size` is zero where nothing is added up at all, at ignored rows above all: the answer is then
-/// exactly zero.
+/// Error bound of the arithmetic for a number of the given size. `size` is zero where no terms are
+/// added, for example in ignored rows. The result is exactly zero there.
 fn arithmetic(dtype: DType, roundings: f64, size: f64) -> f64 {
     match dtype {
-        // The reference was computed in f64 as well, so it has as many roundings of its own.
+        // torch computed its results in f64 too, with as many roundings.
         DType::F64 => (2.0 * roundings * 2f64.powi(-53) * size).min(F64_CEILING),
         _ => roundings * 2f64.powi(-24) * size,
     }
 }
 
-/// Half the distance between two numbers of a dtype around `value`: what rounding to it once more
-/// may add. Rounding to f32 and f64 is part of the arithmetic already.
+/// Half the distance between two adjacent numbers of a dtype around `value`, the error of the final
+/// rounding. For f32 and f64 this rounding is part of the arithmetic.
 fn half_ulp(dtype: DType, value: f64) -> f64 {
     let (digits, smallest) = match dtype {
         DType::F16 => (11, -14),
@@ -151,7 +152,8 @@ fn load() -> Result<File> {
     Ok(candle_core::safetensors::load_buffer(bytes, &Device::Cpu)?)
 }
 
-/// What a line of the table may say of a case: an option that is not read would not be tested.
+/// Keys that a line of the table may have. The parser rejects others, because an option that is not
+/// read is not tested.
 const KEYS: [&str; 11] = [
     "logits",
     "targets",
@@ -211,7 +213,7 @@ impl Case {
         self.get(key).map(|name| tensor(file, name)).transpose()
     }
 
-    /// The loss with this case's options; its weights and its prior in `dtype`.
+    /// The loss with this case's options. Class weights and prior are in `dtype`.
     fn loss(&self, file: &File, dtype: DType) -> Result<LabelSmoothingLoss> {
         let epsilon = || -> Result<f64> { Ok(self.need("epsilon")?.parse()?) };
         let smoothing = match self.need("smoothing")? {
@@ -250,8 +252,8 @@ impl Case {
     }
 }
 
-/// Class targets in every integer dtype that can hold them, probabilities in every float dtype. All
-/// of them are exact.
+/// Labels in every integer dtype that can hold them, probabilities in every float dtype. All
+/// conversions are exact.
 fn targets(stored: &Tensor) -> Result<Vec<Tensor>> {
     if stored.dtype().is_float() {
         return Ok(FLOATS
@@ -275,11 +277,11 @@ fn numbers(tensor: &Tensor) -> Result<Vec<f64>> {
     Ok(tensor.to_dtype(DType::F64)?.flatten_all()?.to_vec1()?)
 }
 
-/// The worst error as a share of its tolerance, and where it was.
+/// The largest error relative to its tolerance, and the case where it occurred.
 #[derive(Default)]
 struct Worst(HashMap<(DType, &'static str), (f64, String)>);
 
-/// What is compared: one tensor of one case, in one dtype.
+/// The comparison of one tensor of one case in one dtype.
 struct Comparison<'a> {
     what: &'static str,
     label: &'a str,
@@ -290,7 +292,7 @@ struct Comparison<'a> {
 }
 
 impl Comparison<'_> {
-    /// Says what is wrong, if anything is.
+    /// Returns a message for each mismatch.
     fn check(&self, got: &Tensor, dtype: DType, worst: &mut Worst) -> Result<Vec<String>> {
         let Self { what, label, .. } = self;
         if got.dtype() != dtype || got.dims() != self.want.dims() {
@@ -321,13 +323,13 @@ impl Comparison<'_> {
     }
 }
 
-/// Fails if anything is wrong, and shows the first of it.
+/// Fails with the first messages if there are any.
 fn report(wrong: &[String]) {
     let shown = &wrong[..wrong.len().min(40)];
     assert!(wrong.is_empty(), "{} wrong:\n{}", wrong.len(), shown.join("\n"));
 }
 
-/// What is under test.
+/// The function under test.
 type Forward = fn(&LabelSmoothingLoss, &Tensor, &Tensor) -> candle_label_smoothing::Result<Tensor>;
 
 fn fused(
@@ -338,7 +340,7 @@ fn fused(
     loss.on_device(logits, targets)
 }
 
-/// Every case of a table, in every dtype of the logits and of the targets.
+/// Runs every case of a table, in every dtype of the logits and of the targets.
 fn run(table: &str) -> Result<()> {
     let file = load()?;
     let (mut wrong, mut worst, mut count) = (Vec::new(), Worst::default(), 0);
@@ -380,10 +382,10 @@ fn compare(
     let logits = tensor(file, case.need("logits")?)?.to_dtype(dtype)?;
     let logits = Var::from_tensor(&logits)?;
     let loss = forward(&case.loss(file, dtype)?, &logits, targets)?;
-    // A half-precision loss would be too coarse to log: it is f32 for all but f64.
+    // The loss is f32 for half types, whose precision is too low for a loss.
     let of_loss = if dtype == DType::F64 { dtype } else { DType::F32 };
     let arrived = match case.input(file, "upstream")? {
-        Some(upstream) => (&loss * upstream.to_dtype(of_loss)?)?.sum_all()?,
+        Some(grad_output) => (&loss * grad_output.to_dtype(of_loss)?)?.sum_all()?,
         None => loss.clone(),
     };
     let gradients = arrived.backward()?;
@@ -413,11 +415,11 @@ fn compare(
     Ok(wrong)
 }
 
-/// Figures that other libraries print in their own tests, to the digits that they print.
+/// Results that other libraries' tests contain, to the digits given there.
 mod literals {
     use super::*;
 
-    /// candle-nn 0.11 (MIT or Apache-2.0), tests/loss.rs, which compares four decimals.
+    /// candle-nn 0.11 (MIT or Apache-2.0), tests/loss.rs, compared to four decimals.
     #[test]
     fn candle_nn() -> Result<()> {
         let logits = Tensor::new(
@@ -439,9 +441,8 @@ mod literals {
         Ok(())
     }
 
-    /// dfdx (MIT or Apache-2.0), the test of its cross-entropy with soft targets. The loss was
-    /// added up in f32 there, so its last digits may be off by a few places of f32; the gradients
-    /// are given to the seventh decimal.
+    /// dfdx (MIT or Apache-2.0), the test of its cross-entropy with soft targets. dfdx adds the
+    /// loss in f32, so the tolerance is two f32 epsilons. The gradients have seven decimals.
     #[test]
     fn dfdx_soft_targets() -> Result<()> {
         let logits = Tensor::new(
@@ -474,7 +475,7 @@ mod literals {
         Ok(())
     }
 
-    /// Burn (MIT or Apache-2.0), the test of the `logits` flag: seven digits of f32.
+    /// Burn (MIT or Apache-2.0), the test of the `logits` flag, to seven digits.
     #[test]
     fn burn() -> Result<()> {
         let logits = Tensor::new(

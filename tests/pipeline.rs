@@ -1,4 +1,4 @@
-//! The pipeline example, run as a program: what it prints, and what it says to wrong input.
+//! The `pipeline` example, run as a program: printed output, plots and error messages.
 
 mod common;
 
@@ -8,7 +8,7 @@ use std::io::BufReader;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-/// The tutorial's figures, and how far the default run may lie from them.
+/// Losses and accuracies in the tutorial, and the allowed distance of the default run.
 const LOSSES: [f64; 5] = [1.20, 0.95, 0.80, 0.70, 0.62];
 const ACCURACIES: [f64; 5] = [0.55, 0.65, 0.72, 0.78, 0.82];
 const LOSS_TOLERANCE: f64 = 0.10;
@@ -18,7 +18,7 @@ type TestResult = Result<(), Box<dyn std::error::Error>>;
 
 fn program(arguments: &[&str]) -> Command {
     let mut command = Command::new(common::example("pipeline"));
-    // Whoever runs the tests may want colours.
+    // The environment of the tests may force colours.
     command.args(arguments).env_remove("CLICOLOR_FORCE");
     command
 }
@@ -31,12 +31,12 @@ fn run(arguments: &[&str]) -> Output {
 
 fn printed(arguments: &[&str]) -> String {
     let output = run(arguments);
-    let complaint = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{arguments:?}: {complaint}");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{arguments:?}: {stderr}");
     String::from_utf8(output.stdout).expect("the example prints UTF-8")
 }
 
-/// Runs the example on a file of this text.
+/// Runs the example on a file that contains `text`.
 fn run_on(text: impl AsRef<[u8]>) -> Result<Output, std::io::Error> {
     let folder = tempfile::tempdir()?;
     let file = folder.path().join("rows.csv");
@@ -48,7 +48,7 @@ fn path(file: &Path) -> &str {
     file.to_str().expect("a temporary path is UTF-8")
 }
 
-/// The losses and the accuracies of the training trace.
+/// Losses and accuracies of the training trace.
 fn trace(printed: &str) -> (Vec<f64>, Vec<f64>) {
     let rows = printed.lines().skip_while(|line| !line.contains("epoch |"));
     let rows = rows.skip(1).take_while(|line| line.contains(" | "));
@@ -69,7 +69,7 @@ fn assert_near(what: &str, found: &[f64], expected: &[f64], tolerance: f64) {
 }
 
 #[test]
-fn the_default_run_shows_every_stage() {
+fn default_run_prints_every_stage() {
     let printed = printed(&[]);
     let mut rest = printed.as_str();
     for text in [
@@ -113,7 +113,7 @@ fn the_default_run_shows_every_stage() {
 }
 
 #[test]
-fn every_seed_learns_in_every_epoch() {
+fn loss_falls_and_accuracy_rises_in_every_epoch() {
     let (mut losses, mut accuracies) = (vec![Vec::new(); 5], vec![Vec::new(); 5]);
     for seed in 0..10 {
         let (loss, accuracy) = trace(&printed(&["--seed", &seed.to_string()]));
@@ -137,7 +137,7 @@ fn every_seed_learns_in_every_epoch() {
 }
 
 #[test]
-fn a_seed_fixes_every_figure() -> TestResult {
+fn output_depends_on_the_seed_alone() -> TestResult {
     let first = printed(&["--seed", "3"]);
     assert_eq!(first, printed(&["--seed", "3"]));
     assert_ne!(first, printed(&["--seed", "4"]));
@@ -147,7 +147,7 @@ fn a_seed_fixes_every_figure() -> TestResult {
 }
 
 #[test]
-fn options_change_what_they_name() {
+fn options_change_the_output() {
     let all = printed(&["--convention", "all", "--epochs", "1"]);
     assert!(all.contains("soft label [0.033333335, 0.93333334, 0.033333335]"), "{all}");
     let none = printed(&["--convention", "none", "--epochs", "2"]);
@@ -176,7 +176,7 @@ fn options_change_what_they_name() {
 }
 
 #[test]
-fn wrong_options_get_a_message() {
+fn invalid_options_are_rejected_with_a_message() {
     for (option, value, message) in [
         ("--epsilon", "1.5", "epsilon is 1.5"),
         ("--epsilon", "-1", "epsilon is -1"),
@@ -199,14 +199,14 @@ fn wrong_options_get_a_message() {
 }
 
 fn assert_fails(output: &Output, message: &str) {
-    let complaint = String::from_utf8_lossy(&output.stderr);
+    let stderr = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success(), "no failure, expected {message:?}");
-    assert!(complaint.contains(message), "{complaint}, expected {message:?}");
-    assert!(!complaint.contains("panicked"), "{complaint}");
+    assert!(stderr.contains(message), "{stderr}, expected {message:?}");
+    assert!(!stderr.contains("panicked"), "{stderr}");
 }
 
 #[test]
-fn a_wrong_file_is_told_line_and_column() -> TestResult {
+fn invalid_files_are_rejected_with_line_and_column() -> TestResult {
     let good = "1,2,a\n3,4,b\n5,6,a\n7,8,b\n9,10,a\n";
     assert!(run_on(good)?.status.success());
     for (text, message) in [
@@ -251,8 +251,8 @@ fn labels_may_be_words_or_numbers_with_or_without_a_header() -> TestResult {
     ] {
         let output = run_on(format!("{header}{}", rows(labels)))?;
         let printed = String::from_utf8(output.stdout)?;
-        let complaint = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{header:?}: {complaint}");
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{header:?}: {stderr}");
         assert!(printed.contains("50 rows x 2 columns, 2 classes"), "{printed}");
         assert!(printed.contains(classes), "{printed}");
         assert!(printed.contains("training 40 x 2"), "{printed}");
@@ -261,7 +261,7 @@ fn labels_may_be_words_or_numbers_with_or_without_a_header() -> TestResult {
 }
 
 #[test]
-fn the_data_sets_are_learned() {
+fn accuracy_on_every_data_set_exceeds_one_half() {
     for (name, shape) in [
         ("iris", "150 rows x 4 columns, 3 classes"),
         ("wine", "178 rows x 13 columns, 3 classes"),
@@ -271,14 +271,14 @@ fn the_data_sets_are_learned() {
         let file = format!("{}/examples/pipeline/data/{name}.csv", env!("CARGO_MANIFEST_DIR"));
         let printed = printed(&["--data", &file, "--epochs", "10", "--lr", "0.1"]);
         assert!(printed.contains(shape), "{printed}");
-        // The most frequent class has 36% of the rows at most.
+        // At most 36% of the rows belong to the most frequent class.
         for accuracy in &figures(&printed)[0] {
             assert!(*accuracy > 0.5, "{printed}");
         }
     }
 }
 
-/// The table at the end: a line for each quality, a figure for each column.
+/// The final table: one line per metric, one number per column.
 fn figures(printed: &str) -> Vec<Vec<f64>> {
     let lines = printed.lines().skip_while(|line| !line.starts_with("  on the test rows"));
     let lines = lines.skip(1).take_while(|line| line.contains(" | "));
@@ -287,7 +287,7 @@ fn figures(printed: &str) -> Vec<Vec<f64>> {
 }
 
 #[test]
-fn seeds_give_the_means_of_single_runs() -> TestResult {
+fn several_seeds_print_mean_and_standard_deviation() -> TestResult {
     let file = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/pipeline/data/iris.csv");
     for rows in [&["--epochs", "2"][..], &["--epochs", "2", "--data", file]] {
         let printed_with = |option, value| printed(&[rows, &[option, value]].concat());
@@ -304,7 +304,7 @@ fn seeds_give_the_means_of_single_runs() -> TestResult {
             let columns: [fn(&[f64]) -> f64; 3] =
                 [|run| run[0], |run| run[1], |run| run[0] - run[1]];
             let expected = columns.map(column).concat();
-            // Three decimals are printed: of the single figures, and of what they come to.
+            // The output has three decimals, in the single runs and in the means.
             assert_near("seeds", line, &expected, 2e-3);
         }
     }
@@ -312,10 +312,10 @@ fn seeds_give_the_means_of_single_runs() -> TestResult {
 }
 
 #[test]
-fn a_picture_has_both_trainings() -> TestResult {
+fn svg_plot_shows_both_trainings() -> TestResult {
     let folder = tempfile::tempdir()?;
     let file = folder.path().join("picture.SVG");
-    // What was there before, and longer, is gone.
+    // The plot replaces a longer file.
     std::fs::write(&file, vec![b'x'; 1 << 20])?;
     let printed = printed(&["--plot", path(&file)]);
     assert_eq!(printed, self::printed(&[]));
@@ -329,7 +329,7 @@ fn a_picture_has_both_trainings() -> TestResult {
     for word in ["smoothed", "not smoothed", "Loss", "Accuracy", "epoch", "5"] {
         assert!(words.contains(&word), "no {word:?} among {words:?}");
     }
-    // The lines of five points are the training's, the smoothed one's loss and accuracy among them.
+    // The training curves have five points. The first two curves of a colour are loss and accuracy.
     let heights = |colour| {
         let lines =
             of_kind("polyline").filter(move |node| node.attribute("stroke") == Some(colour));
@@ -351,14 +351,15 @@ fn a_picture_has_both_trainings() -> TestResult {
         let dots = of_kind("circle").filter(|node| {
             node.attribute("fill") == Some(colour) && node.attribute("opacity") == Some("0.7")
         });
-        // Three classes: no top probability lies in the first three of ten bins.
+        // With three classes, the top probability is above one third, so the first three of ten
+        // bins are empty.
         assert!((4..=7).contains(&dots.count()), "{text}");
     }
     Ok(())
 }
 
 #[test]
-fn a_picture_may_be_a_bitmap() -> TestResult {
+fn png_plot_has_its_size_and_colours() -> TestResult {
     let folder = tempfile::tempdir()?;
     let file = folder.path().join("picture.png");
     for epochs in ["1", "30"] {
@@ -376,7 +377,7 @@ fn a_picture_may_be_a_bitmap() -> TestResult {
 }
 
 #[test]
-fn a_wrong_picture_is_told_before_training() -> TestResult {
+fn invalid_plot_path_is_rejected_before_training() -> TestResult {
     let folder = tempfile::tempdir()?;
     std::fs::create_dir(folder.path().join("folder.svg"))?;
     for (name, message) in [
@@ -395,35 +396,35 @@ fn a_wrong_picture_is_told_before_training() -> TestResult {
     Ok(())
 }
 
-/// What the default run writes to a terminal.
+/// Output of the default run on a terminal.
 #[cfg(target_os = "linux")]
 fn on_terminal(variables: &[(&str, &str)]) -> Result<String, std::io::Error> {
     use std::io::Read;
     use std::os::fd::{FromRawFd, OwnedFd};
 
-    let (mut ours, mut theirs) = (0, 0);
+    let (mut controller, mut terminal) = (0, 0);
     let [name, settings, size] = [std::ptr::null_mut(); 3];
     // SAFETY: openpty writes the two descriptors, and nothing else owns them.
-    let (mut ours, theirs) = unsafe {
-        if libc::openpty(&mut ours, &mut theirs, name, settings.cast(), size.cast()) != 0 {
+    let (mut controller, terminal) = unsafe {
+        if libc::openpty(&mut controller, &mut terminal, name, settings.cast(), size.cast()) != 0 {
             return Err(std::io::Error::last_os_error());
         }
-        (File::from_raw_fd(ours), OwnedFd::from_raw_fd(theirs))
+        (File::from_raw_fd(controller), OwnedFd::from_raw_fd(terminal))
     };
     let mut command = program(&[]);
-    command.env_remove("NO_COLOR").envs(variables.iter().copied()).stdout(theirs);
+    command.env_remove("NO_COLOR").envs(variables.iter().copied()).stdout(terminal);
     let mut child = command.spawn()?;
     drop(command);
     let mut written = Vec::new();
-    // Linux answers with an error when the program has closed its end.
-    let _ = ours.read_to_end(&mut written);
+    // Linux returns an error from this read when the program has closed its end.
+    let _ = controller.read_to_end(&mut written);
     assert!(child.wait()?.success());
     Ok(String::from_utf8_lossy(&written).replace("\r\n", "\n"))
 }
 
 #[test]
 #[cfg(target_os = "linux")]
-fn colours_and_a_bar_are_for_terminals() -> TestResult {
+fn colours_and_progress_bar_appear_only_on_a_terminal() -> TestResult {
     let piped = printed(&[]);
     assert!(!piped.contains('\x1b'), "{piped}");
     let coloured = |text: &str| text.contains("\x1b[1m") || text.contains("\x1b[36m");
@@ -436,13 +437,13 @@ fn colours_and_a_bar_are_for_terminals() -> TestResult {
     Ok(())
 }
 
-/// As with `pipeline | head`.
+/// The output of `pipeline | head` ends this way.
 #[test]
-fn a_reader_that_has_enough_is_no_error() -> TestResult {
+fn closed_stdout_is_no_error() -> TestResult {
     let mut child = program(&[]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
     drop(child.stdout.take());
     let output = child.wait_with_output()?;
-    let complaint = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success() && complaint.is_empty(), "{complaint}");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && stderr.is_empty(), "{stderr}");
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! What holds of any cross-entropy, for random shapes, classes anywhere, and random options, in f64.
+//! Properties of cross-entropy, tested in f64 on random shapes, class dimensions and options.
 
 mod common;
 
@@ -9,7 +9,7 @@ use common::{CPU, random, random_labels, random_probabilities, values};
 use proptest::prelude::*;
 use proptest::test_runner::TestCaseError;
 
-/// Which smoothing, by its numbers, so that a failure shows them.
+/// Smoothing by its parameters, which a failing test prints.
 #[derive(Clone, Copy, Debug)]
 enum Convention {
     None,
@@ -18,7 +18,7 @@ enum Convention {
     Toward(f64),
 }
 
-/// One loss to compute.
+/// Parameters of a random loss and its inputs.
 #[derive(Clone, Debug)]
 struct Example {
     dims: Vec<usize>,
@@ -27,7 +27,7 @@ struct Example {
     weighted: bool,
     ignores: bool,
     z_loss: f64,
-    /// Probabilities in place of labels.
+    /// Whether the targets are probabilities.
     soft: bool,
     range: f64,
     seed: u64,
@@ -96,7 +96,7 @@ impl Example {
         }
     }
 
-    /// The classes last: (rows, classes).
+    /// Moves the classes last and flattens the rows: (rows, classes).
     fn by_row(&self, tensor: &Tensor) -> Result<Tensor> {
         let mut dims: Vec<usize> =
             (0..tensor.rank()).filter(|dim| *dim != self.class_dim).collect();
@@ -126,7 +126,7 @@ fn example() -> impl Strategy<Value = Example> {
         })
 }
 
-/// The loss and the logits' gradient of its sum.
+/// The loss, and the logits' gradient of its sum.
 fn run(loss: &LabelSmoothingLoss, logits: &Tensor, targets: &Tensor) -> Result<(Tensor, Tensor)> {
     let logits = Var::from_tensor(logits)?;
     let result = loss.forward(&logits, targets)?;
@@ -134,12 +134,15 @@ fn run(loss: &LabelSmoothingLoss, logits: &Tensor, targets: &Tensor) -> Result<(
     Ok((result, gradients.get(&logits).expect("no gradient").clone()))
 }
 
-fn close(what: &str, ours: &Tensor, theirs: &Tensor) -> std::result::Result<(), TestCaseError> {
-    let (ours, theirs) = (numbers(ours)?, numbers(theirs)?);
-    prop_assert_eq!(ours.len(), theirs.len());
-    for (ours, theirs) in ours.iter().zip(theirs) {
-        let close = (ours - theirs).abs() <= 1e-11 * theirs.abs().max(1.);
-        prop_assert!(close || ours.is_nan() && theirs.is_nan(), "{what}: {ours} and {theirs}");
+fn close(what: &str, actual: &Tensor, expected: &Tensor) -> std::result::Result<(), TestCaseError> {
+    let (actual, expected) = (numbers(actual)?, numbers(expected)?);
+    prop_assert_eq!(actual.len(), expected.len());
+    for (actual, expected) in actual.iter().zip(expected) {
+        let close = (actual - expected).abs() <= 1e-11 * expected.abs().max(1.);
+        prop_assert!(
+            close || actual.is_nan() && expected.is_nan(),
+            "{what}: {actual}, expected {expected}"
+        );
     }
     Ok(())
 }
@@ -148,7 +151,7 @@ fn numbers(tensor: &Tensor) -> std::result::Result<Vec<f64>, TestCaseError> {
     Ok(values(tensor)?)
 }
 
-/// Runs a property, whose errors of candle's fail it.
+/// Defines property tests. A candle error fails the test.
 macro_rules! property {
     ($($(#[$doc:meta])* fn $name:ident($example:ident) $body:block)*) => {
         proptest! {
@@ -166,24 +169,24 @@ macro_rules! property {
 }
 
 property! {
-    fn fused_is_the_reference(example) {
+    fn forward_and_backward_match_the_reference(example) {
         for reduction in [Reduction::None, Reduction::Sum, Reduction::Mean] {
             let loss = example.loss(reduction)?;
             let (logits, targets) = (example.logits()?, example.targets()?);
-            let (ours, gradient) = run(&loss, &logits, &targets)?;
+            let (actual, gradient) = run(&loss, &logits, &targets)?;
             let var = Var::from_tensor(&logits)?;
-            let theirs = reference::forward(&loss, &var, &targets)?;
-            close("loss", &ours, &theirs)?;
-            // Without a row that counts, the mean is NaN, but the gradient is 0.
-            if numbers(&ours)?.iter().all(|loss| loss.is_finite()) {
-                let gradients = theirs.sum_all().and_then(|sum| sum.backward())?;
+            let expected = reference::forward(&loss, &var, &targets)?;
+            close("loss", &actual, &expected)?;
+            // If all rows are ignored, the mean is NaN and the gradient is 0.
+            if numbers(&actual)?.iter().all(|loss| loss.is_finite()) {
+                let gradients = expected.sum_all().and_then(|sum| sum.backward())?;
                 close("gradient", &gradient, gradients.get(&var).expect("a gradient"))?;
             }
         }
     }
 
-    /// To S·(1 − 1) without z-loss, and with it to 2·z·lse.
-    fn gradient_rows_sum_to_their_known_value(example) {
+    /// Σ_k ∂loss/∂x_k is 2·z·lse, and 0 without z-loss.
+    fn gradient_of_a_row_sums_to_the_z_loss_term(example) {
         let loss = example.loss(Reduction::None)?;
         let (logits, targets) = (example.logits()?, example.targets()?);
         let (_, gradient) = run(&loss, &logits, &targets)?;
@@ -199,20 +202,21 @@ property! {
         }
     }
 
-    fn a_constant_changes_nothing_but_z_loss(example) {
+    fn adding_a_constant_to_all_logits_changes_nothing_without_z_loss(example) {
         let example = Example { z_loss: 0., ..example };
         let loss = example.loss(Reduction::None)?;
         let (logits, targets) = (example.logits()?, example.targets()?);
-        // A power of two, so that the sum is hardly rounded.
-        let moved = (&logits + 1024.)?;
-        let (ours, theirs) = (run(&loss, &moved, &targets), run(&loss, &logits, &targets));
-        let (ours, theirs) = (ours?, theirs?);
-        close("loss", &ours.0, &theirs.0)?;
-        close("gradient", &ours.1, &theirs.1)?;
+        // The addition of a power of two hardly rounds.
+        let shifted = (&logits + 1024.)?;
+        let (actual, expected) = (run(&loss, &shifted, &targets), run(&loss, &logits, &targets));
+        let (actual, expected) = (actual?, expected?);
+        close("loss", &actual.0, &expected.0)?;
+        close("gradient", &actual.1, &expected.1)?;
     }
 
-    /// Of probabilities; class weights and a prior would have to be permuted as well.
-    fn a_permutation_of_classes_permutes_the_gradient(example) {
+    /// The targets are probabilities. Class weights and priors would have to be permuted too, so
+    /// they are left out.
+    fn permuting_the_classes_permutes_the_gradient(example) {
         let convention = match example.convention {
             Convention::Toward(epsilon) => Convention::All(epsilon),
             other => other,
@@ -223,14 +227,14 @@ property! {
         let reversed: Vec<u32> = (0..example.num_classes() as u32).rev().collect();
         let order = Tensor::from_vec(reversed, example.num_classes(), &CPU)?;
         let permuted = |tensor: &Tensor| tensor.index_select(&order, example.class_dim);
-        let theirs = run(&loss, &logits, &targets)?;
+        let expected = run(&loss, &logits, &targets)?;
         let (logits, targets) = (permuted(&logits)?, permuted(&targets)?);
-        let ours = run(&loss, &logits, &targets)?;
-        close("loss", &ours.0, &theirs.0)?;
-        close("gradient", &ours.1, &permuted(&theirs.1)?)?;
+        let actual = run(&loss, &logits, &targets)?;
+        close("loss", &actual.0, &expected.0)?;
+        close("gradient", &actual.1, &permuted(&expected.1)?)?;
     }
 
-    fn none_summed_is_sum(example) {
+    fn sum_reduction_is_the_sum_of_the_row_losses(example) {
         let (logits, targets) = (example.logits()?, example.targets()?);
         let of = |reduction| run(&example.loss(reduction)?, &logits, &targets);
         let (none, sum) = (of(Reduction::None)?, of(Reduction::Sum)?);
@@ -246,14 +250,15 @@ property! {
         let of = |convention| {
             run(&Example { convention, ..example.clone() }.loss(Reduction::Mean)?, &logits, &targets)
         };
-        let ours = of(Convention::Others(others))?;
-        let theirs = of(Convention::All(others * classes / (classes - 1.)))?;
-        close("loss", &ours.0, &theirs.0)?;
-        close("gradient", &ours.1, &theirs.1)?;
+        let actual = of(Convention::Others(others))?;
+        let expected = of(Convention::All(others * classes / (classes - 1.)))?;
+        close("loss", &actual.0, &expected.0)?;
+        close("gradient", &actual.1, &expected.1)?;
     }
 
-    /// Row by row and as a sum; the means of weighted classes have denominators of their own.
-    fn labels_are_their_one_hot_probabilities(example) {
+    /// For reduction none and sum. A mean with class weights has another denominator for labels
+    /// than for probabilities.
+    fn labels_match_their_one_hot_probabilities(example) {
         let example = Example { ignores: false, soft: false, ..example };
         let (logits, labels) = (example.logits()?, example.labels()?);
         let classes = example.num_classes();
@@ -264,36 +269,36 @@ property! {
         let one_hot = one_hot.permute(order)?;
         for reduction in [Reduction::None, Reduction::Sum, Reduction::Mean] {
             let loss = example.loss(reduction)?;
-            let ours = run(&loss, &logits, &labels)?;
-            let theirs = run(&loss, &logits, &one_hot)?;
+            let actual = run(&loss, &logits, &labels)?;
+            let expected = run(&loss, &logits, &one_hot)?;
             if !(example.weighted && reduction == Reduction::Mean) {
-                close("loss", &ours.0, &theirs.0)?;
-                close("gradient", &ours.1, &theirs.1)?;
+                close("loss", &actual.0, &expected.0)?;
+                close("gradient", &actual.1, &expected.1)?;
                 continue;
             }
             let weights = example.weights().and_then(|w| w.index_select(&labels.flatten_all()?, 0));
             let sum: f64 = numbers(&weights?)?.iter().sum();
             let scale = sum / example.num_rows() as f64;
-            close("weighted mean", &(ours.0 * scale)?, &theirs.0)?;
+            close("weighted mean", &(actual.0 * scale)?, &expected.0)?;
         }
     }
 
-    fn no_smoothing_is_the_cross_entropy_of_candle_nn(example) {
+    fn without_smoothing_matches_candle_nn_cross_entropy(example) {
         let example = Example {
             convention: Convention::None, weighted: false, ignores: false, z_loss: 0., soft: false, ..example
         };
         let (logits, labels) = (example.logits()?, example.labels()?);
-        let ours = run(&example.loss(Reduction::Mean)?, &logits, &labels)?;
+        let actual = run(&example.loss(Reduction::Mean)?, &logits, &labels)?;
         let var = Var::from_tensor(&logits)?;
-        let theirs = example
+        let expected = example
             .by_row(&var)
             .and_then(|rows| candle_nn::loss::cross_entropy(&rows, &labels.flatten_all()?))?;
-        close("loss", &ours.0, &theirs)?;
-        let gradients = theirs.backward()?;
-        close("gradient", &ours.1, gradients.get(&var).expect("a gradient"))?;
+        close("loss", &actual.0, &expected)?;
+        let gradients = expected.backward()?;
+        close("gradient", &actual.1, gradients.get(&var).expect("a gradient"))?;
     }
 
-    /// In f32, which is what they are given in.
+    /// The tolerance is that of f32, the dtype of the smoothed targets.
     fn smooth_targets_sum_to_1_and_give_the_same_loss(example) {
         let example = Example { weighted: false, ignores: false, soft: false, ..example };
         let (logits, labels) = (example.logits()?, example.labels()?);
@@ -307,13 +312,13 @@ property! {
         let of = |smoothing, targets: &Tensor| {
             LabelSmoothingLoss::new(smoothing).with_z_loss(example.z_loss)?.forward(&rows, targets)
         };
-        let ours = of(smoothing, &labels)?;
-        let theirs = of(Smoothing::none(), &soft)?;
-        let (ours, theirs) = (numbers(&ours)?[0], numbers(&theirs)?[0]);
-        prop_assert!((ours - theirs).abs() < 1e-6 * (1. + theirs), "{ours} and {theirs}");
+        let actual = of(smoothing, &labels)?;
+        let expected = of(Smoothing::none(), &soft)?;
+        let (actual, expected) = (numbers(&actual)?[0], numbers(&expected)?[0]);
+        prop_assert!((actual - expected).abs() < 1e-6 * (1. + expected), "{actual}, expected {expected}");
     }
 
-    fn the_sums_of_a_split_batch_add_up(example) {
+    fn sums_over_a_split_batch_add_up(example) {
         let loss = example.loss(Reduction::Sum)?.with_class_dim(1);
         let rows = example.by_row(&example.logits()?)?;
         let targets = match example.soft {
@@ -332,15 +337,15 @@ property! {
         close("gradient", &Tensor::cat(&[a.1, b.1], 0)?, &whole.1)?;
     }
 
-    /// Of any tile, hidden size, layout of the hidden states and the weight, and upstream gradient.
-    fn hidden_states_give_what_their_logits_give(example) {
+    /// For any tile, hidden size, layout of hidden states and weight, and grad_output.
+    fn forward_linear_matches_forward(example) {
         let mut dims = example.dims.clone();
         let classes = dims.remove(example.class_dim);
         dims.push(classes);
         let class_dim = dims.len() - 1;
         let example = Example { dims, class_dim, ..example };
         let seed = example.seed;
-        // The tile is as random as all else.
+        // The seed determines hidden size and tile.
         let size = (seed % 7) as usize;
         let tile = TileSize {
             rows: 1 + (seed / 7 % 9) as usize,
@@ -356,8 +361,8 @@ property! {
         let reductions = [Reduction::None, Reduction::Sum, Reduction::Mean];
         let loss = example.loss(reductions[(seed % 3) as usize])?;
         let gradients_of = |loss: &Tensor| -> Result<[Option<Tensor>; 3]> {
-            let upstream = random(loss.dims(), 1., seed + 13)?;
-            let gradients = (loss * upstream)?.sum_all()?.backward()?;
+            let grad_output = random(loss.dims(), 1., seed + 13)?;
+            let gradients = (loss * grad_output)?.sum_all()?.backward()?;
             Ok([&hidden, &weight, &bias].map(|var| gradients.get(var).cloned()))
         };
         let transposed = weight.t()?;
@@ -377,19 +382,19 @@ property! {
         let whole = loss.forward(&logits.reshape(example.dims.as_slice())?, &targets)?;
         close("loss", &tiled, &whole)?;
         if numbers(&whole)?.iter().all(|loss| loss.is_finite()) {
-            for (ours, theirs) in gradients_of(&tiled)?.iter().zip(gradients_of(&whole)?) {
-                match (ours, theirs) {
-                    (Some(ours), Some(theirs)) => close("gradient", ours, &theirs)?,
-                    (ours, theirs) => prop_assert!(ours.is_none() && theirs.is_none()),
+            for (actual, expected) in gradients_of(&tiled)?.iter().zip(gradients_of(&whole)?) {
+                match (actual, expected) {
+                    (Some(actual), Some(expected)) => close("gradient", actual, &expected)?,
+                    (actual, expected) => prop_assert!(actual.is_none() && expected.is_none()),
                 }
             }
         }
     }
 }
 
-/// That the examples are not all of one kind.
+/// The generated examples cover several class dimensions, class counts and options.
 #[test]
-fn examples_differ() {
+fn strategy_covers_shapes_and_options() {
     use proptest::strategy::ValueTree;
     let mut runner = proptest::test_runner::TestRunner::deterministic();
     let strategy = example();

@@ -1,4 +1,5 @@
-//! Sizes at their limits: products that overflow, dimensions of zero anywhere, and numbers that a half type has not.
+//! Limits of sizes: products that overflow, dimensions of zero, and gradients beyond the range of
+//! f16.
 
 mod common;
 
@@ -10,7 +11,7 @@ use common::{
     CPU, OnDevice, dtypes, on_device, random, random_labels, random_probabilities, values,
 };
 
-const VAST: usize = usize::MAX;
+const MAX_SIZE: usize = usize::MAX;
 
 fn loss() -> candle_label_smoothing::Result<LabelSmoothingLoss> {
     Ok(LabelSmoothingLoss::new(Smoothing::over_all(0.1)?))
@@ -20,10 +21,10 @@ fn error<T>(result: candle_label_smoothing::Result<T>) -> String {
     result.err().expect("no error").to_string()
 }
 
-/// Every rank to four and every set of its dimensions zero: an error if there are no classes, a result of
-/// nothing otherwise.
+/// Ranks one to four with every subset of dimensions zero. No classes is an error. No rows is an
+/// empty result, a sum of 0 or a mean of NaN.
 #[test]
-fn zeros_anywhere() -> Result<()> {
+fn dimensions_of_zero() -> Result<()> {
     for dtype in dtypes() {
         for (rank, zeros) in (1..=4).flat_map(|rank| (1..1 << rank).map(move |zeros| (rank, zeros)))
         {
@@ -59,9 +60,9 @@ fn zeros_anywhere() -> Result<()> {
     Ok(())
 }
 
-/// The same of hidden states and weights: only classes have to be there.
+/// `forward_linear` with every subset of dimensions zero. Only zero classes is an error.
 #[test]
-fn zeros_anywhere_in_hidden_states() -> Result<()> {
+fn dimensions_of_zero_in_forward_linear() -> Result<()> {
     for zeros in 0..16 {
         let [batch, rows, size, num_classes] =
             std::array::from_fn(|dim| if zeros >> dim & 1 == 1 { 0 } else { 2 + dim });
@@ -75,7 +76,7 @@ fn zeros_anywhere_in_hidden_states() -> Result<()> {
             continue;
         }
         let result = result?;
-        // Without hidden units all logits are 0; candle multiplies no such matrices.
+        // candle cannot multiply matrices with an inner dimension of zero. All logits are 0 then.
         let logits = match size {
             0 => Tensor::zeros((batch, rows, num_classes), DType::F64, hidden.device())?,
             _ => hidden.broadcast_matmul(&weight.t()?)?,
@@ -91,20 +92,20 @@ fn zeros_anywhere_in_hidden_states() -> Result<()> {
     Ok(())
 }
 
-/// What no memory holds is an error, of views too whose own memory is a single number; and a dimension of
-/// zero makes the others harmless.
+/// Sizes that no memory holds are errors, also for views of a single number. Without rows there is
+/// nothing to compute, and other dimensions may be large.
 #[test]
-fn products_that_overflow() -> Result<()> {
+fn overflowing_sizes_are_errors() -> Result<()> {
     let zero = |dtype| Tensor::zeros((), dtype, &CPU);
     for dtype in dtypes() {
         for dims in [
-            &[VAST][..],
-            &[1, VAST],
-            &[VAST, 1],
+            &[MAX_SIZE][..],
+            &[1, MAX_SIZE],
+            &[MAX_SIZE, 1],
             &[1 << 32, 1 << 32],
             &[1 << 31, 1 << 31],
-            &[VAST / 2, 2, 3],
-            &[2, VAST / 2 + 1],
+            &[MAX_SIZE / 2, 2, 3],
+            &[2, MAX_SIZE / 2 + 1],
             &[1 << 16, 1 << 16, 1 << 16, 1 << 16],
         ] {
             let logits = zero(dtype)?.broadcast_as(dims)?;
@@ -119,38 +120,38 @@ fn products_that_overflow() -> Result<()> {
                 }
             }
         }
-        // Nothing to compute, and nothing to overflow.
+        // Without elements, no size overflows.
         for dims in [&[0, 1 << 31][..], &[1 << 40, 0, 3]] {
             let logits = zero(dtype)?.broadcast_as(dims)?;
             let labels = zero(DType::U8)?.broadcast_as(&dims[..dims.len() - 1])?;
             let result = loss()?.with_reduction(Reduction::Sum).forward(&logits, &labels)?;
             assert_eq!(values(&result)?, [0.]);
         }
-        let (logits, labels) = (zero(dtype)?.broadcast_as((0, VAST))?, zero(DType::U8)?);
+        let (logits, labels) = (zero(dtype)?.broadcast_as((0, MAX_SIZE))?, zero(DType::U8)?);
         let message = error(loss()?.forward(&logits, &labels.broadcast_as(0)?));
         assert!(message.contains("too large"), "{message}");
     }
     let labels = Tensor::zeros(1, DType::U32, &CPU)?;
-    for num_classes in [VAST, VAST / 8, 1 << 60] {
+    for num_classes in [MAX_SIZE, MAX_SIZE / 8, 1 << 60] {
         let message = error(smooth_targets(&labels, num_classes, &Smoothing::none()));
         assert!(message.contains("too large"), "{message}");
     }
-    // The range alone needs no memory.
-    check_targets(&labels, VAST, None)?;
+    // The range check needs no memory for the classes.
+    check_targets(&labels, MAX_SIZE, None)?;
     let hidden = zero(DType::F32)?.broadcast_as((1, 1))?;
-    let weight = zero(DType::F32)?.broadcast_as((VAST, 1))?;
+    let weight = zero(DType::F32)?.broadcast_as((MAX_SIZE, 1))?;
     let message = error(loss()?.forward_linear(&hidden, &weight, None, &labels));
     assert!(message.contains("too large"), "{message}");
     Ok(())
 }
 
-/// A gradient in f16 is infinite where the exact one rounds to infinity, and only there.
+/// The f16 gradient is infinite exactly where the f64 gradient rounds to infinity.
 #[test]
-fn f16_is_infinite_only_beyond_its_range() -> Result<()> {
+fn f16_gradient_is_infinite_only_beyond_the_range_of_f16() -> Result<()> {
     let (rows, num_classes) = (3000, 7);
     let logits = random(&[rows, num_classes], 4., 1)?.to_dtype(DType::F16)?;
-    // Around 65504, f16's largest number, from both sides; and an exact 0 and a label of probability nearly 1.
-    let upstream = random(&[rows], 3e5, 2)?.to_dtype(DType::F32)?;
+    // The gradients lie on both sides of 65504, the largest f16 number.
+    let grad_output = random(&[rows], 3e5, 2)?.to_dtype(DType::F32)?;
     let labels = random_labels(&[rows], num_classes, 3)?;
     let probabilities = random_probabilities(&[rows, num_classes], 1, 4)?;
     let weights = random(&[num_classes], 2., 5)?.abs()?;
@@ -163,18 +164,18 @@ fn f16_is_infinite_only_beyond_its_range() -> Result<()> {
             let gradient = |dtype: DType| -> Result<Vec<f64>> {
                 let logits = Var::from_tensor(&logits.to_dtype(dtype)?)?;
                 let result = loss.on_device(&logits, targets)?;
-                let upstream = upstream.to_dtype(result.dtype())?;
-                let gradients = (result * upstream)?.sum_all()?.backward()?;
+                let grad_output = grad_output.to_dtype(result.dtype())?;
+                let gradients = (result * grad_output)?.sum_all()?.backward()?;
                 values(gradients.get(&logits).expect("no gradient"))
             };
-            for (ours, exact) in gradient(DType::F16)?.into_iter().zip(gradient(DType::F64)?) {
-                // Halfway to the number that would come next: from there on it rounds to infinity. Terms are
-                // computed in f32, at most 2e6 here, so very near to it either answer is right.
+            for (actual, exact) in gradient(DType::F16)?.into_iter().zip(gradient(DType::F64)?) {
+                // 65520 and above round to infinity in f16. The terms are computed in f32 and reach
+                // 2e6, so values very close to 65520 may round either way.
                 let beyond = exact.abs() - 65520.;
                 if beyond.abs() > 2e6 * 2f64.powi(-22) {
-                    assert_eq!(ours.is_infinite(), beyond > 0., "{ours}, exactly {exact}");
-                    assert!(!ours.is_nan() && (ours.signum() == exact.signum() || exact == 0.));
-                    *if ours.is_infinite() { &mut infinite } else { &mut finite } += 1;
+                    assert_eq!(actual.is_infinite(), beyond > 0., "{actual}, exactly {exact}");
+                    assert!(!actual.is_nan() && (actual.signum() == exact.signum() || exact == 0.));
+                    *if actual.is_infinite() { &mut infinite } else { &mut finite } += 1;
                 }
             }
         }

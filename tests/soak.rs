@@ -1,5 +1,7 @@
-//! A long training with batches of every shape: memory does not grow, and results do not drift away from those of stock ops.
-//! `SOAK_STEPS=100000 cargo test --release --test soak -- --nocapture` makes it as long as one likes.
+//! A long training with batches of every shape: memory stays constant, and losses stay close to the
+//! reference's.
+//!
+//! `SOAK_STEPS=100000 cargo test --release --test soak -- --nocapture` runs more steps.
 
 mod common;
 
@@ -15,10 +17,10 @@ static ALLOCATOR: PeakAlloc = PeakAlloc;
 const SIZE: usize = 8;
 const CLASSES: usize = 300;
 
-/// From hidden states, weight, bias and targets to a loss.
+/// A loss as a function of hidden states, weight, bias and targets.
 type Forward = fn(&LabelSmoothingLoss, [&Tensor; 4]) -> Result<Tensor>;
 
-/// One of several trainings side by side.
+/// A model with its optimizer. Several of them train side by side.
 struct Training {
     dtype: DType,
     weight: Var,
@@ -35,7 +37,7 @@ impl Training {
         Ok(Self { dtype, weight, bias, forward, optimizer })
     }
 
-    /// A step of the optimizer, and its loss.
+    /// Takes an optimizer step and returns the loss before it.
     fn step(
         &mut self,
         loss: &LabelSmoothingLoss,
@@ -67,7 +69,7 @@ fn linear(
     Ok(loss.forward_linear(hidden, weight, Some(bias), targets)?)
 }
 
-fn stock(
+fn by_reference(
     loss: &LabelSmoothingLoss,
     [hidden, weight, bias, targets]: [&Tensor; 4],
 ) -> Result<Tensor> {
@@ -84,15 +86,16 @@ fn memory_does_not_grow_and_results_do_not_drift() -> Result<()> {
         .collect();
     let weights = random(&[CLASSES], 2., 2)?.abs()?;
     let mut trainings = [
-        Training::new(DType::F64, stock)?,
+        Training::new(DType::F64, by_reference)?,
         Training::new(DType::F64, direct)?,
         Training::new(DType::F64, linear)?,
         Training::new(DType::F32, direct)?,
     ];
-    // Relative, of every loss on the way: rounding, which a convex problem does not amplify.
+    // Relative tolerance of every loss. The problem is convex, so training does not amplify
+    // rounding errors.
     let tolerances = [0., 1e-12, 1e-12, 1e-5];
     let mut farthest = [0f64; 4];
-    // Bytes held between steps, at most, in each tenth of the training.
+    // Largest number of bytes held between steps, in each tenth of the training.
     let mut held = [0; 10];
     for step in 0..steps {
         let seed = 4 * step as u64 + 100;
@@ -105,7 +108,7 @@ fn memory_does_not_grow_and_results_do_not_drift() -> Result<()> {
             _ => random_labels(&rows, CLASSES, seed + 1)?,
         };
         if step % 3 == 1 {
-            // Not the first row's class: a mean of nothing teaches nothing.
+            // The label of the first row is not ignored, so that the mean is not NaN.
             let first = targets.flatten_all()?.get(0)?.to_scalar::<i64>()?;
             loss = loss.with_ignore_index((first + 1) % 4).with_class_weights(&weights)?;
         }
@@ -115,7 +118,7 @@ fn memory_does_not_grow_and_results_do_not_drift() -> Result<()> {
         }
         for ((result, tolerance), farthest) in results.iter().zip(tolerances).zip(&mut farthest) {
             let apart = (result - results[0]).abs() / results[0].abs().max(1.);
-            assert!(apart <= tolerance, "step {step}: {result}, by stock ops {}", results[0]);
+            assert!(apart <= tolerance, "step {step}: {result}, reference {}", results[0]);
             *farthest = farthest.max(apart);
         }
         let tenth = &mut held[step * 10 / steps];
@@ -128,8 +131,8 @@ fn memory_does_not_grow_and_results_do_not_drift() -> Result<()> {
     assert!(late <= early.map(|early| early + 16 * 1024).as_ref(), "{held:?}");
     for (training, tolerance) in trainings.iter().zip(tolerances) {
         let exact = values(&trainings[0].weight)?;
-        for (ours, exact) in values(&training.weight)?.iter().zip(exact) {
-            assert!((ours - exact).abs() <= tolerance, "a weight: {ours}, by stock ops {exact}");
+        for (actual, exact) in values(&training.weight)?.iter().zip(exact) {
+            assert!((actual - exact).abs() <= tolerance, "a weight: {actual}, reference {exact}");
         }
     }
     Ok(())

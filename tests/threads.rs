@@ -1,4 +1,4 @@
-//! Many threads at once, with the same loss and with different ones, in pools of different sizes.
+//! Concurrent calls with the same loss and with different ones, in thread pools of different sizes.
 
 mod common;
 
@@ -10,10 +10,10 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 use std::sync::Barrier;
 use std::thread;
 
-/// Threads of each pool. Each pool has a thread outside that waits for it.
+/// Number of threads in each pool. A thread outside each pool waits for it.
 const POOLS: [usize; 8] = [1, 2, 3, 5, 1, 2, 3, 5];
 
-/// What a thread computes, f64.
+/// Inputs of one computation, f64.
 struct Job {
     smoothing: Smoothing,
     loss: LabelSmoothingLoss,
@@ -24,7 +24,7 @@ struct Job {
 }
 
 impl Job {
-    /// Everything that comes out in this dtype: losses, gradients, soft targets.
+    /// Losses, gradients and soft targets in `dtype`.
     fn run(&self, dtype: DType) -> Result<Vec<Vec<f64>>> {
         let var = |tensor: &Tensor| Var::from_tensor(&tensor.to_dtype(dtype)?);
         let (logits, hidden, weight) = (var(&self.logits)?, var(&self.hidden)?, var(&self.weight)?);
@@ -43,7 +43,7 @@ impl Job {
 
 fn jobs() -> Result<Vec<Job>> {
     let mut jobs = Vec::new();
-    // Less than a thread's share, several shares, and a row longer than that.
+    // Less work than one thread's task, several tasks, and a row longer than a task.
     for (rows, num_classes) in [(5, 11), (200, 130), (2, 20_000)] {
         for (i, (_, smoothing)) in smoothings(num_classes)?.into_iter().enumerate() {
             let seed = 10 * i as u64;
@@ -67,10 +67,10 @@ fn jobs() -> Result<Vec<Job>> {
     Ok(jobs)
 }
 
-/// All threads start together, each with a loss that none has used yet, and then go different ways through
-/// the others: the tables that a loss keeps are made by one and found by the rest.
+/// All threads start together on a loss that is not used yet, so that they compete to create its
+/// cached tables. They then go through the other losses in different orders.
 #[test]
-fn the_same_bits_every_time() -> Result<()> {
+fn concurrent_calls_give_the_same_bits() -> Result<()> {
     const DTYPES: [DType; 4] = [DType::F32, DType::F64, DType::F16, DType::BF16];
     let pool = |threads| ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");
     let expected: Vec<_> = {
@@ -87,16 +87,17 @@ fn the_same_bits_every_time() -> Result<()> {
                 scope.spawn(move || {
                     barrier.wait();
                     for i in 0..jobs.len() * DTYPES.len() {
-                        // The first by all; then some by the same number of steps, some by others.
+                        // All threads start with the first computation. Their later orders differ,
+                        // except for threads with equal strides.
                         let i = i * [1, 5, 11, 13][thread % 4] % (jobs.len() * DTYPES.len());
                         let (job, dtype) = (i / DTYPES.len(), i % DTYPES.len());
                         let results = pool.install(|| jobs[job].run(DTYPES[dtype]));
                         let results = results.expect("an error");
                         let same = |(a, b): (&f64, &f64)| a.to_bits() == b.to_bits();
-                        for (ours, one) in results.iter().zip(&expected[job][dtype]) {
+                        for (actual, expected) in results.iter().zip(&expected[job][dtype]) {
                             let name = format!("job {job} in {:?}, pool {thread}", DTYPES[dtype]);
-                            assert_eq!(ours.len(), one.len(), "{name}");
-                            assert!(ours.iter().zip(one).all(same), "{name}");
+                            assert_eq!(actual.len(), expected.len(), "{name}");
+                            assert!(actual.iter().zip(expected).all(same), "{name}");
                         }
                     }
                 });

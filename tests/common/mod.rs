@@ -1,4 +1,4 @@
-//! Inputs that several test files share.
+//! Inputs, comparisons and device selection shared by the test files.
 #![allow(dead_code, reason = "each test file uses its own part")]
 
 use candle_core::{DType, Device, Result, Tensor, Var};
@@ -11,20 +11,21 @@ use std::sync::LazyLock;
 
 pub const CPU: Device = Device::Cpu;
 
-/// The program of an example. Cargo builds the examples before it runs the integration tests, beside their
-/// folder `deps`.
+/// Path of an example's program. Cargo builds the examples before it runs the integration tests, in
+/// the folder beside `deps`.
 pub fn example(name: &str) -> PathBuf {
     let test = std::env::current_exe().expect("the test has a path");
     let profile = test.ancestors().nth(2).expect("target/<profile>/deps/test");
     profile.join("examples").join(format!("{name}{}", std::env::consts::EXE_SUFFIX))
 }
 
-/// Whether this is the test `gpu`, which runs the other tests' code on a GPU.
+/// True in the test `gpu`, which runs the other tests' code on a GPU.
 fn is_gpu_test() -> bool {
     option_env!("CARGO_CRATE_NAME") == Some("gpu")
 }
 
-/// Where the loss is computed: on the CPU, but for the test `gpu`, which ends here if there is no GPU.
+/// Device under test: a GPU in the test `gpu`, the CPU elsewhere. The test `gpu` exits here without
+/// a GPU.
 pub fn device() -> &'static Device {
     static DEVICE: LazyLock<Device> = LazyLock::new(|| {
         let device = match is_gpu_test() {
@@ -33,7 +34,8 @@ pub fn device() -> &'static Device {
             true => Device::new_cuda(0),
         };
         device.unwrap_or_else(|error| {
-            // Past the test harness, which shows what is printed by failing tests only.
+            // The test harness captures `println!` of passing tests, so this line goes to stderr
+            // directly.
             let _ = writeln!(std::io::stderr(), "skipped, as there is no GPU: {error}");
             std::process::exit(0)
         })
@@ -41,7 +43,7 @@ pub fn device() -> &'static Device {
     &DEVICE
 }
 
-/// Metal has no f64: such tensors stay on the CPU, as their user would leave them there.
+/// Metal has no f64, so the test keeps f64 tensors on the CPU.
 fn device_for(tensors: &[&Tensor]) -> &'static Device {
     match tensors.iter().any(|tensor| tensor.dtype() == DType::F64) && device().is_metal() {
         true => &CPU,
@@ -49,16 +51,17 @@ fn device_for(tensors: &[&Tensor]) -> &'static Device {
     }
 }
 
-/// The dtypes of logits that the device has.
+/// Logit dtypes that the device under test supports.
 pub fn dtypes() -> Vec<DType> {
     let all = [DType::F64, DType::F32, DType::F16, DType::BF16];
     all.into_iter().filter(|dtype| !device().is_metal() || *dtype != DType::F64).collect()
 }
 
-/// Checks that two ways to the same numbers lead to the same bits. A GPU's kernels group numbers as they
-/// lie in memory, so there they may differ by some roundings of terms that are below ten, and a half type by
-/// one of its own.
-pub fn assert_same(name: &str, dtype: DType, ours: &[f64], theirs: &[f64]) {
+/// Checks that two computations give the same bits on the CPU.
+///
+/// GPU kernels group the additions by memory layout. On a GPU the results may therefore differ by
+/// some roundings of terms below ten, and half types by one more rounding of the result.
+pub fn assert_same(name: &str, dtype: DType, actual: &[f64], expected: &[f64]) {
     let (roundings, ulp) = match dtype {
         _ if !is_gpu_test() && !cfg!(emulator) => (0., 0.),
         DType::F64 => (1e-14, 0.),
@@ -66,19 +69,19 @@ pub fn assert_same(name: &str, dtype: DType, ours: &[f64], theirs: &[f64]) {
         DType::BF16 => (4e-6, 2f64.powi(-7)),
         _ => (4e-6, 0.),
     };
-    assert_eq!(ours.len(), theirs.len(), "{name}");
-    for (ours, theirs) in ours.iter().zip(theirs) {
-        let close = (ours - theirs).abs() <= roundings + ulp * theirs.abs();
-        assert!(close || ours == theirs, "{name}: {ours} and {theirs}");
+    assert_eq!(actual.len(), expected.len(), "{name}");
+    for (actual, expected) in actual.iter().zip(expected) {
+        let close = (actual - expected).abs() <= roundings + ulp * expected.abs();
+        assert!(close || actual == expected, "{name}: {actual}, expected {expected}");
     }
 }
 
-/// A tensor where it is computed with.
+/// Copies a tensor to the device under test.
 pub fn on_device(tensor: &Tensor) -> Result<Tensor> {
     tensor.to_device(device_for(&[tensor]))
 }
 
-/// The loss on the device under test, of tensors on the CPU and back to there.
+/// Runs the loss on the device under test, with input and result on the CPU.
 pub trait OnDevice {
     fn on_device(
         &self,
@@ -99,7 +102,7 @@ impl OnDevice for LabelSmoothingLoss {
     }
 }
 
-/// `smooth_targets`, likewise.
+/// Runs `smooth_targets` on the device under test, with input and result on the CPU.
 pub fn smooth_on_device(
     labels: &Tensor,
     num_classes: usize,
@@ -125,7 +128,7 @@ pub fn random_labels(dims: &[usize], num_classes: usize, seed: u64) -> Result<Te
     Tensor::from_vec(labels, dims, &CPU)
 }
 
-/// Rows of probabilities over `dim`, f64.
+/// Random probabilities that sum to 1 over `dim`, f64.
 pub fn random_probabilities(dims: &[usize], dim: usize, seed: u64) -> Result<Tensor> {
     candle_nn::ops::softmax(&random(dims, 2., seed)?, dim)
 }
@@ -135,7 +138,7 @@ pub fn values(tensor: &Tensor) -> Result<Vec<f64>> {
     tensor.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()
 }
 
-/// One loss to try: its options, logits (f64) and targets.
+/// A loss with logits (f64) and targets.
 #[derive(Clone)]
 pub struct Case {
     pub name: String,
@@ -145,12 +148,12 @@ pub struct Case {
 }
 
 impl Case {
-    /// The scalar Σ u·loss with fixed upstream gradients u, and the gradient of the logits.
+    /// Computes the loss, and the logits' gradient of Σ grad_output·loss.
     pub fn run(&self, dtype: DType) -> Result<(Tensor, Tensor)> {
         self.run_with(dtype, |logits, targets| Ok(self.loss.on_device(logits, targets)?))
     }
 
-    /// The same by stock ops.
+    /// The same by the reference, which uses candle's operations.
     pub fn run_reference(&self, dtype: DType) -> Result<(Tensor, Tensor)> {
         self.run_with(dtype, |logits, targets| {
             let loss = candle_label_smoothing::reference::forward(&self.loss, logits, targets)?;
@@ -165,16 +168,16 @@ impl Case {
     ) -> Result<(Tensor, Tensor)> {
         let logits = Var::from_tensor(&self.logits.to_dtype(dtype)?)?;
         let loss = forward(&logits, &self.targets)?;
-        let total = weighted(&loss)?;
+        let total = sum_with_grad_output(&loss)?;
         let gradient = total.backward()?.get(&logits).cloned();
         Ok((loss, gradient.expect("no gradient reached the logits")))
     }
 }
 
-/// Σ u·loss with u between −1 and 1, for upstream gradients other than 1.
-pub fn weighted(loss: &Tensor) -> Result<Tensor> {
-    let upstream = random(loss.dims(), 1., 99)?.to_dtype(loss.dtype())?;
-    (loss * upstream)?.sum_all()
+/// Σ grad_output·loss, with fixed random grad_output from −1 to 1.
+pub fn sum_with_grad_output(loss: &Tensor) -> Result<Tensor> {
+    let grad_output = random(loss.dims(), 1., 99)?.to_dtype(loss.dtype())?;
+    (loss * grad_output)?.sum_all()
 }
 
 pub fn smoothings(num_classes: usize) -> Result<Vec<(&'static str, Smoothing)>> {
@@ -184,15 +187,15 @@ pub fn smoothings(num_classes: usize) -> Result<Vec<(&'static str, Smoothing)>> 
         ("over_all(0.1)", Smoothing::over_all(0.1)?),
         ("over_all(1)", Smoothing::over_all(1.)?),
         ("over_others(0.1)", Smoothing::over_others(0.1)?),
-        // More than (K−1)/K: the label gets less than the others.
+        // ε above (K−1)/K gives the label less than each of the other classes.
         ("over_others(0.9)", Smoothing::over_others(0.9)?),
         ("over_others(1)", Smoothing::over_others(1.)?),
         ("toward(0.3)", Smoothing::toward(0.3, &prior)?),
     ])
 }
 
-/// Every combination of smoothing, class weights, ignored index, z-loss, reduction and kind of
-/// targets, for logits of the shape.
+/// Every combination of smoothing, class weights, ignore_index, z-loss, reduction and kind of
+/// targets, for logits of shape `dims`.
 pub fn grid(dims: &[usize], class_dim: usize) -> Result<Vec<Case>> {
     let num_classes = dims[class_dim];
     let mut rows = dims.to_vec();

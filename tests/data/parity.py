@@ -5,29 +5,29 @@
     python tests/data/parity.py            write parity.safetensors beside this script
     python tests/data/parity.py --check    make everything again and compare it with the file
 
-The tests need the file only, never this script. Running it twice with the versions above gives the same bytes; with another
-torch or on another processor the last bits may move, which --check allows (1e-12) and says.
+The tests need only the file. With the versions above the script always writes the same bytes. Another torch or processor may
+change the last bits. --check allows this (1e-12) and reports it.
 
-What is in it, by table:
+Tables of cases in the file:
 
     moduleinfo  the case grid of PyTorch's own tests of nn.CrossEntropyLoss (module_inputs_torch_nn_CrossEntropyLoss)
     opinfo      the case grid of its tests of functional.cross_entropy (sample_inputs_cross_entropy)
-    torch       what else torch can state: every combination of its options, other class dimensions, more classes
-    formula     what torch cannot state: over_others, a prior, a z-loss, and every combination with the other options
+    torch       further cases that torch can compute: every combination of its options, other class dimensions, more classes
+    formula     cases that torch cannot compute: over_others, a prior, a z-loss, and every combination with the other options
 
 The numbers of the first three tables come from torch.nn.functional.cross_entropy and torch's autograd, in float64. The numbers of
-the fourth come from the formula below, by torch's autograd in float64. For every case that torch can state, the script asserts that
-the formula agrees with torch to 1e-12; and without a z-loss it also asserts that the formula's row losses are those which torch
-gives for the smoothed targets as probabilities, so that the fourth table does not rest on the formula alone.
+the fourth come from the formula below, by torch's autograd in float64. For every case that torch can compute, the script asserts
+that the formula agrees with torch to 1e-12. Without a z-loss, it also asserts that the formula's row losses equal torch's losses
+for the smoothed targets as probabilities. The fourth table therefore has a second check.
 
     r_ik   = (1 - e) w_k p_ik + e w_k pi_k        e = epsilon, or epsilon K / (K - 1) over the other classes; pi = 1/K or the prior
     loss_i = sum_k r_ik (lse_i - x_ik) + z lse_i^2, 0 where the target is the ignored index
-    mean   = sum_i loss_i / sum_i w_{y_i} over the rows that count; / rows for probabilities
+    mean   = sum_i loss_i / sum_i w_{y_i} over the rows that are not ignored; / rows for probabilities
 
-Every input is a small multiple of a power of two and is stored in bf16, so it is the same number in f64, f32, f16 and bf16: one
-answer in f64 serves all four, and what the test allows for is the rounding of the arithmetic and of the result alone. PyTorch's
-tables draw from [-9, 9], and so do the logits here. Two of its choices cannot be kept: its class weights may be negative, which
-this crate refuses (here they are positive), and OpInfo asks for the gradient of probability targets, which are constants here.
+Every input is a small multiple of a power of two and is stored in bf16, so it is the same number in f64, f32, f16 and bf16. One
+f64 result serves all four, and the tolerances cover only the rounding of the arithmetic and of the result. The logits are from
+[-9, 9], as in PyTorch's tables. The tables differ from PyTorch's in two ways. Class weights are positive, because this crate
+rejects negative ones. Probability targets are constants, so OpInfo's gradients of the targets are left out.
 
 Sources: PyTorch 2.15 (BSD-3-Clause, https://github.com/pytorch/pytorch), torch/testing/_internal/common_modules.py and
 common_methods_invocations.py, for the list of shapes and options of the first two tables. No code, text or data is taken from
@@ -49,14 +49,14 @@ SEED = 20260
 inputs = {}  # name -> float64 or int64 tensor; shared by the cases
 cases = {}  # name -> line of the table, in order
 results = {}  # name -> float64 tensor: the loss and the gradient of each case
-sizes = {}  # name -> float64 tensor: for each number of the loss, then of the gradient, how large its terms are
+sizes = {}  # name -> float64 tensor: for each number of the loss, then of the gradient, the sum of the absolute values of its terms
 
 
 # ---- inputs -------------------------------------------------------------------------------------------------------------------
 
 
 def rng(name):
-    """A generator for each input of its own, so that adding a case does not change the others."""
+    """One generator per input, so that a new case does not change the other inputs."""
     return np.random.default_rng([SEED, *name.encode()])
 
 
@@ -76,12 +76,12 @@ def dims(shape):
 
 
 def logits(shape):
-    """Multiples of 1/16 in [-9, 9]: eight significant bits, all that bf16 has."""
+    """Multiples of 1/16 in [-9, 9]: eight significant bits, as many as bf16 has."""
     return keep(f"logits/{dims(shape)}", lambda r: r.integers(-144, 145, shape) / 16)
 
 
 def labels(shape, classes, ignored=None):
-    """Class targets. At least one row counts, and with more rows than one at least one is ignored."""
+    """Class targets. At least one row is not ignored. With several rows and an ignored index, at least one is ignored."""
 
     def make(r):
         y = r.integers(0, classes, shape)
@@ -121,12 +121,12 @@ def probabilities(shape, dim):
 
 
 def free_probabilities(shape):
-    """Numbers in [0, 1) that do not sum to one, as in OpInfo: the formula takes them as they are."""
+    """Numbers in [0, 1) that do not sum to one, as in OpInfo. The formula needs no normalisation."""
     return keep(f"unnormalised/{dims(shape)}", lambda r: r.integers(0, 256, shape) / 256)
 
 
 def weights(classes, zero=False):
-    """Class weights in (0, 9]; with `zero`, class 0 has none at all."""
+    """Class weights in (0, 9]; with `zero`, class 0 has weight 0."""
 
     def make(r):
         w = r.integers(1, 145, classes) / 16
@@ -142,15 +142,15 @@ def prior(classes):
 
 
 def upstream(shape):
-    """The gradient that arrives at the losses of reduction none: anything, of either sign."""
+    """grad_output for the losses of reduction none, of either sign. The file names it `upstream`."""
     return keep(f"upstream/{dims(shape)}", lambda r: r.integers(-64, 65, shape) / 16)
 
 
-# ---- the two ways to a number ---------------------------------------------------------------------------------------------------
+# ---- torch and the formula --------------------------------------------------------------------------------------------------------
 
 
 def by_torch(x, y, dim, kind, epsilon, reduction, w, ignore):
-    """torch.nn.functional.cross_entropy, which wants the classes at dimension 1 (0 without a batch)."""
+    """torch.nn.functional.cross_entropy, with the classes moved to dimension 1 (0 without a batch)."""
     assert kind in ("none", "over_all")
     at = 0 if x.dim() == 1 else 1
     soft = y.is_floating_point()
@@ -162,7 +162,7 @@ def by_torch(x, y, dim, kind, epsilon, reduction, w, ignore):
 
 
 def by_formula(x, y, dim, kind, epsilon, reduction, w, ignore, pi, z):
-    """The formula of the head comment; also the size of the terms of the loss and of what is summed in each row."""
+    """The formula of the head comment. Returns loss, size of the loss, gradient and size of the gradient."""
     x = x.movedim(dim, -1)
     shape, k = x.shape[:-1], x.shape[-1]
     x = x.reshape(-1, k)
@@ -182,7 +182,7 @@ def by_formula(x, y, dim, kind, epsilon, reduction, w, ignore, pi, z):
         divisor = (w[y] * counts).sum()
     own, spread = (1 - e) * w * p, e * w * pi
     r = own + spread
-    # Relative to the row's maximum, which changes no number but keeps torch's own rounding far below the tolerances of the test.
+    # Subtracting the row's maximum keeps torch's own rounding far below the tolerances of the test.
     top = x.detach().max(-1, keepdim=True).values
     x = x - top
     log_sum = torch.logsumexp(x, -1)
@@ -197,8 +197,8 @@ def by_formula(x, y, dim, kind, epsilon, reduction, w, ignore, pi, z):
         other = F.cross_entropy(x, q, weight=w, reduction="none")
         close("rows", rows, torch.where(counts, other, 0.0))
 
-    # What a row's loss and each of its gradients are summed from, every term with its absolute value: an error of arithmetic is
-    # proportional to this, not to the sum. `+ 1` and `1 +` are the relative errors of the exponentials and of their sum.
+    # The size of a row's loss or gradient is the sum of the absolute values of its terms. Rounding errors are proportional to
+    # this size. `+ 1` and `1 +` account for the relative errors of the exponentials and of their sum.
     with torch.no_grad():
         terms = own.abs() + spread.abs()
         size = (terms * (log_sum[:, None] - x + 1)).sum(-1) + z * (lse**2 + lse.abs())
@@ -209,7 +209,7 @@ def by_formula(x, y, dim, kind, epsilon, reduction, w, ignore, pi, z):
         grad_size = softmax * pull * (1 + log_sum[:, None] - x) + terms
         grad_size = torch.where(counts[:, None], grad_size, 0.0) / divisor
         grad_size = grad_size.reshape(*shape, k).movedim(-1, dim)
-        # The gradient in closed form, which checks autograd on the formula as well.
+        # The gradient in closed form checks autograd on the formula.
         grad = softmax * (r.sum(-1) + 2 * z * lse)[:, None] - r
         grad = torch.where(counts[:, None], grad, 0.0) / divisor
         grad = grad.reshape(*shape, k).movedim(-1, dim)
@@ -300,13 +300,13 @@ def opinfo():
         case(f"opinfo/{name}/{'probabilities' if soft else 'labels'}", logits(shape), y, 1, **given)
 
 
-# ---- beyond them ------------------------------------------------------------------------------------------------------------------
+# ---- further tables ---------------------------------------------------------------------------------------------------------------
 
 
 def every_combination(table, smoothings):
     """Every combination of the options on two small shapes: the classes last, and the classes in the middle.
 
-    The weights have a zero in them. Ignored is no row, a row whose target is the class 1, or a row with a target of -100.
+    One class weight is zero. The ignored index is unset, 1 or -100.
     """
     for (shape, dim), smoothing, weighted, reduction in itertools.product(
         (((4, 5), 1), ((2, 4, 3), 1)), smoothings, (False, True), REDUCTIONS
@@ -326,7 +326,7 @@ def every_combination(table, smoothings):
 
 
 def some_shapes(table, shapes, smoothings, reductions):
-    """Everything at once (weights and an ignored index too) on shapes that differ in rank, class dimension and class count."""
+    """All options together, with class weights and an ignored index, on shapes that differ in rank, class dimension and class count."""
     for (shape, dim), (kind, epsilon, z), reduction in itertools.product(shapes, smoothings, reductions):
         k = shape[dim]
         if kind == "over_others" and k == 1:
@@ -334,7 +334,7 @@ def some_shapes(table, shapes, smoothings, reductions):
         given = {"reduction": reduction, "kind": kind, "epsilon": epsilon, "z": z, "w": weights(k)}
         given |= {"pi": prior(k)} if kind == "toward" else {}
         given |= {"dim_given": dim != len(shape) - 1}
-        # An ignored index that no u8 can hold, on targets that are 44 (300 - 256) in places, must match none of them.
+        # The ignored index 300 exceeds u8. It must not match targets of 44 (300 - 256).
         ignored = 300 if k == 67 else -100 if k == 300 else k - 1 if k > 1 and len(shape) > 1 else None
         tail = f"{kind}_{epsilon}{f'+z{z}' if z else ''}/{reduction}"
         name = f"{table}/{dims(shape)}_dim{dim}"
@@ -357,7 +357,7 @@ def make():
     some_shapes("torch", LAYOUTS, [("over_all", 0.15, 0.0)], REDUCTIONS)
     some_shapes("torch", COUNTS, [("over_all", 0.1, 0.0)], ("mean", "none"))
     some_shapes("torch", [((2, 300), 1)], [("over_all", 0.1, 0.0)], ("sum",))
-    # With 0.9 over the others, the share of the others is greater than the label's own and the one-hot part is negative.
+    # With 0.9 over the others, the label's target is less than the other classes', and the one-hot part is negative.
     formula = [("none", 0.0, 0.05), ("over_all", 0.1, 0.05), ("over_others", 0.1, 0.0), ("over_others", 0.1, 0.05)]
     formula += [("over_others", 0.9, 0.0), ("toward", 0.1, 0.0), ("toward", 0.1, 0.05), ("toward", 1.0, 0.0)]
     every_combination("formula", formula)
@@ -399,7 +399,7 @@ def main():
             assert same, f"{name} has another dtype or shape"
             if name in results:
                 close(name, value, old[name])
-            elif name in sizes:  # which the tolerances are made of: a last place of bf16 is nothing
+            elif name in sizes:  # sizes only set tolerances, so the last place of bf16 may differ
                 assert torch.allclose(value.double(), old[name].double(), rtol=0.01, atol=0), f"{name} is not the same"
             else:
                 assert torch.equal(value, old[name]), f"{name} is not the same"

@@ -1,4 +1,4 @@
-//! That the emulator notices a missing barrier, wherever it is, and nothing else.
+//! The emulator detects each missing barrier, and the kernels pass in every order of the threads.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -9,7 +9,7 @@ use common::{Case, random, random_labels, values};
 use std::process::{Command, Stdio};
 use std::{env, error::Error};
 
-/// The source that the emulator runs, and its barriers.
+/// Source of the kernels that the emulator runs, and the text of a barrier in it.
 fn source() -> (&'static str, &'static str) {
     match env::var("EMULATOR_SOURCE").as_deref() {
         Ok("metal") => {
@@ -19,10 +19,10 @@ fn source() -> (&'static str, &'static str) {
     }
 }
 
-/// Orders of the threads: as they are counted, the other way round, and two at random.
+/// Thread orders: first to last, last to first, and two random orders.
 const ORDERS: [&str; 4] = ["0", "1", "2", "3"];
 
-/// The other tests of the kernels, in a process of its own.
+/// Runs `rows_of_every_length` in a process of its own, and returns whether it passed.
 fn passes(order: &str, without_barrier: usize) -> Result<bool, Box<dyn Error>> {
     let status = Command::new(env::current_exe()?)
         .args(["--exact", "rows_of_every_length"])
@@ -59,7 +59,8 @@ fn every_barrier_is_needed() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// What the processes above run: rows that one lane has, a warp, several warps, several blocks, both ways through memory.
+/// The test that the processes above run. The rows fit one lane, a warp, several warps or several
+/// blocks, with the classes last and with the rows last.
 #[test]
 fn rows_of_every_length() -> candle_core::Result<()> {
     for (dims, class_dim) in [
@@ -85,12 +86,12 @@ fn rows_of_every_length() -> candle_core::Result<()> {
                 logits: random(dims, 4., 1)?,
                 targets: random_labels(&rows, num_classes, 2)?,
             };
-            let ours = case.run(DType::F64)?;
-            let theirs = case.run_reference(DType::F64)?;
-            for (ours, theirs) in [(ours.0, theirs.0), (ours.1, theirs.1)] {
-                for (ours, theirs) in values(&ours)?.iter().zip(values(&theirs)?) {
-                    let error = (ours - theirs).abs();
-                    assert!(error < 1e-12, "{dims:?}: {ours} and {theirs}");
+            let actual = case.run(DType::F64)?;
+            let expected = case.run_reference(DType::F64)?;
+            for (actual, expected) in [(actual.0, expected.0), (actual.1, expected.1)] {
+                for (actual, expected) in values(&actual)?.iter().zip(values(&expected)?) {
+                    let error = (actual - expected).abs();
+                    assert!(error < 1e-12, "{dims:?}: {actual}, expected {expected}");
                 }
             }
         }

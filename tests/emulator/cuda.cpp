@@ -1,4 +1,4 @@
-// The kernels in SOURCE for one kind of input, as one function by the name KERNELS.
+// The kernels in SOURCE for one kind of input, callable through one function, KERNELS.
 #include "cuda.hpp"
 
 #define EMULATED
@@ -10,7 +10,7 @@ float exp2_approximately(float x);
 
 #include SOURCE
 
-// By the processor's own conversions, so that the two have no code in common.
+// The processor's own conversions are independent of the kernels' conversions.
 float widen(f16 x) {
   _Float16 half;
   memcpy(&half, &x, sizeof half);
@@ -27,7 +27,8 @@ float exp2_approximately(float x) {
 
 }  // namespace
 
-// Whether there is a kernel of this name, and its last parameter has this size.
+// Launches the kernel `name`. Returns false if there is no such kernel or its parameters have
+// another size.
 extern "C" bool KERNELS(
     const char *name, unsigned groups, unsigned threads, gpu::Manner manner, void *const *b,
     const void *params, size_t size) {

@@ -1,4 +1,4 @@
-// As much of CUDA as the kernels use.
+// The part of CUDA that the kernels use.
 #pragma once
 #include "device.hpp"
 #include <cmath>
@@ -14,7 +14,8 @@
 #define gridDim (gpu::Index{gpu::block.num_blocks})
 
 #define __syncthreads() gpu::block.meet(__LINE__)
-// Each exchange has a place of its own, so that lanes that meet at different ones are found.
+// Each exchange has its own number, so that the emulator detects lanes that wait at different
+// exchanges.
 #define __shfl_xor_sync(mask, value, by) exchange(mask, value, by, __COUNTER__)
 template <class T> T exchange(unsigned mask, T value, unsigned by, unsigned place) {
   if (mask != ~0u) gpu::fail("an exchange between some lanes only");

@@ -1,9 +1,9 @@
-// A GPU for tests: runs a kernel's blocks one after the other on the calling thread.
+// An emulated GPU: runs the blocks of a kernel one after another on the calling thread.
 //
-// Every thread of a block runs until it ends or has to wait for others, at a barrier or at an exchange
-// between the lanes of its warp; then the next one runs, on a stack of its own. So a kernel that lacks a
-// barrier does the wrong thing in at least one of the orders, the same in every run. What would hang a
-// device, or is undefined there, ends the program with a message.
+// Each thread of a block has its own stack. A thread runs until it ends or waits for other threads,
+// at a barrier or at an exchange between the lanes of its warp. The next thread runs then. A kernel
+// that lacks a barrier therefore gives a wrong result in at least one thread order, and the same
+// result in every run. Undefined behaviour and deadlocks end the program with a message.
 #pragma once
 #include <cstdint>
 #include <cstdio>
@@ -18,13 +18,13 @@ namespace gpu {
 
 constexpr unsigned WIDEST_WARP = 64, NARROWEST_WARP = 4, MOST_THREADS = 1024;
 
-// How a launch is to be emulated; `backend.rs` has the same struct.
+// Options of an emulated launch. `backend.rs` has the same struct.
 struct Manner {
-  // In which order threads run: 0 first to last, 1 last to first, else at random by this seed.
+  // Order of the threads: 0 is first to last, 1 is last to first, another number is a random seed.
   uint32_t order;
-  // The line of a barrier that is left out, or 0.
+  // Line of the barrier to leave out, or 0.
   uint32_t without_barrier;
-  // How many threads exchange values directly.
+  // Number of threads in a warp, which exchange values directly.
   uint32_t warp;
 };
 
@@ -35,7 +35,7 @@ struct Index { unsigned x; };
   abort();
 }
 
-// Threads that wait for each other at one place after another.
+// A group of threads that wait for each other, at a barrier or at an exchange.
 struct Meeting {
   unsigned size = 0, arrived = 0, ended = 0, rounds = 0, place = 0;
 
@@ -60,17 +60,18 @@ struct Meeting {
 
 struct Warp {
   Meeting meeting;
-  // What the lanes offered in this round and in the last one, which slower lanes may still read.
+  // Values that the lanes offered in this round and in the previous one, which slower lanes may
+  // still read.
   uint64_t offered[2][WIDEST_WARP];
 };
 
-// A stack, and the thread that runs on it.
+// A stack and the thread that runs on it.
 struct Fiber {
   static constexpr size_t STACK = 256 * 1024;
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[STACK]};
   unsigned thread = 0;
-  // What the thread waits for.
+  // The meeting that the thread waits for.
   const Meeting *waits = nullptr;
   unsigned round = 0;
 };
@@ -103,7 +104,7 @@ class Block {
     arrange(order);
     started = 0;
     next = order.data();
-    // Each stack runs threads until one has to wait, then the next stack takes over.
+    // A stack runs one thread after another until a thread waits. Then the next stack continues.
     while (started < num_threads) resume(idle());
     while (!waiting.empty()) {
       std::vector<Fiber *> now;
@@ -127,7 +128,7 @@ class Block {
     self->waits = &meeting;
     self->round = meeting.rounds;
     meeting.arrive(place);
-    // The last to arrive need not wait.
+    // The last thread to arrive does not wait.
     if (meeting.rounds != self->round) return;
     waiting.push_back(self);
     swapcontext(&self->context, &scheduler);
@@ -143,7 +144,7 @@ class Block {
     return value;
   }
 
-  // The memory that the threads share under a number; what nobody has written is NaN.
+  // Shared memory of the block, one array per number. Unwritten memory is NaN.
   void *shared(size_t number, size_t size) {
     if (number >= memory.size()) memory.resize(number + 1);
     if (!memory[number]) {
@@ -153,7 +154,7 @@ class Block {
     return memory[number].get();
   }
 
-  // A barrier of all threads, unless it is the one to be left out.
+  // A barrier for all threads of the block, unless the launch leaves out the barrier of this line.
   void meet(unsigned line) {
     if (line != manner.without_barrier) wait(barrier, line);
   }
@@ -187,7 +188,7 @@ class Block {
     return fiber;
   }
 
-  // Goes on with a waiting thread, or begins with a new one.
+  // Continues a waiting thread, or starts a new one.
   void resume(Fiber *fiber) {
     current = fiber;
     if (fiber->waits == nullptr) {
@@ -212,7 +213,8 @@ class Block {
       call(body);
       barrier.end();
       warps[self->thread / manner.warp].meeting.end();
-      // One that has waited leaves the rest to the others, which may wait for it.
+      // A thread that has waited starts no other thread here, because the others may wait for that
+      // one.
       if (self->waits != nullptr) break;
     }
     self->waits = nullptr;
@@ -234,7 +236,7 @@ class Block {
   uint64_t seed = 0;
 };
 
-// The block that is running on this thread of the host, and its stacks for the next one.
+// The block that runs on this host thread. Later blocks reuse its stacks.
 inline thread_local Block block;
 
 inline void Block::enter() { block.work(); }

@@ -1,5 +1,7 @@
-//! What the kernels of a GPU do where those of the CPU give an error: they cannot say that a target is no
-//! class, and mark its row.
+//! GPU kernels with targets out of range, many rows and large offsets.
+//!
+//! The CPU returns an error for a target out of range. A GPU kernel cannot, so it sets the row to
+//! NaN.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -8,8 +10,8 @@ use candle_core::{DType, Result, Tensor, Var};
 use candle_label_smoothing::{LabelSmoothingLoss, Reduction, Smoothing};
 use common::{CPU, OnDevice, dtypes, random, smooth_on_device, values};
 
-/// Targets of 5 classes, each beside a good one.
-fn outside() -> Result<Vec<Tensor>> {
+/// Labels in and out of range for 5 classes, in every integer dtype.
+fn targets_out_of_range() -> Result<Vec<Tensor>> {
     Ok(vec![
         Tensor::new(&[1u8, 5, 255, 4], &CPU)?,
         Tensor::new(&[1u32, 5, u32::MAX, 4], &CPU)?,
@@ -24,11 +26,11 @@ fn is_class(target: &f64) -> bool {
 }
 
 #[test]
-fn a_target_that_is_no_class_makes_its_row_nan() -> Result<()> {
+fn target_out_of_range_makes_its_row_nan() -> Result<()> {
     let weights = Tensor::new(&[1f32, 2., 0.5, 1., 3.], &CPU)?;
     let plain = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?);
     let weighted = plain.clone().with_class_weights(&weights)?.with_z_loss(0.1)?;
-    for targets in outside()? {
+    for targets in targets_out_of_range()? {
         let of_rows = values(&targets)?;
         let num_rows = of_rows.len();
         for dtype in dtypes() {
@@ -49,7 +51,7 @@ fn a_target_that_is_no_class_makes_its_row_nan() -> Result<()> {
                             assert_eq!(g.is_nan(), !is_class(target), "{name}: {target}, {g}");
                         }
                     }
-                    // And what is made of all rows.
+                    // The mean over all rows is NaN too.
                     assert!(values(&loss.on_device(&logits, &targets)?)?[0].is_nan(), "{name}");
                 }
             }
@@ -59,7 +61,7 @@ fn a_target_that_is_no_class_makes_its_row_nan() -> Result<()> {
 }
 
 #[test]
-fn ignored_targets_outside_the_range_are_ignored() -> Result<()> {
+fn ignore_index_out_of_range_has_zero_gradient() -> Result<()> {
     let logits = Var::from_tensor(&random(&[3, 5], 2., 1)?.to_dtype(DType::F32)?)?;
     let targets = Tensor::new(&[2i64, -100, 3], &CPU)?;
     let weights = Tensor::new(&[1f32, 2., 0.5, 1., 3.], &CPU)?;
@@ -76,8 +78,8 @@ fn ignored_targets_outside_the_range_are_ignored() -> Result<()> {
 }
 
 #[test]
-fn smoothed_targets_of_no_class_are_nan() -> Result<()> {
-    for targets in outside()? {
+fn smooth_targets_of_labels_out_of_range_are_nan() -> Result<()> {
+    for targets in targets_out_of_range()? {
         let soft = values(&smooth_on_device(&targets, 5, &Smoothing::over_others(0.1)?)?)?;
         for (target, soft) in values(&targets)?.iter().zip(soft.chunks(5)) {
             assert!(soft.iter().all(|s| s.is_nan() != is_class(target)), "{target}: {soft:?}");
@@ -86,9 +88,9 @@ fn smoothed_targets_of_no_class_are_nan() -> Result<()> {
     Ok(())
 }
 
-/// More rows than a grid's second or third dimension would hold, and more than one group adds up.
+/// More rows than the second or third dimension of a grid allows, reduced by more than one group.
 #[test]
-fn many_rows() -> Result<()> {
+fn many_rows_match_the_reference() -> Result<()> {
     let (num_rows, num_classes) = (70_000, 3);
     let logits = random(&[num_rows, num_classes], 3., 1)?.to_dtype(DType::F32)?;
     let targets = common::random_labels(&[num_rows], num_classes, 2)?;
@@ -96,20 +98,23 @@ fn many_rows() -> Result<()> {
     let variable = Var::from_tensor(&logits)?;
     let result = loss.on_device(&variable, &targets)?;
     let exact = Var::from_tensor(&logits.to_dtype(DType::F64)?)?;
-    let expected = candle_label_smoothing::reference::forward(&loss, &exact, &targets)?;
-    let (ours, theirs) = (values(&result)?[0], values(&expected)?[0]);
-    assert!((ours - theirs).abs() < 2e-7 * theirs, "{ours} and {theirs}");
-    let (ours, theirs) = (result.backward()?, expected.backward()?);
-    let ours = values(ours.get(&variable).expect("no gradient"))?;
-    let theirs = values(theirs.get(&exact).expect("no gradient"))?;
-    for (row, (ours, theirs)) in ours.iter().zip(theirs).enumerate() {
-        assert!((ours - theirs).abs() < 5e-7 / num_rows as f64, "{row}: {ours} and {theirs}");
+    let reference = candle_label_smoothing::reference::forward(&loss, &exact, &targets)?;
+    let (actual, expected) = (values(&result)?[0], values(&reference)?[0]);
+    assert!((actual - expected).abs() < 2e-7 * expected, "{actual}, expected {expected}");
+    let (actual, expected) = (result.backward()?, reference.backward()?);
+    let actual = values(actual.get(&variable).expect("no gradient"))?;
+    let expected = values(expected.get(&exact).expect("no gradient"))?;
+    for (row, (actual, expected)) in actual.iter().zip(expected).enumerate() {
+        assert!(
+            (actual - expected).abs() < 5e-7 / num_rows as f64,
+            "{row}: {actual}, expected {expected}"
+        );
     }
     Ok(())
 }
 
-/// Rows that begin more than 2³¹ elements into their storage, in memory that is reserved and hardly
-/// touched.
+/// Rows that begin more than 2³¹ elements into their storage. Most of the memory is reserved and
+/// never touched.
 #[test]
 fn offsets_beyond_32_bits() -> Result<()> {
     let (num_classes, stride) = (300, (1 << 30) + 1000);
@@ -123,8 +128,8 @@ fn offsets_beyond_32_bits() -> Result<()> {
     let far = far.narrow(1, stride - num_classes, num_classes)?;
     let targets = Tensor::new(&[7u8, 200], &CPU)?;
     let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?);
-    let there = values(&loss.on_device(&far, &targets)?)?;
-    let here = values(&loss.on_device(&near, &targets)?)?;
-    common::assert_same("far", DType::F32, &there, &here);
+    let loss_far = values(&loss.on_device(&far, &targets)?)?;
+    let loss_near = values(&loss.on_device(&near, &targets)?)?;
+    common::assert_same("far", DType::F32, &loss_far, &loss_near);
     Ok(())
 }

@@ -1,8 +1,8 @@
-// The kernels in SOURCE for one kind of input, as one function by the name KERNELS.
+// The kernels in SOURCE for one kind of input, callable through one function, KERNELS.
 #include <metal_stdlib>
 
 namespace {
-// What Metal lacks, so that tests in f64 tell wrong from rounded.
+// Metal has no f64. The tests use f64 here to tell errors from rounding.
 typedef double f64;
 inline double widen(double x) { return x; }
 inline void narrow(double x, double &out) { out = x; }
@@ -17,7 +17,8 @@ inline void pack(uint4 &pack, int i, double x) {
 #include SOURCE
 }  // namespace
 
-// Whether there is a kernel of this name, and its last parameter has this size.
+// Launches the kernel `name`. Returns false if there is no such kernel or its parameters have
+// another size.
 extern "C" bool KERNELS(
     const char *name, unsigned groups, unsigned threads, gpu::Manner manner, void *const *b,
     const void *params, size_t size) {

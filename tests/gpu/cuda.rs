@@ -1,4 +1,4 @@
-//! What only a real device can show.
+//! Asynchronous launches and tensors of more than 2³¹ elements, on a real CUDA device.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -10,7 +10,7 @@ use candle_core::{DType, Result, Tensor, Var};
 use candle_label_smoothing::{LabelSmoothingLoss, Reduction, Smoothing};
 use common::{device, random, random_labels, values};
 
-/// Keeps the device busy for as many nanoseconds.
+/// Kernel that keeps the device busy for `nanoseconds`.
 const BUSY: &str = r#"
     extern "C" __global__ void busy(unsigned long long nanoseconds) {
         unsigned long long from, now;
@@ -20,9 +20,9 @@ const BUSY: &str = r#"
         } while (now - from < nanoseconds);
     }"#;
 
-/// Forward and backward have returned while the device is still at work on what came before them.
+/// Forward and backward return while the device still runs an earlier kernel.
 #[test]
-fn nothing_waits_for_the_device() -> Result<()> {
+fn forward_and_backward_do_not_wait_for_the_device() -> Result<()> {
     let weights = Tensor::new(&[1f32, 2., 3.], device())?;
     let logits =
         Var::from_tensor(&random(&[100, 3], 2., 1)?.to_dtype(DType::F32)?.to_device(device())?)?;
@@ -38,7 +38,7 @@ fn nothing_waits_for_the_device() -> Result<()> {
             let gradients = loss.backward()?;
             Ok(gradients.get(&logits).expect("no gradient").clone())
         };
-        // The first time, kernels are compiled and the weights go to the device.
+        // The first step compiles the kernels and copies the class weights to the device.
         let expected = values(&step()?)?;
 
         let cuda = device().as_cuda_device()?;
@@ -58,9 +58,9 @@ fn nothing_waits_for_the_device() -> Result<()> {
     Ok(())
 }
 
-/// A gradient of more than 2³¹ elements: its last row is that of the row alone.
+/// The gradient has more than 2³¹ elements. Its last row equals the gradient of that row alone.
 #[test]
-fn more_elements_than_31_bits() -> Result<()> {
+fn more_than_2_to_the_31_elements() -> Result<()> {
     let (num_rows, num_classes) = (70_000, 32_000);
     let row = random(&[1, num_classes], 3., 1)?.to_dtype(DType::BF16)?.to_device(device())?;
     let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?).with_reduction(Reduction::Sum);

@@ -1,5 +1,6 @@
-//! The kernels of a GPU on the device itself, against the CPU's numbers, PyTorch's and stock ops':
-//! `cargo test --features cuda --test gpu`, or with `metal`. Without a GPU it is skipped, and a line says so.
+//! The crate's tests on a real GPU: `cargo test --features cuda --test gpu`, or with `metal`.
+//!
+//! Without a GPU the tests are skipped with a message.
 #![allow(clippy::duplicate_mod, reason = "each file of tests brings the common part along")]
 
 #[path = "../block_edges.rs"]

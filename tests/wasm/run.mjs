@@ -1,8 +1,9 @@
-// Runs a test program. It can print nothing; where it fails it traps, and the stack names the test.
+// Runs a WebAssembly test program. The program cannot print. A failing test traps, and the stack
+// trace names it.
 import { readFileSync } from "node:fs";
 
 const module = new WebAssembly.Module(readFileSync(process.argv[2]));
-// What `wasm-bindgen` would provide. Nothing here needs it.
+// `wasm-bindgen` would provide these imports. The tests call none of them.
 const imports = {};
 for (const { module: from, name } of WebAssembly.Module.imports(module)) {
     imports[from] ??= {};
