@@ -1,13 +1,12 @@
-//! Everything that can be wrong with what the caller gave, in the caller's terms.
+//! The error type: what the caller gave, and what was expected.
 
-use crate::backend::row_shape;
 use candle_core::{DType, DeviceLocation};
 use std::fmt;
 
 /// `Result` with this crate's [`Error`].
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// What was given, and what was expected instead.
+/// An error that names what was given and what was expected.
 ///
 /// The error converts into [`candle_core::Error`] and back without loss, so `?` works in a function
 /// that returns candle's `Result`, and `Error::from` gives the very error back, unless candle's
@@ -17,14 +16,14 @@ pub type Result<T> = std::result::Result<T, Error>;
 #[derive(thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// Smoothing is a proportion.
+    /// ε outside 0 to 1.
     #[error("epsilon is {epsilon}, expected a number from 0 to 1 (ten percent is 0.1)")]
     Epsilon {
         /// The value given.
         epsilon: f64,
     },
 
-    /// The z-loss is a penalty.
+    /// A z-loss coefficient that is negative or not finite.
     #[error("the z-loss coefficient is {coefficient}, expected a finite number >= 0")]
     ZLoss {
         /// The value given.
@@ -55,8 +54,7 @@ pub enum Error {
         value: f64,
     },
 
-    /// A class weight so large or small that the arithmetic, which is that of f32 unless the logits are f64, would
-    /// lose it.
+    /// A class weight too large or too small for the arithmetic, which is f32 unless the logits are f64.
     #[error(
         "the class weight {value:?} of class {class} is beyond the arithmetic of these logits, expected 0 or a number from {least:.1e} to {most:.1e}: divide all weights by the largest, and set to 0 what is still too small"
     )]
@@ -71,7 +69,7 @@ pub enum Error {
         most: f64,
     },
 
-    /// A prior that is no probability distribution.
+    /// A prior whose values do not sum to 1.
     #[error(
         "the prior probabilities sum to {sum}, expected 1 (within 0.001): divide counts by their sum first, in f32 or f64 since half types round by more"
     )]
@@ -80,7 +78,7 @@ pub enum Error {
         sum: f64,
     },
 
-    /// Class weights or a prior that were made for another number of classes.
+    /// Class weights or a prior whose length is not the number of classes.
     #[error("{len} {what} were given for {num_classes} classes, expected one for each class")]
     VectorLength {
         /// Which option.
@@ -91,11 +89,11 @@ pub enum Error {
         num_classes: usize,
     },
 
-    /// A scalar has no class dimension.
+    /// Logits that are a scalar.
     #[error("the logits are a scalar, expected at least one dimension, the classes")]
     LogitsRank,
 
-    /// The class dimension does not exist.
+    /// A class dimension beyond the rank of the logits.
     #[error("the class dimension is {class_dim}, but logits of shape {shape:?} have dimensions 0 to {}", shape.len().saturating_sub(1))]
     ClassDim {
         /// The dimension given to `with_class_dim`.
@@ -104,36 +102,36 @@ pub enum Error {
         shape: Vec<usize>,
     },
 
-    /// There is nothing to choose from.
+    /// A class dimension of length 0.
     #[error("there are no classes (shape {shape:?}), expected at least one")]
     NoClasses {
         /// The shape given, or asked for.
         shape: Vec<usize>,
     },
 
-    /// `Smoothing::over_others` spreads over the other classes, and there is none.
+    /// `Smoothing::over_others` with one class, which has no other classes.
     #[error(
         "smoothing over the other classes needs at least two classes, got one: use Smoothing::over_all or Smoothing::none"
     )]
     OneClass,
 
-    /// Logits must be f16, bf16, f32 or f64.
+    /// Logits of an unsupported dtype.
     #[error("the logits have dtype {dtype:?}, expected F16, BF16, F32 or F64{}", swapped(*dtype))]
     LogitsDType {
         /// The dtype given.
         dtype: DType,
     },
 
-    /// More elements than can be addressed.
+    /// A tensor too large for the memory or the address space.
     #[error("{what} of shape {shape:?} would be too large for memory")]
     TooLarge {
-        /// What was to be made or read.
+        /// The name of the tensor.
         what: &'static str,
         /// Its shape.
         shape: Vec<usize>,
     },
 
-    /// Hidden states, weight and bias that do not make logits.
+    /// Shapes of hidden states, weight and bias that do not fit together.
     #[error(
         "the hidden states have shape {hidden:?}, the weight {weight:?} and the bias {}, expected [.., H], [K, H] and [K] (or no bias), as candle_nn::Linear keeps them",
         or_none(bias)
@@ -175,7 +173,7 @@ pub enum Error {
         bias: Option<DeviceLocation>,
     },
 
-    /// A class dimension that a linear layer does not make.
+    /// A class dimension other than the last one, in `forward_linear`.
     #[error(
         "the class dimension is {class_dim}, but forward_linear makes logits whose classes are in the last dimension, {last}"
     )]
@@ -186,7 +184,7 @@ pub enum Error {
         last: usize,
     },
 
-    /// Integer targets whose shape is not that of the logits' rows.
+    /// Integer targets whose shape is not the logits' without the class dimension.
     #[error(
         "class targets ({dtype:?}) have shape {targets:?}, expected {expected:?}: the shape of the logits {logits:?} without their class dimension {class_dim}{}",
         reshaping(targets, expected, logits)
@@ -200,7 +198,7 @@ pub enum Error {
         expected: Vec<usize>,
         /// The logits' shape.
         logits: Vec<usize>,
-        /// The class dimension in force.
+        /// The class dimension.
         class_dim: usize,
     },
 
@@ -217,7 +215,7 @@ pub enum Error {
         logits: Vec<usize>,
     },
 
-    /// Probabilities handed to `smooth_targets` with another number of classes.
+    /// Probabilities for `smooth_targets` whose last dimension is not the number of classes.
     #[error(
         "labels of dtype {dtype:?} are probabilities and need num_classes = {num_classes} as their last dimension, got shape {shape:?}; class indices need an integer dtype: to_dtype(DType::I64)"
     )]
@@ -230,17 +228,16 @@ pub enum Error {
         num_classes: usize,
     },
 
-    /// Targets or labels in a dtype that is neither class index nor probability, or probabilities where only
-    /// class indices are possible.
+    /// Targets or labels of an unsupported dtype.
     #[error("the targets have dtype {dtype:?}, expected {expected}")]
     TargetsDType {
         /// The dtype given.
         dtype: DType,
-        /// What is possible here.
+        /// The dtypes supported here.
         expected: &'static str,
     },
 
-    /// Probabilities name no class that could be ignored.
+    /// `ignore_index` together with probability targets.
     #[error(
         "ignore_index {ignore_index} was set, but the targets ({dtype:?}) are probabilities, which name no class to ignore: leave it unset, and pass only the rows that count"
     )]
@@ -271,7 +268,7 @@ pub enum Error {
         what: &'static str,
     },
 
-    /// A class target that is no class, on the CPU.
+    /// A class target out of range, on the CPU.
     #[error("target {target} of row {row} is no class: expected at least 0 and less than {num_classes}{}", ignoring(*target, *num_classes))]
     TargetOutOfRange {
         /// The row, counted over all dimensions but the classes' in row-major order.
@@ -282,7 +279,7 @@ pub enum Error {
         num_classes: usize,
     },
 
-    /// A tensor whose layout reaches beyond its storage, as only unchecked constructors make it.
+    /// A tensor whose layout reaches beyond its storage. Only unchecked constructors make such tensors.
     #[error(
         "a tensor of shape {shape:?}, stride {stride:?} and offset {offset} reaches beyond its storage of {len} elements"
     )]
@@ -293,11 +290,12 @@ pub enum Error {
         stride: Vec<usize>,
         /// The position of its first element.
         offset: usize,
-        /// The number of elements there are.
+        /// The number of elements of the storage.
         len: usize,
     },
 
-    /// A GPU's kernels walk so many dimensions, once those that lie evenly in memory are counted as one.
+    /// A layout with too many separate dimensions for a GPU's kernels. Dimensions whose strides follow from each other
+    /// count as one.
     #[error(
         "a tensor of shape {shape:?} and stride {stride:?} has more than {most} dimensions that do not follow from each other: make it contiguous() first"
     )]
@@ -306,7 +304,7 @@ pub enum Error {
         shape: Vec<usize>,
         /// Its strides, in elements.
         stride: Vec<usize>,
-        /// How many dimensions are possible.
+        /// The largest number of dimensions.
         most: usize,
     },
 
@@ -328,18 +326,20 @@ fn swapped(logits: DType) -> &'static str {
     }
 }
 
-/// A hint for the commonest ways to class targets of another shape.
+/// A hint for the commonest causes of class targets of another shape.
 fn reshaping(targets: &[usize], expected: &[usize], logits: &[usize]) -> String {
-    // A view's length may exceed any integer.
+    // The length of a broadcast view may overflow.
     let len = |dims: &[usize]| dims.iter().try_fold(1usize, |len, dim| len.checked_mul(*dim));
     let lens = |dims: &[usize]| dims.iter().copied().filter(|len| *len != 1).collect::<Vec<_>>();
-    // Where both have several dimensions, they may be in another order.
+    // If both have several dimensions, they may be transposed, which a reshape would not mend.
     let is_flat = targets.len() < 2 || expected.len() < 2 || lens(targets) == lens(expected);
     if targets == logits && len(targets) == len(expected) {
         TWO_LOGITS.to_string()
     } else if targets == logits {
         "; one-hot targets are probabilities: to_dtype(DType::F32)".to_string()
-    } else if let Some(dim) = (0..logits.len()).find(|&dim| row_shape(logits, dim) == targets) {
+    } else if let Some(dim) =
+        (0..logits.len()).find(|&dim| logits[..dim].iter().chain(&logits[dim + 1..]).eq(targets))
+    {
         format!(
             "; if the classes of forward's logits are in dimension {dim}, use with_class_dim({dim})"
         )
@@ -352,10 +352,10 @@ fn reshaping(targets: &[usize], expected: &[usize], logits: &[usize]) -> String 
 
 const TWO_LOGITS: &str = "; two classes need two logits a row, not one";
 
-/// A hint for the commonest ways to a target out of range: a single logit for two classes, counting
-/// from 1, and padding.
+/// A hint for the commonest causes of a target out of range: one logit for two classes, classes counted from 1, and
+/// padding.
 fn ignoring(target: i64, num_classes: usize) -> String {
-    // What a negative i32 looks like once stored as u32.
+    // A negative i32 stored as u32.
     let unwrapped = u32::try_from(target).map_or(target, |t| i64::from(t.cast_signed()));
     if num_classes == 1 && (target == 1 || target == 255) {
         TWO_LOGITS.to_string()
@@ -378,8 +378,7 @@ impl fmt::Debug for Error {
     }
 }
 
-// The two conversions undo each other. Of candle's variants that hold a foreign error, `Wrapped`
-// keeps only its text; `WrappedContext` keeps the error itself.
+// The two conversions undo each other. `WrappedContext` keeps a foreign error itself; `Wrapped` keeps only its text.
 
 impl From<Error> for candle_core::Error {
     fn from(error: Error) -> Self {

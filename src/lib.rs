@@ -1,8 +1,7 @@
-//! Label-smoothing cross-entropy for [candle](https://docs.rs/candle-core), fused into one read of
-//! the logits.
+//! Label-smoothing cross-entropy for [candle](https://docs.rs/candle-core), fused into one read of the logits.
 //!
-//! A classifier trained on hard 0/1 targets is pushed towards infinite confidence. Label smoothing
-//! trains it on slightly soft targets instead, `[0.05, 0.9, 0.05]` in place of `[0, 1, 0]`:
+//! Hard 0/1 targets push a classifier towards infinite confidence. Label smoothing replaces them by slightly soft
+//! targets, `[0, 1, 0]` by `[0.05, 0.9, 0.05]`:
 //!
 //! ```
 //! use candle_core::{DType, Device, Tensor};
@@ -38,51 +37,56 @@
 //! ∂loss/∂x_k = softmax(x)_k·(Σ_j w_j·q_j + 2·z·lse) − w_k·q_k
 //! ```
 //!
-//! Everything is computed relative to the row's maximum, in f32 for f16, bf16 and f32 logits and in
-//! f64 for f64 logits, in one pass over the logits for the loss and one more for the gradient.
+//! The computation is relative to the row's maximum. It runs in f32 for f16, bf16 and f32 logits and in f64 for f64
+//! logits. The loss takes one pass over the logits, and the gradient one more.
 //!
-//! # What there is
+//! # Overview
 //!
 //! - [`LabelSmoothingLoss`]: the loss, with class weights, an ignored index, any class dimension,
 //!   z-loss and three reductions.
-//! - [`LabelSmoothingLoss::forward_linear`]: the same loss of hidden states and a classifier's weight, for logits
-//!   that are too large to hold.
-//! - [`Smoothing`]: the conventions, which the field mixes up under one name.
-//! - [`smooth_targets`]: the soft targets themselves.
-//! - [`check_targets`]: whether class targets are in range, for devices that cannot say so.
+//! - [`LabelSmoothingLoss::forward_linear`]: the same loss from hidden states and a classifier's weight, for logits
+//!   that are too large for the memory.
+//! - [`Smoothing`]: the conventions. Libraries use one name for several of them.
+//! - [`smooth_targets`]: the smoothed targets as a tensor.
+//! - [`check_targets`]: checks that class targets are in range, for GPUs, where `forward` does not.
 //! - [`guide`]: which ε and which convention, coming from PyTorch, padding, mixup, class weights, batches in
 //!   pieces, half types, large vocabularies.
 //!
 //! # Devices
 //!
-//! The CPU; with the feature `cuda` NVIDIA's GPUs; with the feature `metal` Apple's, which have no f64
-//! ([`Error::MetalF64`]). Logits and targets are on one device, which is where the loss and the gradient
-//! are made; class weights and priors may be on any.
+//! The CPU, with the feature `cuda` NVIDIA's GPUs, and with the feature `metal` Apple's, which have no f64
+//! ([`Error::MetalF64`]). Logits and targets must be on one device, where the loss and the gradient are computed. Class
+//! weights and priors may be on any device.
 //!
-//! On a GPU nothing waits for the device, and a class target that is out of range makes its row's loss and
-//! gradient NaN where the CPU gives an error: [`check_targets`] finds it. The CPU adds up the rows' losses in
-//! f64, a GPU in the dtype of the arithmetic, with what rounding loses kept beside the sum. Results have
-//! the same bits in every run, on the CPU for every number of threads; two devices differ by some
-//! roundings.
+//! On a GPU nothing waits for the device. A class target that is out of range is an error on the CPU. On a GPU it makes its
+//! row's loss and gradient NaN, and [`check_targets`] finds it. The CPU sums the rows' losses in f64, a GPU by compensated
+//! summation in the dtype of the arithmetic. Results have the same bits in every run, on the CPU for every number of
+//! threads. Results of two devices differ by some roundings.
 //!
 //! Errors convert into candle's and back ([`Error`]), so `?` works in a candle model.
 
 #![warn(missing_docs, missing_debug_implementations)]
 
-mod backend;
+mod autograd;
+// The emulator computes with the GPU's kernels.
+#[cfg_attr(emulator, allow(dead_code, reason = "only labels are checked on the CPU there"))]
+mod cpu;
 mod error;
-// Nothing but documentation.
+mod formula;
+#[cfg(any(feature = "cuda", feature = "metal", emulator))]
+mod gpu;
+// Documentation only.
 #[cfg(any(doc, doctest))]
 pub mod guide;
+mod layout;
 mod loss;
-mod op;
 #[doc(hidden)]
 pub mod reference;
 mod smoothing;
 #[doc(hidden)]
 pub mod testing;
 
-// After `loss`, so that the documentation of its type begins with `new`.
+// `linear` comes after `loss`, so that the documentation of its type begins with `new`.
 mod linear;
 
 pub use error::{Error, Result};

@@ -1,26 +1,24 @@
-//! The loss straight from the hidden states, for logits too large to hold.
+//! The loss from hidden states, for logits too large for the memory.
 //!
-//! The logits are made a tile at a time: some rows of the hidden states by some classes of the weight. Forward
-//! keeps of each tile what the kernels say of its range of the classes, and merges that over the ranges. Backward
-//! makes each tile again, turns it into its gradient where it is, and multiplies it into the gradients of the
-//! hidden states and of the weight.
+//! The logits are computed a tile at a time: some rows of the hidden states times some classes of the weight. Forward
+//! merges each tile into the softmax state of its rows. Backward computes each tile again, overwrites it with its
+//! gradient, and multiplies that into the gradients of the hidden states and the weight.
 
-use crate::backend::{
-    Problem, check_memory, check_storage, host, is_of_logits, result_dtype, row_shape,
-};
+use crate::autograd::{self, Losses, check_storage};
 use crate::error::{Error, Result};
-use crate::loss::{LabelSmoothingLoss, Logits};
-use crate::op::{self, Losses, Parts};
-use candle_core::{D, DType, Device, Storage, Tensor};
+use crate::formula::{LossParams, SavedState, SoftmaxState, is_logits_dtype, result_dtype};
+use crate::layout::{check_memory, row_shape};
+use crate::loss::{LabelSmoothingLoss, LogitsInfo};
+use candle_core::{D, DType, Device, Tensor};
 
 impl LabelSmoothingLoss {
-    /// The loss of `logits = hidden · weightᵀ + bias`, without ever holding all the logits.
+    /// The loss of `logits = hidden · weightᵀ + bias`, without the memory for all logits.
     ///
-    /// `hidden` has shape (.., H), `weight` (K, H) and `bias` (K), as [`candle_nn::Linear`] keeps them; they have
-    /// one dtype, f16, bf16, f32 or f64, and one device. `targets` are those of logits of shape (.., K):
-    /// everything else is as in [`forward`](Self::forward), every option included, and so is the result, but for the
-    /// rounding of logits to a half type. The class dimension is the last one. Gradients go to those of the three
-    /// that have any; none of them may be changed before `backward`, which makes the logits from them again.
+    /// `hidden` has shape (.., H), `weight` (K, H) and `bias` (K), as [`candle_nn::Linear`] keeps them. They have one
+    /// dtype, f16, bf16, f32 or f64, and one device. `targets` are those of logits of shape (.., K). The class dimension
+    /// is the last one. All options and the result are as in [`forward`](Self::forward), except that logits of a half
+    /// type are rounded at other places. Each of `hidden`, `weight` and `bias` that is tracked gets its gradient. None of
+    /// them may change before `backward`, which computes the logits again.
     ///
     /// ```
     /// use candle_core::{DType, Device, Tensor};
@@ -40,27 +38,26 @@ impl LabelSmoothingLoss {
     /// ```
     ///
     /// # When to use it
-    /// When the logits are what does not fit: many tokens, and a vocabulary that is large against the hidden size.
-    /// Neither the logits nor their gradient nor the copies that candle's autograd makes of it are ever there; what
-    /// is there beside the gradients of the three is a tile of the logits, pieces of the weight and of the hidden
-    /// states as large, and about a hundred bytes a row. The price is that `backward` makes the logits once more:
-    /// a fourth matrix multiplication beside the three of a linear layer.
+    /// Use it if the logits do not fit: many tokens, and a vocabulary that is large against the hidden size. The memory
+    /// never holds all logits, their gradient, or the copies that candle's autograd makes of it. Besides the gradients
+    /// of the three it holds a tile of the logits, pieces of the weight and of the hidden states as large as that, and
+    /// about a hundred bytes a row. The price is time: `backward` computes the logits again, a fourth matrix
+    /// multiplication beside the three of a linear layer.
     ///
-    /// [`forward`](Self::forward) is the better choice for logits that fit easily, for few classes, where the hidden
-    /// size is so large that the multiplications take nearly all of the time, and where the logits are needed anyway.
+    /// [`forward`](Self::forward) is the better choice for logits that fit easily, for few classes, for a hidden size so
+    /// large that the multiplications take nearly all of the time, and if the logits are needed anyway.
     ///
     /// # How it computes
-    /// A tile has at most 4096 rows on the CPU and 16384 on a GPU, and so many classes that neither it nor the parts
-    /// of the hidden states and of the weight that make it have more than 2²² elements on the CPU and 2²⁸ on a GPU
-    /// (at least 64 rows and classes), 16 MB of f32 or 512 MB of bf16. On the CPU f16 and bf16 are computed in f32,
-    /// since candle's multiplications there would convert whole tensors at every call; elsewhere a tile has the
-    /// dtype that candle's multiplication gives, and its gradient is rounded to it as that of `forward` is. What
-    /// several tiles add to a gradient is summed in f32 (f64 for f64) and rounded once, so for a half type there is
-    /// an f32 copy of the hidden states' gradient too.
+    /// A tile has at most 4096 rows on the CPU and 16384 on a GPU. Its number of classes is such that neither the tile nor
+    /// its pieces of the hidden states and of the weight have more than 2²² elements on the CPU and 2²⁸ on a GPU (but
+    /// at least 64 rows and classes). That is 16 MB of f32, or 512 MB of bf16. On the CPU f16 and bf16 are computed in f32,
+    /// since candle's multiplication of half types there converts whole tensors at every call. On a GPU a tile has the
+    /// dtype of candle's multiplication, and its gradient is rounded to that dtype, as in `forward`. Gradients are summed
+    /// over tiles in f32 (f64 for f64) and rounded once. So a half type needs an f32 copy of the hidden states' gradient.
     ///
     /// # Errors
-    /// Those of [`forward`](Self::forward); shapes, dtypes or devices of the three that do not fit together; and
-    /// a class dimension other than the last.
+    /// Those of [`forward`](Self::forward); shapes, dtypes or devices of the three that do not fit together; and a class
+    /// dimension other than the last.
     ///
     /// [`candle_nn::Linear`]: https://docs.rs/candle-nn/latest/candle_nn/struct.Linear.html
     pub fn forward_linear(
@@ -70,11 +67,11 @@ impl LabelSmoothingLoss {
         bias: Option<&Tensor>,
         targets: &Tensor,
     ) -> Result<Tensor> {
-        forward(self, hidden, weight, bias, targets, None)
+        forward_linear(self, hidden, weight, bias, targets, None)
     }
 }
 
-/// How much of the logits is there at a time.
+/// The size of a tile of the logits.
 #[derive(Clone, Copy, Debug)]
 pub struct TileSize {
     /// Rows of the hidden states, at most.
@@ -84,28 +81,26 @@ pub struct TileSize {
 }
 
 impl TileSize {
-    /// For so many rows of hidden states of the size.
-    ///
-    /// A gradient of the hidden states is summed up over the ranges of classes, and one of the weight over the
-    /// slices of rows. Next to the multiplications this takes the less time the larger these are. On the CPU a
-    /// tile stays below the 32 MB above which glibc's allocator gives every block back to the system.
+    /// The default. The hidden states' gradient is summed over tiles of classes, and the weight's over tiles of rows. Larger
+    /// tiles make these sums cheaper. On the CPU a tile stays below 32 MB: glibc's allocator returns larger blocks to
+    /// the system at once.
     fn new(num_rows: usize, hidden_size: usize, device: &Device) -> Self {
         let (rows, elements): (usize, usize) = match device {
             Device::Cpu => (1 << 12, 1 << 22),
             _ => (1 << 14, 1 << 28),
         };
-        let at_most = |len: usize| (elements / len.max(1)).max(64);
-        let rows = rows.min(at_most(hidden_size)).min(num_rows).max(1);
-        Self { rows, classes: at_most(rows.max(hidden_size)) }
+        let max_len = |len: usize| (elements / len.max(1)).max(64);
+        let rows = rows.min(max_len(hidden_size)).min(num_rows).max(1);
+        Self { rows, classes: max_len(rows.max(hidden_size)) }
     }
 }
 
-/// Numbers that there are for a row, at most: its parts twice, while they are joined; its loss, its weight, and what
-/// backward needs of it.
-const KEPT: usize = 13;
+/// The largest count of numbers kept for a row: its softmax state twice, while the row tiles are concatenated, its saved
+/// state, its loss and its weight.
+const MAX_FLOATS_PER_ROW: usize = 2 * SoftmaxState::<()>::FIELDS + SavedState::<()>::FIELDS + 2;
 
-/// `forward_linear`, with tiles of a size of one's own.
-pub(crate) fn forward(
+/// [`LabelSmoothingLoss::forward_linear`], with tiles of any size.
+pub(crate) fn forward_linear(
     loss: &LabelSmoothingLoss,
     hidden: &Tensor,
     weight: &Tensor,
@@ -113,47 +108,48 @@ pub(crate) fn forward(
     targets: &Tensor,
     tile: Option<TileSize>,
 ) -> Result<Tensor> {
-    let dims = check(loss, hidden, weight, bias)?;
-    let logits = Logits { dims: &dims, dtype: hidden.dtype(), device: hidden.device() };
-    let (problem, targets) = loss.problem(&logits, targets)?;
-    let reduce = loss.reduce(&dims, problem.class_dim, &targets);
-    let rows = row_shape(&dims, problem.class_dim);
+    let dims = logits_shape(loss, hidden, weight, bias)?;
+    let logits = LogitsInfo { dims: &dims, dtype: hidden.dtype(), device: hidden.device() };
+    let (params, targets) = loss.validate(&logits, targets)?;
+    let divisor = loss.divisor(&dims, params.class_dim, &targets);
+    let rows = row_shape(&dims, params.class_dim);
 
     let num_rows: usize = rows.iter().product();
     let hidden_size = weight.dims()[1];
     let tile = tile.unwrap_or_else(|| TileSize::new(num_rows, hidden_size, hidden.device()));
-    let classes = tile.classes.max(1);
-    check_memory("what is kept of rows", &rows, num_rows.saturating_mul(KEPT))?;
-    // A GPU says itself what it has no memory for.
+    let tile = TileSize { rows: tile.rows.max(1), classes: tile.classes.max(1) };
+    check_memory("what is kept of rows", &rows, num_rows.saturating_mul(MAX_FLOATS_PER_ROW))?;
+    // A GPU reports itself that its memory is too small.
     if hidden.device().is_cpu() {
-        let of_rows = num_rows.min(tile.rows.max(1)).saturating_mul(hidden_size);
-        check_memory("a tile of the hidden states", hidden.dims(), of_rows)?;
-        let of_classes = problem.num_classes.min(classes).saturating_mul(hidden_size);
-        check_memory("a tile of the weight", weight.dims(), of_classes)?;
+        let len = num_rows.min(tile.rows).saturating_mul(hidden_size);
+        check_memory("a tile of the hidden states", hidden.dims(), len)?;
+        let len = params.num_classes.min(tile.classes).saturating_mul(hidden_size);
+        check_memory("a tile of the weight", weight.dims(), len)?;
     }
-    let slices = Slice::all(&rows, tile.rows);
-    let head = Head { problem, targets, slices, classes };
-    let [h, w] = [hidden, weight].map(Tensor::detach);
-    let b = bias.map(Tensor::detach);
-    let parts = head.parts(&h, &w, b.as_ref())?;
+    let row_tiles = RowTile::all(&rows, tile.rows);
+    let head = LinearHead { params, targets, row_tiles, classes_per_tile: tile.classes };
+    let (h, w, b) = (hidden.detach(), weight.detach(), bias.map(Tensor::detach));
+    let state = head.forward_state(&h, &w, b.as_ref())?;
     let is_tracked = [Some(hidden), Some(weight), bias].iter().flatten().any(|t| t.track_op());
-    let Losses { result, reduced, statistics } =
-        parts.finish(&head.problem, rows, &head.targets, reduce, is_tracked)?;
-    let Some(statistics) = statistics else {
-        return Ok(result);
+    let (params, dtype) = (&head.params, matmul_dtype(hidden));
+    let Losses { loss, reduction, saved } =
+        autograd::finish(params, dtype, &state, rows, &head.targets, divisor, is_tracked)?;
+    let Some(saved) = saved else {
+        return Ok(loss.detached());
     };
     let has_bias = bias.is_some();
-    // Without a bias, a constant stands in its place.
-    let on = [hidden, weight, bias.unwrap_or(&result)];
-    op::graft(&result, on, move |[hidden, weight, bias], gradient| {
-        let upstream = reduced.upstream(gradient, row_shape(&dims, head.problem.class_dim))?;
+    // Without a bias, a constant takes its place.
+    let constant = head.targets.clone();
+    let inputs = [hidden, weight, bias.unwrap_or(&constant)];
+    loss.attach_backward(inputs, move |[hidden, weight, bias], grad_output| {
+        let grad_output = reduction.backward(grad_output)?;
         let bias = has_bias.then_some(bias);
-        Ok(head.gradients(hidden, weight, bias, &statistics, &upstream)?)
+        head.backward(hidden, weight, bias, &saved, &grad_output)
     })
 }
 
-/// Checks that the three make logits, and gives their shape.
-fn check(
+/// The shape of the logits that hidden states, weight and bias make. An error if they do not fit together.
+fn logits_shape(
     loss: &LabelSmoothingLoss,
     hidden: &Tensor,
     weight: &Tensor,
@@ -175,7 +171,7 @@ fn check(
     };
     let dtype = |tensor: &Tensor| tensor.dtype();
     let is_one = [Some(weight), bias].iter().flatten().all(|t| dtype(t) == hidden.dtype());
-    if !is_one || !is_of_logits(dtype(hidden)) {
+    if !is_one || !is_logits_dtype(dtype(hidden)) {
         let (hidden, weight, bias) = (dtype(hidden), dtype(weight), bias.map(dtype));
         return Err(Error::LinearDTypes { hidden, weight, bias });
     }
@@ -192,37 +188,43 @@ fn check(
     }
 }
 
-/// A part of the rows: of each of their dimensions, where it begins and how long it is.
-struct Slice(Vec<(usize, usize)>);
+/// A tile of the rows: the start and the length in each of their dimensions.
+struct RowTile(Vec<(usize, usize)>);
 
-impl Slice {
-    /// All rows of these dimensions in their order, at most so many at a time.
-    fn all(dims: &[usize], most: usize) -> Vec<Self> {
+impl RowTile {
+    /// All rows of these dimensions in their order, at most `max_rows` a tile.
+    fn all(dims: &[usize], max_rows: usize) -> Vec<Self> {
         if dims.contains(&0) {
             return Vec::new();
         }
-        // As many of the last dimensions as fit stay whole, the one before is cut, the others go one by one.
-        let mut slices = vec![Vec::new()];
+        // The last dimensions stay whole while they fit, the one before them is cut, and the others have length 1.
+        let mut tiles = vec![Vec::new()];
         for (dim, &len) in dims.iter().enumerate() {
             let inner = dims[dim + 1..].iter().product::<usize>();
-            let step = (most / inner).clamp(1, len);
-            let pieces = (0..len).step_by(step).map(|start| (start, step.min(len - start)));
-            slices = slices
+            let step = (max_rows / inner).clamp(1, len);
+            let ranges = (0..len).step_by(step).map(|start| (start, step.min(len - start)));
+            tiles = tiles
                 .into_iter()
-                .flat_map(|slice: Vec<_>| {
-                    pieces.clone().map(move |piece| [&slice[..], &[piece]].concat())
+                .flat_map(|tile: Vec<_>| {
+                    ranges.clone().map(move |range| [&tile[..], &[range]].concat())
                 })
                 .collect();
         }
-        slices.into_iter().map(Self).collect()
+        tiles.into_iter().map(Self).collect()
     }
 
-    fn of(&self, tensor: &Tensor) -> candle_core::Result<Tensor> {
-        let mut part = tensor.clone();
+    fn narrow(&self, tensor: &Tensor) -> candle_core::Result<Tensor> {
+        let mut tile = tensor.clone();
         for (dim, &(start, len)) in self.0.iter().enumerate() {
-            part = part.narrow(dim, start, len)?;
+            tile = tile.narrow(dim, start, len)?;
         }
-        Ok(part)
+        Ok(tile)
+    }
+
+    /// The tile's hidden states in the dtype of the multiplication, (rows, H).
+    fn hidden(&self, hidden: &Tensor) -> Result<Tensor> {
+        let rows = self.narrow(hidden)?.to_dtype(matmul_dtype(hidden))?;
+        Ok(rows.reshape((self.num_rows(), rows.dim(D::Minus1)?))?.contiguous()?)
     }
 
     fn dims(&self) -> Vec<usize> {
@@ -234,194 +236,217 @@ impl Slice {
     }
 }
 
-/// A classifier's last layer, and the loss of its logits.
-struct Head {
-    problem: Problem,
-    targets: Tensor,
-    slices: Vec<Slice>,
-    /// How many classes are worked on at a time, at most.
-    classes: usize,
-}
-
-/// The part of the weight that makes a range of the classes.
-struct Range {
-    problem: Problem,
+/// The rows of the weight and bias that make a range of the classes, in the dtype of the multiplication.
+struct WeightTile {
+    params: LossParams,
     weight: Tensor,
     bias: Option<Tensor>,
 }
 
-impl Head {
-    /// What the forward kernel says of all classes of each row.
-    fn parts(&self, hidden: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Parts> {
-        self.check_targets()?;
-        let (device, dtype) = (hidden.device(), computed_in(hidden));
-        let mut all = Vec::with_capacity(self.slices.len());
-        for slice in &self.slices {
-            let (rows, targets) = (self.rows(hidden, slice)?, slice.of(&self.targets)?);
-            let parts = Parts::new(rows.dim(0)?, dtype, device)?;
-            for first in self.firsts() {
-                let range = self.range(weight, bias, first)?;
-                let logits = range.logits(&rows, slice)?;
-                parts.add_range(&range.problem, &logits, &targets)?;
-            }
-            all.push(parts);
-        }
-        Parts::join(&all, dtype, device)
-    }
-
-    /// The gradients of those of the three that are tracked. `upstream` is that of each row's loss.
-    fn gradients(
-        &self,
-        hidden: &Tensor,
-        weight: &Tensor,
-        bias: Option<&Tensor>,
-        statistics: &Tensor,
-        upstream: &Tensor,
-    ) -> Result<[Option<Tensor>; 3]> {
-        self.check_targets()?;
-        let wanted = |tensor: &Tensor| tensor.track_op();
-        let (wants_hidden, wants_weight) = (wanted(hidden), wanted(weight));
-        let wants_bias = bias.is_some_and(wanted);
-        let [hidden, weight] = [hidden, weight].map(Tensor::detach);
-        let bias = bias.map(Tensor::detach);
-
-        let mut first_row = 0;
-        let mut slices = Vec::with_capacity(self.slices.len());
-        for slice in &self.slices {
-            let statistics = statistics.narrow(1, first_row, slice.num_rows())?.contiguous()?;
-            slices.push((slice, statistics, slice.of(&self.targets)?, slice.of(upstream)?));
-            first_row += slice.num_rows();
-        }
-
-        let mut of_hidden: Vec<_> = self.slices.iter().map(|_| Sum::default()).collect();
-        let of_weight = wants_weight.then(|| weight.zeros_like()).transpose()?;
-        let of_bias = bias.as_ref().filter(|_| wants_bias).map(Tensor::zeros_like).transpose()?;
-        for first in self.firsts() {
-            let range = self.range(&weight, bias.as_ref(), first)?;
-            let (mut of_range, mut of_biases) = (Sum::default(), Sum::default());
-            for ((slice, statistics, targets, upstream), of_rows) in
-                slices.iter().zip(&mut of_hidden)
-            {
-                let rows = self.rows(&hidden, slice)?;
-                let tile = range.logits(&rows, slice)?;
-                op::replace_by_gradient(&range.problem, statistics, &tile, targets, upstream)?;
-                let tile = tile.reshape((rows.dim(0)?, ()))?;
-                if wants_hidden {
-                    of_rows.add(tile.matmul(&range.weight)?)?;
-                }
-                if wants_weight {
-                    of_range.add(tile.t()?.matmul(&rows)?)?;
-                }
-                if wants_bias {
-                    // A multiplication: candle's own sum over rows goes number by number.
-                    let ones = Tensor::ones((1, rows.dim(0)?), tile.dtype(), tile.device())?;
-                    of_biases.add(ones.matmul(&tile)?)?;
-                }
-            }
-            for (gradient, sum) in [(&of_weight, of_range), (&of_bias, of_biases)] {
-                if let (Some(gradient), Some(sum)) = (gradient, sum.0) {
-                    let dims = [&[range.len()?], &gradient.dims()[1..]].concat();
-                    gradient.slice_set(
-                        &sum.to_dtype(gradient.dtype())?.reshape(dims)?,
-                        0,
-                        first,
-                    )?;
-                }
-            }
-        }
-        let of_rows = of_hidden.into_iter().filter_map(|sum| sum.0).collect();
-        let of_hidden = wants_hidden.then(|| joined(of_rows, &hidden)).transpose()?;
-        Ok([of_hidden, of_weight, of_bias])
-    }
-
-    /// Finds a class target that is out of range, on the CPU. The kernels check again what they are given, but
-    /// count its rows from the first of the slice. The targets may have changed before `backward`.
-    fn check_targets(&self) -> Result<()> {
-        let Problem { num_classes, ignore_index, .. } = self.problem;
-        let (storage, layout) = self.targets.storage_and_layout();
-        match &*storage {
-            Storage::Cpu(targets) if self.targets.dtype().is_int() => {
-                host::check_labels((targets, layout), num_classes, ignore_index)
-            }
-            _ => Ok(()),
-        }
-    }
-
-    /// The first classes of the ranges.
-    fn firsts(&self) -> impl Iterator<Item = usize> {
-        (0..self.problem.num_classes).step_by(self.classes)
-    }
-
-    /// The classes from this one on.
-    fn range(&self, weight: &Tensor, bias: Option<&Tensor>, first: usize) -> Result<Range> {
-        let len = self.classes.min(self.problem.num_classes - first);
-        let dtype = computed_in(weight);
-        let part = |t: &Tensor| t.narrow(0, first, len)?.to_dtype(dtype)?.contiguous();
-        Ok(Range {
-            problem: Problem { first_class: first, ..self.problem.clone() },
-            weight: part(weight)?,
-            bias: bias.map(part).transpose()?,
-        })
-    }
-
-    /// The hidden states of a slice, (rows, H).
-    fn rows(&self, hidden: &Tensor, slice: &Slice) -> Result<Tensor> {
-        let rows = slice.of(hidden)?.to_dtype(computed_in(hidden))?;
-        Ok(rows.reshape((slice.num_rows(), rows.dim(D::Minus1)?))?.contiguous()?)
-    }
-}
-
-impl Range {
-    fn len(&self) -> Result<usize> {
+impl WeightTile {
+    fn num_classes(&self) -> Result<usize> {
         Ok(self.weight.dim(0)?)
     }
 
-    /// The logits of some rows, in the shape of their slice.
-    fn logits(&self, rows: &Tensor, slice: &Slice) -> Result<Tensor> {
-        let mut logits = rows.matmul(&self.weight.t()?)?;
+    /// The logits of these hidden states, in the shape of their tile.
+    fn logits(&self, hidden: &Tensor, tile: &RowTile) -> Result<Tensor> {
+        let mut logits = hidden.matmul(&self.weight.t()?)?;
         if let Some(bias) = &self.bias {
             logits = logits.broadcast_add(bias)?;
         }
-        let mut dims = slice.dims();
-        dims.push(self.len()?);
+        let mut dims = tile.dims();
+        dims.push(self.num_classes()?);
         Ok(logits.reshape(dims)?)
     }
 }
 
-/// The dtype of the multiplications. The CPU's convert half types at every call, bf16 with all of its storage.
-fn computed_in(tensor: &Tensor) -> DType {
+/// A linear classifier, and the loss of its logits.
+struct LinearHead {
+    params: LossParams,
+    targets: Tensor,
+    row_tiles: Vec<RowTile>,
+    classes_per_tile: usize,
+}
+
+impl LinearHead {
+    /// The softmax state of each row over all classes.
+    fn forward_state(
+        &self,
+        hidden: &Tensor,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        self.check_targets()?;
+        let (dtype, device) = (matmul_dtype(hidden), hidden.device());
+        let mut states = Vec::with_capacity(self.row_tiles.len());
+        for tile in &self.row_tiles {
+            let (hidden, targets) = (tile.hidden(hidden)?, tile.narrow(&self.targets)?);
+            let state = autograd::new_state(tile.num_rows(), dtype, device)?;
+            for first_class in self.class_starts() {
+                let weight = self.weight_tile(weight, bias, first_class)?;
+                let logits = weight.logits(&hidden, tile)?;
+                autograd::merge_tile(&weight.params, &state, &logits, &targets)?;
+            }
+            states.push(state);
+        }
+        match &states[..] {
+            [] => autograd::new_state(0, dtype, device),
+            _ => Ok(Tensor::cat(&states, 1)?),
+        }
+    }
+
+    /// The gradients of those of the three that are tracked, from that of each row's loss.
+    fn backward(
+        &self,
+        hidden: &Tensor,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+        saved: &Tensor,
+        grad_output: &Tensor,
+    ) -> Result<[Option<Tensor>; 3]> {
+        self.check_targets()?;
+        let (wants_hidden, wants_weight) = (hidden.track_op(), weight.track_op());
+        let wants_bias = bias.is_some_and(Tensor::track_op);
+        let (hidden, weight, bias) = (hidden.detach(), weight.detach(), bias.map(Tensor::detach));
+        let row_inputs = self.row_inputs(saved, grad_output)?;
+
+        let mut grad_rows: Vec<_> = row_inputs.iter().map(|_| GradAccumulator::default()).collect();
+        let grad_weight = wants_weight.then(|| weight.zeros_like()).transpose()?;
+        let grad_bias = bias.as_ref().filter(|_| wants_bias).map(Tensor::zeros_like).transpose()?;
+        for first_class in self.class_starts() {
+            let weight = self.weight_tile(&weight, bias.as_ref(), first_class)?;
+            let mut grad_weight_tile = GradAccumulator::default();
+            let mut grad_bias_tile = GradAccumulator::default();
+            for (rows, grad_rows) in row_inputs.iter().zip(&mut grad_rows) {
+                let hidden = rows.tile.hidden(&hidden)?;
+                let grad_logits = rows.grad_logits(&weight, &hidden)?;
+                if wants_hidden {
+                    grad_rows.add(grad_logits.matmul(&weight.weight)?)?;
+                }
+                if wants_weight {
+                    grad_weight_tile.add(grad_logits.t()?.matmul(&hidden)?)?;
+                }
+                if wants_bias {
+                    // candle's sum over rows adds number by number. A multiplication is faster.
+                    let (dtype, device) = (grad_logits.dtype(), grad_logits.device());
+                    let ones = Tensor::ones((1, hidden.dim(0)?), dtype, device)?;
+                    grad_bias_tile.add(ones.matmul(&grad_logits)?)?;
+                }
+            }
+            let num_classes = weight.num_classes()?;
+            for (gradient, tile) in [(&grad_weight, grad_weight_tile), (&grad_bias, grad_bias_tile)]
+            {
+                if let (Some(gradient), Some(tile)) = (gradient, tile.0) {
+                    let dims = [&[num_classes], &gradient.dims()[1..]].concat();
+                    let tile = tile.to_dtype(gradient.dtype())?.reshape(dims)?;
+                    gradient.slice_set(&tile, 0, first_class)?;
+                }
+            }
+        }
+        let grad_rows = grad_rows.into_iter().filter_map(|sum| sum.0).collect();
+        let grad_hidden = wants_hidden.then(|| concat_rows(grad_rows, &hidden)).transpose()?;
+        Ok([grad_hidden, grad_weight, grad_bias])
+    }
+
+    fn row_inputs(&self, saved: &Tensor, grad_output: &Tensor) -> Result<Vec<RowInputs<'_>>> {
+        let mut first_row = 0;
+        let mut row_inputs = Vec::with_capacity(self.row_tiles.len());
+        for tile in &self.row_tiles {
+            row_inputs.push(RowInputs {
+                tile,
+                targets: tile.narrow(&self.targets)?,
+                grad_output: tile.narrow(grad_output)?,
+                saved: saved.narrow(1, first_row, tile.num_rows())?.contiguous()?,
+            });
+            first_row += tile.num_rows();
+        }
+        Ok(row_inputs)
+    }
+
+    /// Checks class targets on the CPU. The kernels check again, but would count rows from the tile's first. The targets
+    /// may have changed before `backward`.
+    fn check_targets(&self) -> Result<()> {
+        let LossParams { num_classes, ignore_index, .. } = self.params;
+        match self.targets.dtype().is_int() && !cfg!(emulator) {
+            true => autograd::check_class_targets(&self.targets, num_classes, ignore_index),
+            false => Ok(()),
+        }
+    }
+
+    /// The first class of each tile.
+    fn class_starts(&self) -> impl Iterator<Item = usize> {
+        (0..self.params.num_classes).step_by(self.classes_per_tile)
+    }
+
+    fn weight_tile(
+        &self,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+        first_class: usize,
+    ) -> Result<WeightTile> {
+        let len = self.classes_per_tile.min(self.params.num_classes - first_class);
+        let dtype = matmul_dtype(weight);
+        let tile = |t: &Tensor| t.narrow(0, first_class, len)?.to_dtype(dtype)?.contiguous();
+        Ok(WeightTile {
+            params: LossParams { first_class, ..self.params.clone() },
+            weight: tile(weight)?,
+            bias: bias.map(tile).transpose()?,
+        })
+    }
+}
+
+/// What backward needs of a tile of the rows, besides the hidden states.
+struct RowInputs<'a> {
+    tile: &'a RowTile,
+    targets: Tensor,
+    grad_output: Tensor,
+    saved: Tensor,
+}
+
+impl RowInputs<'_> {
+    /// The gradient of the logits of a range of the classes, (rows, classes).
+    fn grad_logits(&self, weight: &WeightTile, hidden: &Tensor) -> Result<Tensor> {
+        let Self { tile, targets, grad_output, saved } = self;
+        let logits = weight.logits(hidden, tile)?;
+        autograd::backward_in_place(&weight.params, &logits, targets, grad_output, saved)?;
+        Ok(logits.reshape((hidden.dim(0)?, ()))?)
+    }
+}
+
+/// The dtype of the multiplications. On the CPU candle converts half types at every call, and for bf16 the whole storage.
+fn matmul_dtype(tensor: &Tensor) -> DType {
     match (tensor.device(), tensor.dtype()) {
         (Device::Cpu, DType::F16 | DType::BF16) => DType::F32,
         (_, dtype) => dtype,
     }
 }
 
-/// The gradient of the hidden states from those of all slices, each of which is gone once it is in.
-fn joined(slices: Vec<Tensor>, hidden: &Tensor) -> candle_core::Result<Tensor> {
+/// The gradient of the hidden states from those of all row tiles. Each of these is freed once it is copied.
+fn concat_rows(tiles: Vec<Tensor>, hidden: &Tensor) -> candle_core::Result<Tensor> {
     let dtype = hidden.dtype();
-    let slices = match <[Tensor; 1]>::try_from(slices) {
-        Ok([whole]) => return whole.to_dtype(dtype)?.reshape(hidden.shape()),
-        Err(slices) => slices,
+    let tiles = match <[Tensor; 1]>::try_from(tiles) {
+        Ok([only]) => return only.to_dtype(dtype)?.reshape(hidden.shape()),
+        Err(tiles) => tiles,
     };
     let gradient = hidden.zeros_like()?;
     let rows = match gradient.elem_count() {
-        // As many as there are cannot be inferred.
+        // The number of rows of an empty tensor cannot be inferred.
         0 => return Ok(gradient),
         _ => gradient.reshape(((), gradient.dim(D::Minus1)?))?,
     };
-    let mut first = 0;
-    for slice in slices {
-        rows.slice_set(&slice.to_dtype(dtype)?, 0, first)?;
-        first += slice.dim(0)?;
+    let mut first_row = 0;
+    for tile in tiles {
+        rows.slice_set(&tile.to_dtype(dtype)?, 0, first_row)?;
+        first_row += tile.dim(0)?;
     }
     Ok(gradient)
 }
 
-/// A sum of tensors.
+/// A sum of gradients, in the dtype of the arithmetic.
 #[derive(Default)]
-struct Sum(Option<Tensor>);
+struct GradAccumulator(Option<Tensor>);
 
-impl Sum {
+impl GradAccumulator {
     fn add(&mut self, term: Tensor) -> Result<()> {
         self.0 = Some(match self.0.take() {
             None => term,

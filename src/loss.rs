@@ -1,27 +1,29 @@
-//! The loss as its user sees it: options, validation, reduction.
+//! The loss: its options, their validation, and the call of the kernels.
 
-use crate::backend::{self, Coefficients, Problem, Reduce, cpu, result_dtype};
+use crate::autograd::{self, Losses};
 use crate::error::{Error, Result};
-use crate::op::{self, Losses};
+use crate::formula::{
+    Coefficients, Divisor, LossParams, check_device_dtype, check_target_dtype, is_logits_dtype,
+    result_dtype,
+};
+use crate::layout::{check_size, num_rows, row_shape};
 use crate::smoothing::{self, Smoothing};
-use candle_core::{DType, Device, Storage, Tensor};
+use candle_core::{DType, Device, Tensor};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// How the rows' losses become the result.
+/// How the losses of the rows become the result.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Reduction {
-    /// No reduction: a loss for each row, 0 for ignored rows, in the logits' shape without the class
-    /// dimension.
+    /// No reduction: the loss of each row, 0 for ignored rows. The shape is the logits' without the class dimension.
     None,
-    /// The sum of the rows' losses, a scalar; 0 if there are none. What a batch in several pieces needs:
-    /// see [the guide](crate::guide::accumulation).
+    /// The sum of the rows' losses, a scalar; 0 without rows. Gradient accumulation over several batches needs it: see
+    /// [the guide](crate::guide::accumulation).
     Sum,
-    /// The mean of the rows' losses, a scalar, by PyTorch's rule: for class targets the sum is
-    /// divided by Σ w_y over the rows that are not ignored (their number, without class weights),
-    /// for probability targets by the number of rows. If there is no row, or all are ignored, it is NaN
-    /// and the gradient 0. If the weights of all targets are 0, it is a division by 0: infinite or NaN,
-    /// and so is the gradient.
+    /// The mean of the rows' losses, a scalar, by PyTorch's rule. For class targets the divisor is Σ w_y over the rows
+    /// that are not ignored (their number, without class weights). For probability targets it is the number of rows.
+    /// Without rows, or if all are ignored, the mean is NaN and the gradient 0. If the weights of all targets are 0, the
+    /// division by 0 makes the mean and the gradient infinite or NaN.
     #[default]
     Mean,
 }
@@ -39,9 +41,8 @@ pub enum Reduction {
 /// which for w = 1 and z = 0 is the cross-entropy −Σ q_k·log softmax(x)_k, and agrees with
 /// PyTorch's `CrossEntropyLoss` option by option.
 ///
-/// The loss is a builder: each `with_` method takes it and gives it back. It remembers nothing of what
-/// it is used on, may be cloned and shared between threads, and is meant to be built once and used at
-/// every step.
+/// The loss is a builder: each `with_` method takes it and returns it. Build it once and use it at every step. It keeps no
+/// state of a call. It can be cloned and shared between threads.
 ///
 /// ```
 /// use candle_core::{Device, Tensor, Var};
@@ -66,9 +67,8 @@ pub struct LabelSmoothingLoss {
     ignore_index: Option<i64>,
     class_dim: Option<usize>,
     z_loss: f64,
-    /// The coefficients that differ from class to class, once for each device and dtype they were
-    /// used with.
-    tables: Arc<Mutex<Vec<Tensor>>>,
+    /// [`Coefficients::PerClass`], one tensor for each device and dtype used so far.
+    class_tables: Arc<Mutex<Vec<Tensor>>>,
 }
 
 impl LabelSmoothingLoss {
@@ -81,7 +81,7 @@ impl LabelSmoothingLoss {
             ignore_index: None,
             class_dim: None,
             z_loss: 0.,
-            tables: Arc::default(),
+            class_tables: Arc::default(),
         }
     }
 
@@ -91,49 +91,47 @@ impl LabelSmoothingLoss {
         self
     }
 
-    /// Weighs each class: `weights` has shape (K), dtype F8E4M3, F16, BF16, F32 or F64, and any device. It is
-    /// read to the host here and taken as a constant.
+    /// Sets a weight for each class. `weights` has shape (K), dtype F8E4M3, F16, BF16, F32 or F64, and any device. It is a
+    /// constant, and this function copies it to the host.
     ///
-    /// As in PyTorch, the weight w_k stands at each class's term of the sum, so with smoothing the
-    /// other classes' weights count too; [`Reduction::Mean`] divides by the weights of the targets if
-    /// these are class indices. The weights are rounded to the dtype of the arithmetic, f32 unless the
-    /// logits are f64. [The guide](crate::guide::class_weights) says how to choose them.
+    /// As in PyTorch, the weight w_k is a factor of each class's term of the sum. So with smoothing the weights of the
+    /// other classes count too. For class targets [`Reduction::Mean`] divides by the weights of the targets. The
+    /// weights are rounded to the dtype of the arithmetic, f32 unless the logits are f64.
+    /// [The guide](crate::guide::class_weights) says how to choose them.
     ///
     /// # Errors
-    /// More or fewer dimensions than one, another dtype, values that are negative or not finite, sizes
-    /// beyond the memory, and errors of the device they are read from. That the length is K, and that each
-    /// weight is 0 or from 2e-31 to 2e31 (4e-301 to 1e301 for f64 logits), so that neither their sums nor
-    /// parts of them are lost, is checked by [`forward`](Self::forward).
+    /// A rank other than 1, another dtype, values that are negative or not finite, sizes beyond the memory, and errors of
+    /// the weights' device. [`forward`](Self::forward) checks that the length is K, and that each weight is 0 or from
+    /// 2e-31 to 2e31 (4e-301 to 1e301 for f64 logits): sums and fractions of such weights are in range.
     pub fn with_class_weights(mut self, weights: &Tensor) -> Result<Self> {
         self.class_weights = Some(smoothing::vector(CLASS_WEIGHTS, weights)?.into());
-        self.tables = Arc::default();
+        self.class_tables = Arc::default();
         Ok(self)
     }
 
-    /// Leaves out the rows whose class target is `index`, which need not be a class: padding, say.
-    /// Their loss and gradient are exactly 0, whatever their logits hold, and [`Reduction::Mean`]
-    /// does not count them. PyTorch's default is −100; here nothing is ignored unless it is set.
+    /// Ignores the rows whose class target is `index`, for example padding. `index` need not be a class. The loss and the
+    /// gradient of an ignored row are exactly 0, even if its logits are NaN, and [`Reduction::Mean`] does not count
+    /// it. PyTorch's default is −100. Here no row is ignored by default.
     ///
-    /// Targets are compared as `i64`, so −100 needs targets of a signed dtype. Probabilities name no
-    /// class: with them an ignored index is an error of [`forward`](Self::forward).
+    /// Targets are compared as `i64`, so −100 needs targets of a signed dtype. With probability targets an ignored index is
+    /// an error of [`forward`](Self::forward).
     pub fn with_ignore_index(mut self, index: i64) -> Self {
         self.ignore_index = Some(index);
         self
     }
 
-    /// Sets the dimension of the logits that holds the classes; the last one otherwise. For
-    /// PyTorch's image layout (N, C, H, W) it is 1. That the logits have this dimension is checked by
-    /// [`forward`](Self::forward); [`forward_linear`](Self::forward_linear) takes the last one alone. Where the
-    /// targets' shape fits several dimensions, as it does for probabilities and for C = H = W, a wrong
-    /// one is no error.
+    /// Sets the class dimension of the logits; by default the last one. For PyTorch's image layout (N, C, H, W) it is 1.
+    /// [`forward`](Self::forward) checks that the logits have this dimension.
+    /// [`forward_linear`](Self::forward_linear) takes only the last one. A wrong dimension is not detected if the targets'
+    /// shape fits several, as it does for probabilities and for C = H = W.
     pub fn with_class_dim(mut self, dim: usize) -> Self {
         self.class_dim = Some(dim);
         self
     }
 
-    /// Adds `coefficient`·lse² to each row's loss, which keeps the logits from drifting: the z-loss
-    /// of [PaLM](https://arxiv.org/abs/2204.02311), with 1e-4 there. Class weights do not enter it;
-    /// ignored rows add nothing; [`Reduction::Mean`] divides it like the rest of the loss.
+    /// Adds `coefficient`·lse² to each row's loss, which keeps the logits from drifting. This is the z-loss of
+    /// [PaLM](https://arxiv.org/abs/2204.02311), which uses 1e-4. Class weights do not multiply it. Ignored rows
+    /// have none. [`Reduction::Mean`] divides it like the rest of the loss.
     ///
     /// # Errors
     /// The coefficient must be finite and not negative.
@@ -147,87 +145,94 @@ impl LabelSmoothingLoss {
 
     /// The loss of `logits` for `targets`.
     ///
-    /// `logits` are unnormalised: no softmax before this. Their shape is (.., K), of any rank from 1
-    /// on, or has the classes at [`with_class_dim`](Self::with_class_dim); their dtype is f16, bf16,
-    /// f32 or f64; their layout is any, views included. `targets` are, on the same device,
+    /// `logits` are unnormalised: do not apply a softmax before. Their shape is (.., K), of any rank >= 1, unless
+    /// [`with_class_dim`](Self::with_class_dim) names another dimension. Their dtype is f16, bf16, f32 or f64. Any layout
+    /// works, views included. `targets` are, on the same device,
     /// - class indices, of any integer dtype, in the logits' shape without the class dimension; or
     /// - probabilities, of dtype F8E4M3, F16, BF16, F32 or F64, in the logits' own shape, taken as constants: no
     ///   gradient flows to them.
     ///
-    /// Some mistakes give a number all the same. After a softmax a model hardly learns, since no logit
-    /// leads another by more than 1. Probabilities are not checked to sum to one, nor to be positive: another sum weighs
-    /// the row. If logits and probabilities change places, no gradient reaches the model. A single logit a row, as
-    /// for a sigmoid, is one class and has loss 0: two classes need two.
+    /// These mistakes are not detected:
+    /// - A softmax before this function. The model hardly learns, since no logit exceeds another by more than 1.
+    /// - Probabilities that do not sum to 1, which weigh the row, or that are negative.
+    /// - Logits and probabilities in each other's place. No gradient reaches the model.
+    /// - One logit a row, as for a sigmoid. That is one class with loss 0; two classes need two logits.
     ///
-    /// The result is f64 for f64 logits and f32 otherwise: a scalar, or with [`Reduction::None`] a
-    /// loss a row. The arithmetic runs in the result's dtype. The gradient has the logits' dtype;
-    /// only first-order gradients exist, as everywhere in candle. The logits are read once here and
-    /// once more by `backward`, and nothing of their size is allocated but the gradient; beside it there
-    /// are some numbers a row.
+    /// The result is f64 for f64 logits and f32 otherwise: a scalar, or with [`Reduction::None`] a number a row. The
+    /// arithmetic runs in the result's dtype. The gradient has the logits' dtype. Only first-order gradients exist, as
+    /// everywhere in candle. This function reads the logits once, and `backward` reads them once more. Only the
+    /// gradient is as large as the logits; beside it a few numbers a row are allocated.
     ///
     /// # Errors
-    /// Shapes, dtypes or devices that do not fit together or are not supported, a class dimension
-    /// that does not exist, K = 0, K = 1 with [`Smoothing::over_others`], class weights or a prior of
-    /// another length than K, `ignore_index` with probabilities, a class target that is neither in 0
-    /// to K−1 nor the ignored index, and sizes beyond the memory. On a GPU such a target is no error but
-    /// makes its row's loss and gradient NaN, and with it the sum or mean: see [`check_targets`]. Errors of
-    /// the device and its compiler are candle's own.
+    /// Shapes, dtypes or devices that do not fit together or are not supported, a class dimension that does not exist,
+    /// K = 0, K = 1 with [`Smoothing::over_others`], class weights or a prior whose length is not K, `ignore_index` with
+    /// probabilities, a class target that is neither in 0 to K−1 nor the ignored index, and sizes beyond the memory. On
+    /// a GPU such a target is not an error. It makes its row's loss and gradient NaN, and with them the sum or mean: see
+    /// [`check_targets`]. Errors of the device and its compiler are candle's own.
     pub fn forward(&self, logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
-        let (problem, targets) = self.problem(&Logits::of(logits), targets)?;
-        let reduce = self.reduce(logits.dims(), problem.class_dim, &targets);
-        let Losses { result, reduced, statistics } =
-            op::forward(&problem, logits, &targets, reduce, logits.track_op())?;
-        let Some(statistics) = statistics else {
-            return Ok(result);
+        let (params, targets) = self.validate(&LogitsInfo::of(logits), targets)?;
+        let divisor = self.divisor(logits.dims(), params.class_dim, &targets);
+        let Losses { loss, reduction, saved } =
+            autograd::forward(&params, logits, &targets, divisor, logits.track_op())?;
+        let Some(saved) = saved else {
+            return Ok(loss.detached());
         };
-        // A node has three arguments; of constants nobody asks a gradient.
-        op::graft(&result, [logits, &result, &result], move |[logits, ..], gradient| {
-            let rows = backend::row_shape(logits.dims(), problem.class_dim);
-            let upstream = reduced.upstream(gradient, rows)?;
-            let gradient = op::gradient_of(&problem, &statistics, logits, &targets, &upstream)?;
+        // The targets are constants. They only fill the places of an op with three inputs.
+        let constants = targets.clone();
+        loss.attach_backward([logits, &constants, &constants], move |[logits, ..], grad_output| {
+            let grad_output = reduction.backward(grad_output)?;
+            let gradient = autograd::backward(&params, logits, &targets, &grad_output, &saved)?;
             Ok([Some(gradient), None, None])
         })
     }
 
-    /// What becomes of the losses of the rows of logits of these dimensions.
-    pub(crate) fn reduce(&self, logits: &[usize], class_dim: usize, targets: &Tensor) -> Reduce {
-        let counted = targets.dtype().is_int()
+    /// The divisor of the sum of the losses of logits with these dimensions, unless they are not summed.
+    pub(crate) fn divisor(
+        &self,
+        logits: &[usize],
+        class_dim: usize,
+        targets: &Tensor,
+    ) -> Option<Divisor> {
+        let is_weighted = targets.dtype().is_int()
             && (self.class_weights.is_some() || self.ignore_index.is_some());
-        let num_rows = backend::num_rows(logits, class_dim);
         match self.reduction {
-            Reduction::None => Reduce::No,
-            Reduction::Sum => Reduce::DividedBy(1.),
-            Reduction::Mean if counted => Reduce::DividedByWeights,
-            Reduction::Mean => Reduce::DividedBy(num_rows as f64),
+            Reduction::None => None,
+            Reduction::Sum => Some(Divisor::Number(1.)),
+            Reduction::Mean if is_weighted => Some(Divisor::WeightSum),
+            Reduction::Mean => Some(Divisor::Number(num_rows(logits, class_dim) as f64)),
         }
     }
 
-    /// Checks everything that can be told without reading the targets.
-    pub(crate) fn problem(&self, logits: &Logits, targets: &Tensor) -> Result<(Problem, Tensor)> {
-        let Logits { dims, dtype, device } = *logits;
+    /// Checks all that can be checked without reading the targets. Returns these detached.
+    pub(crate) fn validate(
+        &self,
+        logits: &LogitsInfo,
+        targets: &Tensor,
+    ) -> Result<(LossParams, Tensor)> {
+        let LogitsInfo { dims, dtype, device } = *logits;
         let class_dim = self.class_dim(dims)?;
         let num_classes = dims[class_dim];
         if num_classes == 0 {
             return Err(Error::NoClasses { shape: dims.to_vec() });
         }
-        if !backend::is_of_logits(dtype) {
+        if !is_logits_dtype(dtype) {
             return Err(Error::LogitsDType { dtype });
         }
-        backend::check_size("logits", dims)?;
+        check_size("logits", dims)?;
         if let Some(weights) = &self.class_weights {
             smoothing::check_length(CLASS_WEIGHTS, weights, num_classes)?;
         }
         self.smoothing.check(num_classes)?;
 
-        let (on, targets_on) = (device.location(), targets.device().location());
-        if on != targets_on {
-            return Err(Error::DeviceMismatch { logits: on, targets: targets_on });
+        let (logits_device, targets_device) = (device.location(), targets.device().location());
+        if logits_device != targets_device {
+            return Err(Error::DeviceMismatch { logits: logits_device, targets: targets_device });
         }
-        backend::check_dtype("logits", dtype, device)?;
-        backend::check_dtype("targets", targets.dtype(), targets.device())?;
-        self.check_targets_type(dims, targets, class_dim)?;
+        check_device_dtype("logits", dtype, device)?;
+        check_device_dtype("targets", targets.dtype(), targets.device())?;
+        self.check_target_shape(dims, targets, class_dim)?;
 
-        let problem = Problem {
+        let params = LossParams {
             class_dim,
             num_classes,
             first_class: 0,
@@ -235,7 +240,8 @@ impl LabelSmoothingLoss {
             ignore_index: self.ignore_index,
             z_loss: self.z_loss,
         };
-        Ok((problem, backend::readable_targets(targets)?))
+        check_target_dtype(targets.dtype())?;
+        Ok((params, targets.detach()))
     }
 
     pub(crate) fn reduction(&self) -> Reduction {
@@ -254,7 +260,7 @@ impl LabelSmoothingLoss {
         }
     }
 
-    fn check_targets_type(
+    fn check_target_shape(
         &self,
         logits: &[usize],
         targets: &Tensor,
@@ -269,12 +275,12 @@ impl LabelSmoothingLoss {
                     logits: logits.to_vec(),
                 });
             }
-            // After the shape, by which class indices in a float dtype are told from probabilities.
+            // The shape is checked first: its error tells class indices in a float dtype from probabilities.
             if let Some(ignore_index) = self.ignore_index {
                 return Err(Error::IgnoreIndexWithProbabilities { ignore_index, dtype });
             }
         } else {
-            let expected = backend::row_shape(logits, class_dim);
+            let expected = row_shape(logits, class_dim);
             if targets.dims() != expected {
                 return Err(Error::ClassTargetsShape {
                     dtype,
@@ -288,14 +294,14 @@ impl LabelSmoothingLoss {
         Ok(())
     }
 
-    /// The formula's coefficients, for arithmetic in `dtype`. Class weights and priors go to a device once.
+    /// The coefficients, for arithmetic in `dtype`. Class weights and priors are uploaded to a device once.
     fn coefficients(
         &self,
         num_classes: usize,
         dtype: DType,
         device: &Device,
     ) -> Result<Coefficients> {
-        let mut tables = self.tables.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut tables = self.class_tables.lock().unwrap_or_else(PoisonError::into_inner);
         let known = tables
             .iter()
             .find(|table| table.dtype() == dtype && table.device().same_device(device));
@@ -313,14 +319,14 @@ impl LabelSmoothingLoss {
 
 const CLASS_WEIGHTS: &str = "class weights";
 
-/// What can be said of logits without reading them; they need not be there.
-pub(crate) struct Logits<'a> {
+/// The properties of logits that need not exist as a tensor.
+pub(crate) struct LogitsInfo<'a> {
     pub dims: &'a [usize],
     pub dtype: DType,
     pub device: &'a Device,
 }
 
-impl<'a> Logits<'a> {
+impl<'a> LogitsInfo<'a> {
     pub fn of(tensor: &'a Tensor) -> Self {
         Self { dims: tensor.dims(), dtype: tensor.dtype(), device: tensor.device() }
     }
@@ -329,10 +335,9 @@ impl<'a> Logits<'a> {
 /// Checks class targets against the number of classes.
 ///
 /// `targets` are class indices of any shape and integer dtype; each must lie in 0 to K−1 with K =
-/// `num_classes`, or equal `ignore_index`. [`LabelSmoothingLoss::forward`] does the same on the
-/// CPU; on a GPU it would have to wait for the device, so there a bad target makes its row's loss
-/// NaN, and this function finds out which it was. It waits for the device and copies the targets to
-/// the host.
+/// `num_classes`, or equal `ignore_index`. [`LabelSmoothingLoss::forward`] does the same on the CPU. On a GPU it would
+/// have to wait for the device, so there a bad target makes its row's loss NaN. This function finds such targets. It waits
+/// for the device and copies the targets to the host.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -347,8 +352,8 @@ impl<'a> Logits<'a> {
 /// ```
 ///
 /// # Errors
-/// The first target that is neither a class nor ignored, with its row; a floating-point dtype; a view larger than can
-/// be addressed, or than its storage.
+/// The first target that is neither a class nor ignored, with its row; a floating-point dtype; a view that is larger than the
+/// address space or than its storage.
 pub fn check_targets(
     targets: &Tensor,
     num_classes: usize,
@@ -360,11 +365,7 @@ pub fn check_targets(
             expected: "an integer dtype: class indices",
         });
     }
-    backend::check_size("targets", targets.dims())?;
-    let targets = backend::readable_targets(&targets.to_device(&Device::Cpu)?)?;
-    let (storage, layout) = targets.storage_and_layout();
-    match &*storage {
-        Storage::Cpu(storage) => cpu::check_labels((storage, layout), num_classes, ignore_index),
-        _ => Ok(()),
-    }
+    check_size("targets", targets.dims())?;
+    check_target_dtype(targets.dtype())?;
+    autograd::check_class_targets(&targets.to_device(&Device::Cpu)?, num_classes, ignore_index)
 }

@@ -1,35 +1,35 @@
 //! The loss composed from stock candle ops: the oracle of the tests and the baseline of the
 //! benchmarks. Outside semantic versioning.
 //!
-//! It follows the formula line by line, as one would write it without this crate, and makes a tensor
-//! of the logits' size at almost every step. −inf and NaN logits, which the fused loss handles, are
-//! beyond it, except in ignored rows.
+//! It follows the formula line by line and makes a tensor of the logits' size at almost every step. It does not handle
+//! −inf and NaN logits, except in ignored rows.
 
-use crate::backend::{Coefficients, result_dtype, row_shape};
 use crate::error::Result;
-use crate::loss::{LabelSmoothingLoss, Logits, Reduction};
+use crate::formula::{ClassParams, Coefficients, result_dtype};
+use crate::layout::row_shape;
+use crate::loss::{LabelSmoothingLoss, LogitsInfo, Reduction};
 use candle_core::{DType, Tensor};
 
-/// What `loss.forward(logits, targets)` computes, by stock ops.
+/// The same as `loss.forward(logits, targets)`, by stock ops.
 pub fn forward(loss: &LabelSmoothingLoss, logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
-    let (problem, targets) = loss.problem(&Logits::of(logits), targets)?;
+    let (params, targets) = loss.validate(&LogitsInfo::of(logits), targets)?;
     let dtype = result_dtype(logits.dtype());
 
-    // The classes last, all other dimensions as rows: (N, K).
+    // Moves the class dimension last and merges the others: (N, K).
     let by_row = |t: &Tensor| -> candle_core::Result<Tensor> {
-        let mut dims: Vec<usize> = (0..t.rank()).filter(|d| *d != problem.class_dim).collect();
-        dims.push(problem.class_dim);
-        t.permute(dims)?.contiguous()?.reshape(((), problem.num_classes))?.to_dtype(dtype)
+        let mut dims: Vec<usize> = (0..t.rank()).filter(|d| *d != params.class_dim).collect();
+        dims.push(params.class_dim);
+        t.permute(dims)?.contiguous()?.reshape(((), params.num_classes))?.to_dtype(dtype)
     };
     let mut x = by_row(logits)?;
 
-    // The labels (N, 1), and which rows count. The others get a label and logits that do no harm.
+    // The labels (N, 1), and which rows count. Ignored rows get label 0 and logits 0.
     let mut labels = targets.flatten_all()?.unsqueeze(1)?;
     if matches!(labels.dtype(), DType::I16 | DType::I32) {
         labels = labels.to_dtype(DType::I64)?;
     }
     let mut counts = None;
-    if let Some(index) = problem.ignore_index {
+    if let Some(index) = params.ignore_index {
         labels = labels.to_dtype(DType::I64)?;
         let index = Tensor::full(index, labels.shape(), labels.device())?;
         let mask = labels.ne(&index)?;
@@ -45,41 +45,43 @@ pub fn forward(loss: &LabelSmoothingLoss, logits: &Tensor, targets: &Tensor) -> 
     let lse = (log_sum + max)?;
 
     // Σ r·log softmax, and the rows' weights, (N, 1) both.
-    let of_label = |values: Tensor| {
+    let gather_label = |values: Tensor| {
         values.flatten_all()?.index_select(&labels.flatten_all()?, 0)?.unsqueeze(1)
     };
     let is_class = targets.dtype().is_int();
-    let (weighted, weights) = match &problem.coefficients {
+    let (weighted, weights) = match &params.coefficients {
         Coefficients::Uniform(c) if is_class => {
-            let own = (log_softmax.gather(&labels, 1)? * (c.own - c.spread))?;
-            ((own + (log_softmax.sum_keepdim(1)? * c.spread)?)?, lse.ones_like()?)
+            let label = (log_softmax.gather(&labels, 1)? * (c.on_value - c.off_value))?;
+            ((label + (log_softmax.sum_keepdim(1)? * c.off_value)?)?, lse.ones_like()?)
         }
         Coefficients::Uniform(c) => {
-            let r = by_row(&targets)?.affine(c.scale, c.spread)?;
+            let r = by_row(&targets)?.affine(c.prob_scale, c.off_value)?;
             ((log_softmax * r)?.sum_keepdim(1)?, lse.ones_like()?)
         }
         Coefficients::PerClass(table) => {
-            let [scale, spread, own, weight] = [0, 1, 2, 3].map(|i| table.narrow(0, i, 1));
-            let spread = spread?;
+            let c = ClassParams::from_fields(std::array::from_fn(|i| table.narrow(0, i, 1)));
+            let off_value = c.off_value?;
             if is_class {
-                let own = (log_softmax.gather(&labels, 1)? * of_label((own? - &spread)?)?)?;
-                let spread = log_softmax.broadcast_mul(&spread)?.sum_keepdim(1)?;
-                ((own + spread)?, of_label(weight?)?)
+                let delta = gather_label((c.on_value? - &off_value)?)?;
+                let label = (log_softmax.gather(&labels, 1)? * delta)?;
+                let others = log_softmax.broadcast_mul(&off_value)?.sum_keepdim(1)?;
+                ((label + others)?, gather_label(c.weight?)?)
             } else {
-                let r = by_row(&targets)?.broadcast_mul(&scale?)?.broadcast_add(&spread)?;
+                let r =
+                    by_row(&targets)?.broadcast_mul(&c.prob_scale?)?.broadcast_add(&off_value)?;
                 ((log_softmax * r)?.sum_keepdim(1)?, lse.ones_like()?)
             }
         }
     };
 
-    let mut losses = ((lse.sqr()? * problem.z_loss)? - weighted)?;
+    let mut losses = ((lse.sqr()? * params.z_loss)? - weighted)?;
     let mut weights = weights;
     if let Some(counts) = counts {
         losses = (losses * &counts)?;
         weights = (weights * counts)?;
     }
     Ok(match loss.reduction() {
-        Reduction::None => losses.reshape(row_shape(logits.dims(), problem.class_dim))?,
+        Reduction::None => losses.reshape(row_shape(logits.dims(), params.class_dim))?,
         Reduction::Sum => losses.sum_all()?,
         Reduction::Mean => losses.sum_all()?.div(&weights.sum_all()?)?,
     })

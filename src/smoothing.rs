@@ -1,16 +1,18 @@
-//! How a hard label becomes a soft one.
+//! The conventions of label smoothing, as coefficients of the classes.
 
-use crate::backend::{self, Coefficient, Coefficients, Problem};
+use crate::autograd;
 use crate::error::{Error, Result};
-use crate::op;
+use crate::formula::{
+    ClassParams, Coefficients, LossParams, check_device_dtype, check_target_dtype,
+};
+use crate::layout::{check_memory, check_size};
 use candle_core::{D, DType, Device, Tensor};
 use std::sync::Arc;
 
-/// A convention for softening targets, and how much of it: the target distribution q made from the
-/// given one p, which is the one-hot vector of a class label or a row of probabilities.
+/// A convention of label smoothing and its ε: how the smoothed targets q follow from the given targets p.
 ///
-/// The field uses one word for several formulas, so there is no default and no conversion from a
-/// number: a reader sees at the call which one is meant.
+/// p is the one-hot vector of a class label, or a row of probabilities. Libraries call several formulas label smoothing,
+/// so this type has no default and no conversion from a number. The call names the formula.
 ///
 /// - [`over_all`](Self::over_all): q = (1−ε)·p + ε/K. [Szegedy et al. 2016](https://arxiv.org/abs/1512.00567),
 ///   PyTorch, Keras, optax. With ε = 0.1 the second of three classes becomes [0.0333, 0.9333, 0.0333].
@@ -19,8 +21,8 @@ use std::sync::Arc;
 /// - [`toward`](Self::toward): q = (1−ε)·p + ε·prior. [Pereyra et al. 2017](https://arxiv.org/abs/1701.06548).
 /// - [`none`](Self::none): q = p.
 ///
-/// `over_others(ε)` equals `over_all(ε·K/(K−1))` where that is at most 1, for hard and for soft targets alike.
-/// [The guide](crate::guide::epsilon) says which one others mean, and how to choose ε.
+/// `over_others(ε)` equals `over_all(ε·K/(K−1))` if that is at most 1, for labels and for probabilities.
+/// [The guide](crate::guide::epsilon) lists the conventions of other libraries, and says how to choose ε.
 ///
 /// ```
 /// use candle_label_smoothing::{Smoothing, smooth_targets};
@@ -37,7 +39,7 @@ pub struct Smoothing {
     spread: Spread,
 }
 
-/// Which classes ε is spread over.
+/// The distribution that ε is the share of.
 #[derive(Clone, Debug)]
 enum Spread {
     All,
@@ -51,7 +53,7 @@ impl Smoothing {
         Self { epsilon: 0., spread: Spread::All }
     }
 
-    /// ε is spread evenly over all K classes, the label's own included: q = (1−ε)·p + ε/K.
+    /// Spreads ε evenly over all K classes, the label included: q = (1−ε)·p + ε/K.
     ///
     /// This is the formula of [Szegedy et al. 2016](https://arxiv.org/abs/1512.00567) and of the
     /// `label_smoothing` argument of PyTorch's `CrossEntropyLoss`, of Keras and of optax.
@@ -62,30 +64,27 @@ impl Smoothing {
         Self::new(epsilon, Spread::All)
     }
 
-    /// ε is spread evenly over the K−1 classes other than the label's: q = (1−ε)·p + ε·(1−p)/(K−1).
+    /// Spreads ε evenly over the K−1 classes other than the label: q = (1−ε)·p + ε·(1−p)/(K−1).
     ///
     /// This is the formula of tensor2tensor and newer fairseq; with three classes and ε = 0.1 the label
-    /// `1` becomes `[0.05, 0.9, 0.05]`. It equals `over_all(ε·K/(K−1))` where that is at most 1.
+    /// `1` becomes `[0.05, 0.9, 0.05]`. It equals `over_all(ε·K/(K−1))` if that is at most 1.
     ///
     /// # Errors
-    /// ε must lie in 0 to 1, ends included. One class alone (K = 1) is an error when the smoothing
-    /// is used.
+    /// ε must lie in 0 to 1, ends included. With one class (K = 1), using the smoothing is an error.
     pub fn over_others(epsilon: f64) -> Result<Self> {
         Self::new(epsilon, Spread::Others)
     }
 
-    /// ε is spread over the classes as `prior` says: q = (1−ε)·p + ε·prior.
+    /// Spreads ε over the classes in proportion to `prior`: q = (1−ε)·p + ε·prior.
     ///
-    /// A prior is for example the relative frequency of each class, or the unigram distribution of
-    /// a vocabulary, as in [Pereyra et al. 2017](https://arxiv.org/abs/1701.06548). Its shape is
-    /// (K), its dtype F8E4M3, F16, BF16, F32 or F64, on any device; it is read to the host here and taken
-    /// as a constant.
+    /// A prior is for example the relative frequency of each class, or the unigram distribution of a vocabulary, as in
+    /// [Pereyra et al. 2017](https://arxiv.org/abs/1701.06548). Its shape is (K), its dtype F8E4M3, F16, BF16, F32 or
+    /// F64, its device any. It is a constant, and this function copies it to the host.
     ///
     /// # Errors
-    /// ε must lie in 0 to 1, ends included; the prior must have one dimension and finite, not
-    /// negative values whose sum is 1 within 0.001 (the remaining difference is normalised away). Sizes
-    /// beyond the memory and errors of the device it is read from are errors too. That its length is K is
-    /// checked when the smoothing is used.
+    /// ε must lie in 0 to 1, ends included. The prior must have one dimension and finite values >= 0 whose sum is 1 within
+    /// 0.001; it is then normalised. Sizes beyond the memory and errors of the prior's device are errors too. Its
+    /// length is checked against K when the smoothing is used.
     pub fn toward(epsilon: f64, prior: &Tensor) -> Result<Self> {
         let mut prior = vector("prior probabilities", prior)?;
         let sum = prior.iter().fold(0., |sum, p| sum + p);
@@ -97,14 +96,14 @@ impl Smoothing {
     }
 
     fn new(epsilon: f64, spread: Spread) -> Result<Self> {
-        // A NaN lies in no range.
+        // The range does not contain NaN.
         if !(0. ..=1.).contains(&epsilon) {
             return Err(Error::Epsilon { epsilon });
         }
         Ok(Self { epsilon, spread })
     }
 
-    /// Checks that these are targets for `num_classes` classes.
+    /// Checks that the smoothing is possible with `num_classes` classes.
     pub(crate) fn check(&self, num_classes: usize) -> Result<()> {
         match &self.spread {
             Spread::Others if num_classes == 1 => Err(Error::OneClass),
@@ -125,63 +124,61 @@ impl Smoothing {
             return Ok(Coefficients::Uniform(self.coefficient(num_classes, 0, 1.)));
         }
         let (least, most) = match dtype {
-            DType::F64 => (f64::MIN_POSITIVE * SHARES, f64::MAX / SHARES),
-            _ => (f64::from(f32::MIN_POSITIVE) * SHARES, f64::from(f32::MAX) / SHARES),
+            DType::F64 => (f64::MIN_POSITIVE * WEIGHT_HEADROOM, f64::MAX / WEIGHT_HEADROOM),
+            _ => (
+                f64::from(f32::MIN_POSITIVE) * WEIGHT_HEADROOM,
+                f64::from(f32::MAX) / WEIGHT_HEADROOM,
+            ),
         };
         let is_possible = |weight: f64| weight == 0. || (least..=most).contains(&weight);
-        let mut of_classes = weights.into_iter().flatten().enumerate();
-        if let Some((class, &value)) = of_classes.find(|(_, weight)| !is_possible(**weight)) {
+        let mut class_weights = weights.into_iter().flatten().enumerate();
+        if let Some((class, &value)) = class_weights.find(|(_, weight)| !is_possible(**weight)) {
             return Err(Error::WeightRange { class, value, least, most });
         }
         let weight = |class| weights.map_or(1., |w: &[f64]| w.get(class).copied().unwrap_or(0.));
-        let of_class: Vec<Coefficient> = (0..num_classes)
-            .map(|class| self.coefficient(num_classes, class, weight(class)))
+        const FIELDS: usize = ClassParams::<()>::FIELDS;
+        let fields: Vec<f64> = (0..num_classes)
+            .flat_map(|class| self.coefficient(num_classes, class, weight(class)).into_fields())
             .collect();
-        let fields = [
-            |c: &Coefficient| c.scale,
-            |c: &Coefficient| c.spread,
-            |c: &Coefficient| c.own,
-            |c: &Coefficient| c.weight,
-        ];
-        let table: Vec<f64> = fields.iter().flat_map(|field| of_class.iter().map(field)).collect();
-        // To the device last: Metal has no f64.
-        let table = Tensor::from_vec(table, (fields.len(), num_classes), &Device::Cpu)?
+        // Metal has no f64, so the device comes last.
+        let table = Tensor::from_vec(fields, (num_classes, FIELDS), &Device::Cpu)?
+            .t()?
+            .contiguous()?
             .to_dtype(dtype)?
             .to_device(device)?;
         Ok(Coefficients::PerClass(table))
     }
 
-    /// The coefficients of class `class`, whose class weight is `weight`: the one place where the
-    /// conventions differ.
-    fn coefficient(&self, num_classes: usize, class: usize, weight: f64) -> Coefficient {
+    /// The coefficients of a class with class weight `weight`. The conventions differ only here.
+    fn coefficient(&self, num_classes: usize, class: usize, weight: f64) -> ClassParams<f64> {
         let (epsilon, classes) = (self.epsilon, num_classes as f64);
-        let (scale, spread, own) = match &self.spread {
+        let (prob_scale, off_value, on_value) = match &self.spread {
             Spread::All => (1. - epsilon, epsilon / classes, None),
-            // In terms of over_all, with e = ε·K/(K−1): 1−e and e/K, without the rounding of e. The
-            // label's own share is given directly, so that it is exactly 0 where ε is 1.
+            // These are 1−e and e/K of over_all with e = ε·K/(K−1), without the rounding of e. The label's value is
+            // given directly, so that it is exactly 0 for ε = 1.
             Spread::Others => {
-                let spread = epsilon / (classes - 1.);
-                (1. - epsilon - spread, spread, Some(1. - epsilon))
+                let off_value = epsilon / (classes - 1.);
+                (1. - epsilon - off_value, off_value, Some(1. - epsilon))
             }
             Spread::Prior(prior) => {
                 let prior = prior.get(class).copied().unwrap_or(0.);
                 (1. - epsilon, epsilon * prior, None)
             }
         };
-        Coefficient {
-            scale: weight * scale,
-            spread: weight * spread,
-            own: weight * own.unwrap_or(scale + spread),
+        ClassParams {
+            prob_scale: weight * prob_scale,
+            off_value: weight * off_value,
+            on_value: weight * on_value.unwrap_or(prob_scale + off_value),
             weight,
         }
     }
 }
 
-/// In so many parts a class weight can be divided, and so many can be added up, without leaving the normal numbers: a mean
-/// divides by their sum.
-const SHARES: f64 = (1u64 << 24) as f64;
+/// The factor between class weights and the limits of the dtype's normal numbers. Sums of this many weights, and this
+/// fraction of one, stay normal: a mean divides by such sums.
+const WEIGHT_HEADROOM: f64 = (1u64 << 24) as f64;
 
-/// Reads class weights or a prior to the host, where there is an f64, and checks each value.
+/// Copies class weights or a prior to the host and checks each value.
 pub(crate) fn vector(what: &'static str, tensor: &Tensor) -> Result<Vec<f64>> {
     let dtype = tensor.dtype();
     let is_float =
@@ -191,14 +188,14 @@ pub(crate) fn vector(what: &'static str, tensor: &Tensor) -> Result<Vec<f64>> {
     }
     let len = tensor.elem_count();
     if len == 0 {
-        // candle's conversion of an empty view looks beyond its storage.
+        // candle's conversion of an empty view reads beyond its storage.
         return Ok(Vec::new());
     }
-    backend::check_storage(tensor)?;
-    backend::check_memory(what, tensor.dims(), len)?;
+    autograd::check_storage(tensor)?;
+    check_memory(what, tensor.dims(), len)?;
     let mut host = tensor.to_device(&Device::Cpu)?;
     if dtype == DType::F8E4M3 {
-        // candle 0.11.1 overflows the stack on its way from f8 to f64.
+        // candle 0.11.1's conversion from f8 to f64 overflows the stack.
         host = host.to_dtype(DType::F32)?;
     }
     let values = host.to_dtype(DType::F64)?.to_vec1::<f64>()?;
@@ -208,7 +205,7 @@ pub(crate) fn vector(what: &'static str, tensor: &Tensor) -> Result<Vec<f64>> {
     }
 }
 
-/// Checks that class weights or a prior are as many as the classes.
+/// Checks that class weights or a prior have a value for each class.
 pub(crate) fn check_length(what: &'static str, values: &[f64], num_classes: usize) -> Result<()> {
     if values.len() != num_classes {
         return Err(Error::VectorLength { what, len: values.len(), num_classes });
@@ -216,16 +213,14 @@ pub(crate) fn check_length(what: &'static str, values: &[f64], num_classes: usiz
     Ok(())
 }
 
-/// The smoothed target distributions of `labels`, to look at, to mix or to hand to another loss.
+/// The smoothed targets of `labels`, as a tensor: to inspect, to mix, or for another loss.
 ///
-/// `labels` of an integer dtype are class indices of any shape (..); the result has shape (.., K)
-/// with K = `num_classes`. `labels` of a floating-point dtype are probabilities of shape (.., K)
-/// already, as mixup makes them, and keep their shape; K class indices left in a float dtype would be taken for
-/// one row of these. The result is f32, on the labels' device, and
-/// a constant: no gradient flows back to the labels. The formulas stand at [`Smoothing`].
+/// `labels` of an integer dtype are class indices of any shape (..). The result has shape (.., K) with K = `num_classes`.
+/// `labels` of a floating-point dtype are probabilities of shape (.., K), as mixup makes them, and keep their shape. K class
+/// indices in a float dtype would be taken for one such row. The result is f32, on the labels' device, and a constant: no
+/// gradient flows back to the labels. The formulas stand at [`Smoothing`].
 ///
-/// [`LabelSmoothingLoss`](crate::LabelSmoothingLoss) does not need this function: given plain
-/// labels it smooths them on the fly, without making the distributions.
+/// [`LabelSmoothingLoss`](crate::LabelSmoothingLoss) does not need this function. It smooths labels as it reads them.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -242,7 +237,7 @@ pub(crate) fn check_length(what: &'static str, values: &[f64], num_classes: usiz
 ///
 /// # Errors
 /// A label outside 0 to K−1 (on a GPU its distribution is NaN instead), probabilities whose last
-/// dimension is not K, a dtype that is neither class index nor probability, f64 on Metal, K = 0, K = 1
+/// dimension is not K, an unsupported dtype, f64 on Metal, K = 0, K = 1
 /// with [`Smoothing::over_others`], a prior of another length than K, and sizes beyond the memory.
 pub fn smooth_targets(
     labels: &Tensor,
@@ -253,8 +248,8 @@ pub fn smooth_targets(
         return Err(Error::NoClasses { shape: [labels.dims(), &[0]].concat() });
     }
     smoothing.check(num_classes)?;
-    backend::check_dtype("labels", labels.dtype(), labels.device())?;
-    let labels = backend::readable_targets(labels)?;
+    check_device_dtype("labels", labels.dtype(), labels.device())?;
+    check_target_dtype(labels.dtype())?;
     if labels.dtype().is_float() && labels.dim(D::Minus1).ok() != Some(num_classes) {
         return Err(Error::ProbabilityLabelsShape {
             dtype: labels.dtype(),
@@ -266,8 +261,8 @@ pub fn smooth_targets(
     shape.truncate(labels.rank() - usize::from(labels.dtype().is_float()));
     let class_dim = shape.len();
     shape.push(num_classes);
-    backend::check_size("smoothed targets", &shape)?;
-    let problem = Problem {
+    check_size("smoothed targets", &shape)?;
+    let params = LossParams {
         class_dim,
         num_classes,
         first_class: 0,
@@ -275,5 +270,5 @@ pub fn smooth_targets(
         ignore_index: None,
         z_loss: 0.,
     };
-    Ok(labels.apply_op1_no_bwd(&op::Smooth { problem })?)
+    autograd::smooth_targets(&params, labels, shape)
 }

@@ -1,52 +1,53 @@
-//! The two kernels without the graph and the reduction, for the benchmarks, and `forward_linear` by tiles of any
-//! size, for the tests. Outside semantic versioning.
+//! The two kernels without the graph and the reduction, for the benchmarks, and `forward_linear` with tiles of any size, for
+//! the tests. Outside semantic versioning.
 
-use crate::backend::{Problem, Reduce, row_shape};
+pub use crate::linear::TileSize;
+
+use crate::autograd;
 use crate::error::Result;
+use crate::formula::LossParams;
+use crate::layout::row_shape;
 use crate::linear;
-use crate::loss::{LabelSmoothingLoss, Logits};
-use crate::op;
+use crate::loss::{LabelSmoothingLoss, LogitsInfo};
 use candle_core::{Shape, Tensor};
 
-/// What the forward kernel leaves to the backward kernel.
+/// What [`backward_rows`] needs of [`forward_rows`].
 #[derive(Debug)]
 pub struct Saved {
-    problem: Problem,
+    params: LossParams,
     shape: Shape,
     targets: Tensor,
-    statistics: Tensor,
+    saved: Tensor,
 }
 
-/// The forward kernel: the rows' losses, and what backward needs.
+/// Runs the forward kernel: the loss of each row, and what backward needs.
 pub fn forward_rows(
     loss: &LabelSmoothingLoss,
     logits: &Tensor,
     targets: &Tensor,
 ) -> Result<(Tensor, Option<Saved>)> {
-    let (problem, targets) = loss.problem(&Logits::of(logits), targets)?;
-    let losses = op::forward(&problem, logits, &targets, Reduce::No, true)?;
+    let (params, targets) = loss.validate(&LogitsInfo::of(logits), targets)?;
+    let losses = autograd::forward(&params, logits, &targets, None, true)?;
     let shape = logits.shape().clone();
-    let saved = losses.statistics.map(|statistics| Saved { problem, shape, targets, statistics });
-    Ok((losses.result, saved))
+    let saved = losses.saved.map(|saved| Saved { params, shape, targets, saved });
+    Ok((losses.loss.detached(), saved))
 }
 
-/// The backward kernel: the logits' gradient, given that of each row's loss.
-pub fn backward_rows(saved: &Saved, logits: &Tensor, upstream: &Tensor) -> Result<Tensor> {
-    let Saved { problem, shape, targets, statistics } = saved;
-    let rows = row_shape(shape.dims(), problem.class_dim).into();
-    for (expected, given) in [(shape, logits.shape()), (&rows, upstream.shape())] {
+/// Runs the backward kernel: the gradient of the logits, from that of each row's loss.
+pub fn backward_rows(saved: &Saved, logits: &Tensor, grad_output: &Tensor) -> Result<Tensor> {
+    let Saved { params, shape, targets, saved } = saved;
+    let rows = row_shape(shape.dims(), params.class_dim).into();
+    for (expected, given) in [(shape, logits.shape()), (&rows, grad_output.shape())] {
         if expected != given {
             let (lhs, rhs) = (expected.clone(), given.clone());
             let op = "label-smoothing-loss-backward";
             return Err(candle_core::Error::ShapeMismatchBinaryOp { lhs, rhs, op }.bt().into());
         }
     }
-    Ok(op::gradient_of(problem, statistics, logits, targets, upstream)?)
+    autograd::backward(params, logits, targets, grad_output, saved)
 }
 
-pub use crate::linear::TileSize;
-
-/// [`LabelSmoothingLoss::forward_linear`] by tiles of this size.
+/// [`LabelSmoothingLoss::forward_linear`] with tiles of this size.
 pub fn forward_linear_tiled(
     loss: &LabelSmoothingLoss,
     hidden: &Tensor,
@@ -55,5 +56,5 @@ pub fn forward_linear_tiled(
     targets: &Tensor,
     tile: TileSize,
 ) -> Result<Tensor> {
-    linear::forward(loss, hidden, weight, bias, targets, Some(tile))
+    linear::forward_linear(loss, hidden, weight, bias, targets, Some(tile))
 }

@@ -42,7 +42,7 @@ def compile(library, source, architecture):
     return log.value.decode().strip(), not failed and size.value > 0
 
 
-def main(folder, path="src/backend/label_smoothing.cu"):
+def main(folder, path="src/gpu/label_smoothing.cu"):
     with open(path) as file:
         source = file.read()
     (library,) = glob.glob(f"{folder}/libnvrtc.so.*")

@@ -1,9 +1,6 @@
-//! The kernels of the GPU backends on tensors in the host's memory, on an emulated device.
+//! Launches of the GPU kernels on an emulated device, whose memory is the host's.
 
-pub(crate) use super::gpu::{add_range, backward, backward_in_place, finish, forward, smooth};
-pub(crate) use super::result_dtype as parts_dtype;
-
-use super::gpu::{Buffer, Gpu, Kernel, Limits};
+use super::kernel::{Buffer, GpuStorage, Grid, KernelKey, Limits};
 use candle_core::cpu_backend::CpuDevice;
 use candle_core::{CpuStorage, DType, Result, Storage, bail};
 use std::env;
@@ -11,16 +8,7 @@ use std::ffi::{CString, c_char, c_uint, c_void};
 use std::str::FromStr;
 use std::sync::LazyLock;
 
-/// A GPU cannot say that a target is no class.
-pub(crate) fn check_labels(
-    _: super::Operand<CpuStorage>,
-    _: usize,
-    _: Option<i64>,
-) -> crate::error::Result<()> {
-    Ok(())
-}
-
-/// How the device works; `device.hpp` says what it means.
+/// How the device runs a launch. `device.hpp` has the same struct and documents its fields.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct Manner {
@@ -42,8 +30,8 @@ type Kernels = unsafe extern "C" fn(
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 
 /// A number from the environment.
-fn setting<T: FromStr>(name: &str, otherwise: T) -> T {
-    env::var(name).ok().and_then(|value| value.parse().ok()).unwrap_or(otherwise)
+fn setting<T: FromStr>(name: &str, default: T) -> T {
+    env::var(name).ok().and_then(|value| value.parse().ok()).unwrap_or(default)
 }
 
 static MANNER: LazyLock<Manner> = LazyLock::new(|| Manner {
@@ -51,17 +39,17 @@ static MANNER: LazyLock<Manner> = LazyLock::new(|| Manner {
     without_barrier: setting("EMULATOR_WITHOUT_BARRIER", 0),
     warp: setting("EMULATOR_WARP", 32),
 });
-/// In which language.
+/// The kernels in the language of the run, by the definitions of their variant.
 static KERNELS: LazyLock<&[(&str, Kernels)]> =
     LazyLock::new(|| match env::var("EMULATOR_SOURCE").as_deref() {
         Ok("metal") => &METAL,
         _ => &CUDA,
     });
-/// So few that most launches have more tasks than groups.
-static GROUPS: LazyLock<usize> = LazyLock::new(|| setting("EMULATOR_GROUPS", 3));
+/// The largest number of blocks in a launch. It is so small that in most launches a block has several tasks.
+static MAX_BLOCKS: LazyLock<usize> = LazyLock::new(|| setting("EMULATOR_GROUPS", 3));
 
-/// The vector of whatever type in a storage.
-macro_rules! of_vec {
+/// Evaluates an expression on the vector in a storage, whatever its type.
+macro_rules! with_vec {
     ($storage:expr, $vec:ident => $value:expr) => {
         match $storage {
             CpuStorage::U8($vec) => $value,
@@ -82,27 +70,27 @@ macro_rules! of_vec {
     };
 }
 
-impl Gpu for CpuStorage {
-    fn limits(_: &CpuDevice, _: Kernel) -> Result<Limits> {
+impl GpuStorage for CpuStorage {
+    fn limits(_: &CpuDevice, _: KernelKey) -> Result<Limits> {
         Ok(Limits {
-            groups: *GROUPS,
-            threads: setting("EMULATOR_THREADS", 1024),
-            warp: MANNER.warp as usize,
+            max_blocks: *MAX_BLOCKS,
+            max_threads: setting("EMULATOR_THREADS", 1024),
+            warp_size: MANNER.warp as usize,
         })
     }
 
     fn len(&self) -> usize {
-        of_vec!(self, vec => vec.len())
+        with_vec!(self, vec => vec.len())
     }
 
-    fn of(storage: &Storage) -> Option<&Self> {
+    fn from_storage(storage: &Storage) -> Option<&Self> {
         match storage {
             Storage::Cpu(storage) => Some(storage),
             _ => None,
         }
     }
 
-    /// What nobody writes is NaN.
+    /// The elements are NaN, so that tests find those that no kernel writes.
     fn alloc(_: &CpuDevice, len: usize, dtype: DType) -> Result<Self> {
         let nan = half::f16::NAN;
         Ok(match dtype {
@@ -116,32 +104,34 @@ impl Gpu for CpuStorage {
 
     unsafe fn launch<P: Copy>(
         _: &CpuDevice,
-        kernel: Kernel,
-        (groups, threads): (usize, usize),
+        kernel: KernelKey,
+        grid: Grid,
         buffers: &mut [Buffer<Self>],
         params: &P,
     ) -> Result<()> {
-        let definitions = kernel.kind.definitions()?;
-        let Some((_, kernels)) = KERNELS.iter().find(|(of, _)| *of == definitions) else {
-            bail!("the emulator has no kernels for {:?}", kernel.kind)
+        let definitions = kernel.variant.definitions()?;
+        let Some((_, kernels)) = KERNELS.iter().find(|(variant, _)| *variant == definitions) else {
+            bail!("the emulator has no kernels for {:?}", kernel.variant)
         };
         let pointers: Vec<*mut c_void> = buffers
             .iter_mut()
             .map(|buffer| match buffer {
-                Buffer::In(storage) => of_vec!(*storage, vec => vec.as_ptr().cast_mut().cast()),
-                Buffer::Out(storage) => of_vec!(*storage, vec => vec.as_mut_ptr().cast()),
+                Buffer::Input(storage) => {
+                    with_vec!(*storage, vec => vec.as_ptr().cast_mut().cast())
+                }
+                Buffer::Output(storage) => with_vec!(*storage, vec => vec.as_mut_ptr().cast()),
                 Buffer::Unused => std::ptr::null_mut(),
             })
             .collect();
         let name = CString::new(kernel.name).map_err(candle_core::Error::wrap)?;
         let params = std::ptr::from_ref(params).cast();
-        let (groups, threads) = (groups as c_uint, threads as c_uint);
-        // SAFETY: the caller vouches for the arguments; the kernels check the parameters' size.
+        // SAFETY: the caller vouches for the arguments. The function compares the size of the parameters with
+        // that of the kernel's struct.
         let found = unsafe {
             kernels(
                 name.as_ptr(),
-                groups,
-                threads,
+                grid.blocks as c_uint,
+                grid.threads_per_block as c_uint,
                 *MANNER,
                 pointers.as_ptr(),
                 params,

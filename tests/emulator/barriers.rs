@@ -13,9 +13,9 @@ use std::{env, error::Error};
 fn source() -> (&'static str, &'static str) {
     match env::var("EMULATOR_SOURCE").as_deref() {
         Ok("metal") => {
-            (include_str!("../../src/backend/label_smoothing.metal"), "threadgroup_barrier(")
+            (include_str!("../../src/gpu/label_smoothing.metal"), "threadgroup_barrier(")
         }
-        _ => (include_str!("../../src/backend/label_smoothing.cu"), "__syncthreads()"),
+        _ => (include_str!("../../src/gpu/label_smoothing.cu"), "__syncthreads()"),
     }
 }
 

@@ -33,8 +33,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let (mut declared, mut lists) = (String::new(), String::new());
     let count = LOGITS.len() * (CLASSES.len() + PROBABILITIES.len()) * 2;
     for (dialect, path, shared) in [
-        ("cuda", "../../src/backend/label_smoothing.cu", "__shared__"),
-        ("metal", "../../src/backend/label_smoothing.metal", "threadgroup"),
+        ("cuda", "../../src/gpu/label_smoothing.cu", "__shared__"),
+        ("metal", "../../src/gpu/label_smoothing.metal", "threadgroup"),
     ] {
         println!("cargo:rerun-if-changed={path}");
         let kernels = out.join(format!("label_smoothing.{dialect}.hpp"));

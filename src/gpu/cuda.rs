@@ -1,9 +1,7 @@
-//! The kernels on NVIDIA's GPUs: `label_smoothing.cu`, compiled by NVRTC for the device at hand when a
-//! kind of input is first met, and kept.
+//! Launches on CUDA. NVRTC compiles `label_smoothing.cu` for the device's architecture when a variant is first
+//! used, and the result is kept.
 
-pub(crate) use super::gpu::{add_range, backward, backward_in_place, finish, forward, smooth};
-
-use super::gpu::{Buffer, Gpu, Kernel, Kind, Limits};
+use super::kernel::{Buffer, GpuStorage, Grid, KernelKey, KernelVariant, Limits};
 use candle_core::cuda_backend::cudarc::driver::{DeviceRepr, LaunchConfig, PushKernelArg};
 use candle_core::cuda_backend::cudarc::nvrtc::{CompileOptions, compile_ptx_with_opts};
 use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
@@ -13,8 +11,8 @@ use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 
 const SOURCE: &str = include_str!("label_smoothing.cu");
 
-/// The slice of whatever type in a storage.
-macro_rules! of_slice {
+/// Evaluates an expression on the slice in a storage, whatever its type.
+macro_rules! with_slice {
     ($storage:expr, $slice:ident => $value:expr) => {
         match $storage {
             CudaStorageSlice::U8($slice) => $value,
@@ -35,17 +33,17 @@ macro_rules! of_slice {
     };
 }
 
-impl Gpu for CudaStorage {
-    /// The same on every device.
-    fn limits(_: &CudaDevice, _: Kernel) -> Result<Limits> {
-        Ok(Limits { groups: i32::MAX as usize, threads: 1024, warp: 32 })
+impl GpuStorage for CudaStorage {
+    /// All devices have these limits.
+    fn limits(_: &CudaDevice, _: KernelKey) -> Result<Limits> {
+        Ok(Limits { max_blocks: i32::MAX as usize, max_threads: 1024, warp_size: 32 })
     }
 
     fn len(&self) -> usize {
-        of_slice!(&self.slice, slice => slice.len())
+        with_slice!(&self.slice, slice => slice.len())
     }
 
-    fn of(storage: &Storage) -> Option<&Self> {
+    fn from_storage(storage: &Storage) -> Option<&Self> {
         match storage {
             Storage::Cuda(storage) => Some(storage),
             _ => None,
@@ -54,62 +52,64 @@ impl Gpu for CudaStorage {
 
     unsafe fn launch<P: Copy>(
         device: &CudaDevice,
-        kernel: Kernel,
-        (groups, threads): (usize, usize),
+        kernel: KernelKey,
+        grid: Grid,
         buffers: &mut [Buffer<Self>],
         params: &P,
     ) -> Result<()> {
-        let Compiled { name, ptx } = &*compiled(device, kernel.kind)?;
+        let Module { name, ptx } = &*compile(device, kernel.variant)?;
         let function = device.get_or_load_custom_func(kernel.name, name, ptx)?;
         let mut launch = function.builder();
         for buffer in buffers {
             match buffer {
-                Buffer::In(storage) => of_slice!(&storage.slice, slice => launch.arg(slice)),
-                Buffer::Out(storage) => of_slice!(&mut storage.slice, slice => launch.arg(slice)),
+                Buffer::Input(storage) => with_slice!(&storage.slice, slice => launch.arg(slice)),
+                Buffer::Output(storage) => {
+                    with_slice!(&mut storage.slice, slice => launch.arg(slice))
+                }
                 Buffer::Unused => launch.arg(&NULL),
             };
         }
-        let params = Bytes(*params);
+        let params = ByValue(*params);
         launch.arg(&params);
-        let size = LaunchConfig {
-            grid_dim: (groups as u32, 1, 1),
-            block_dim: (threads as u32, 1, 1),
+        let config = LaunchConfig {
+            grid_dim: (grid.blocks as u32, 1, 1),
+            block_dim: (grid.threads_per_block as u32, 1, 1),
             shared_mem_bytes: 0,
         };
         // SAFETY: the caller vouches for the arguments.
-        unsafe { launch.launch(size) }.w()?;
+        unsafe { launch.launch(config) }.w()?;
         Ok(())
     }
 }
 
-/// What a pointer is that the kernel does not follow.
+/// A null pointer, as an argument.
 const NULL: u64 = 0;
 
-/// Numbers that a kernel takes by value.
+/// A struct that a kernel takes by value.
 #[repr(transparent)]
-struct Bytes<P>(P);
+struct ByValue<P>(P);
 
-// SAFETY: the driver copies as many bytes as the kernel's own parameter has, and whoever launches it
-// vouches that it is the same struct.
-unsafe impl<P: Copy> DeviceRepr for Bytes<P> {}
+// SAFETY: the driver copies as many bytes as the kernel's parameter has. The caller of `launch` vouches that
+// the parameter is the same struct.
+unsafe impl<P: Copy> DeviceRepr for ByValue<P> {}
 
-/// The source, compiled.
-struct Compiled {
-    /// In candle's list of a device's modules.
+/// The compiled source.
+struct Module {
+    /// The key in candle's cache of a device's modules.
     name: String,
     ptx: String,
 }
 
-/// The source compiled for a device's architecture and a kind of input. Devices of several architectures
-/// may be in use, each with code of its own.
-fn compiled(device: &CudaDevice, kind: Kind) -> Result<Arc<Compiled>> {
-    type Key = ((i32, i32), Kind);
-    static COMPILED: LazyLock<Mutex<HashMap<Key, Arc<Compiled>>>> = LazyLock::new(Mutex::default);
+/// Compiles the source for a device's architecture, or finds it compiled. The devices of a process may have
+/// different architectures.
+fn compile(device: &CudaDevice, variant: KernelVariant) -> Result<Arc<Module>> {
+    type Key = ((i32, i32), KernelVariant);
+    static MODULES: LazyLock<Mutex<HashMap<Key, Arc<Module>>>> = LazyLock::new(Mutex::default);
 
     let capability = device.cuda_stream().context().compute_capability().w()?;
-    let mut all = COMPILED.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(compiled) = all.get(&(capability, kind)) {
-        return Ok(compiled.clone());
+    let mut modules = MODULES.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(module) = modules.get(&(capability, variant)) {
+        return Ok(module.clone());
     }
     let (major, minor) = capability;
     let options = CompileOptions {
@@ -120,10 +120,10 @@ fn compiled(device: &CudaDevice, kind: Kind) -> Result<Arc<Compiled>> {
         ],
         ..CompileOptions::default()
     };
-    let definitions = kind.definitions()?;
+    let definitions = variant.definitions()?;
     let ptx = compile_ptx_with_opts(format!("{definitions}{SOURCE}"), options).w()?.to_src();
     let name = format!("label-smoothing {definitions}");
-    let compiled = Arc::new(Compiled { name, ptx });
-    all.insert((capability, kind), compiled.clone());
-    Ok(compiled)
+    let module = Arc::new(Module { name, ptx });
+    modules.insert((capability, variant), module.clone());
+    Ok(module)
 }

@@ -1,0 +1,451 @@
+//! The way from tensors to a backend, and the node of candle's autograd graph.
+//!
+//! Each function here matches a tensor's storage to the backend that computes with it. The kernels run before the
+//! graph knows of them. Then [`FinishedLoss::attach_backward`] makes the loss a node of the graph, whose
+//! backward calls the backend again.
+
+#[cfg(not(emulator))]
+use crate::cpu as host;
+// The emulated GPU computes with tensors in the host's memory.
+#[cfg(emulator)]
+use crate::gpu as host;
+
+use crate::cpu;
+use crate::error::{Error, Result};
+use crate::formula::{Divisor, ForwardOut, LossParams, SavedState, SoftmaxState, result_dtype};
+#[cfg(any(feature = "cuda", feature = "metal"))]
+use crate::gpu;
+use crate::layout::{Operand, check_layout, row_shape};
+use candle_core::op::BackpropOp;
+use candle_core::{
+    CpuStorage, CudaStorage, CustomOp3, DType, Device, InplaceOp1, Layout, MetalStorage, Shape,
+    Storage, StorageRef, Tensor,
+};
+use std::sync::{Mutex, PoisonError};
+
+// ---- Forward
+
+/// The loss, and what backward needs.
+pub(crate) struct Losses {
+    pub loss: FinishedLoss,
+    pub reduction: RowReduction,
+    /// The rows' [`SavedState`], if it was asked for.
+    pub saved: Option<Tensor>,
+}
+
+/// How the rows' losses became the result. Without a divisor they were not reduced.
+#[derive(Debug)]
+pub(crate) struct RowReduction {
+    row_shape: Vec<usize>,
+    divisor: Option<Divisor>,
+    /// The value of [`Divisor::WeightSum`], a scalar on the device.
+    weight_sum: Option<Tensor>,
+}
+
+impl RowReduction {
+    /// The gradient of each row's loss, from that of the result.
+    pub fn backward(&self, grad_output: &Tensor) -> candle_core::Result<Tensor> {
+        let divided = match (self.divisor, &self.weight_sum) {
+            (None, _) => return Ok(grad_output.clone()),
+            (Some(Divisor::Number(number)), _) => (grad_output / number)?,
+            (Some(Divisor::WeightSum), None) => grad_output.clone(),
+            (Some(Divisor::WeightSum), Some(sum)) => {
+                let dtype = grad_output.dtype();
+                grad_output.to_dtype(sum.dtype())?.div(sum)?.to_dtype(dtype)?
+            }
+        };
+        divided.broadcast_as(&self.row_shape[..])
+    }
+}
+
+impl Losses {
+    fn new(out: ForwardOut<Storage>, row_shape: Vec<usize>, divisor: Option<Divisor>) -> Self {
+        let shape = match divisor {
+            None => row_shape.clone().into(),
+            Some(_) => ().into(),
+        };
+        let num_rows: usize = row_shape.iter().product();
+        let weight_sum = out.weight_sum.map(|sum| constant(sum, ()));
+        let saved = out.saved.map(|saved| constant(saved, (SavedState::<()>::FIELDS, num_rows)));
+        Self {
+            loss: FinishedLoss { storage: out.loss, shape },
+            reduction: RowReduction { row_shape, divisor, weight_sum },
+            saved,
+        }
+    }
+}
+
+/// A tensor outside the graph.
+fn constant(storage: Storage, shape: impl Into<Shape>) -> Tensor {
+    Tensor::from_storage(storage, shape, BackpropOp::none(), false)
+}
+
+/// Runs the forward kernel. `save` says whether backward will need the rows' state.
+pub(crate) fn forward(
+    params: &LossParams,
+    logits: &Tensor,
+    targets: &Tensor,
+    divisor: Option<Divisor>,
+    save: bool,
+) -> Result<Losses> {
+    let locked = [logits, targets].map(Tensor::storage_and_layout);
+    let out = match Operands::new(&locked)? {
+        Operands::Cpu([x, t]) => host::forward(params, x, t, divisor, save)?.map(Storage::Cpu),
+        #[cfg(feature = "cuda")]
+        Operands::Cuda([x, t]) => gpu::forward(params, x, t, divisor, save)?.map(Storage::Cuda),
+        #[cfg(feature = "metal")]
+        Operands::Metal([x, t]) => gpu::forward(params, x, t, divisor, save)?.map(Storage::Metal),
+    };
+    Ok(Losses::new(out, row_shape(logits.dims(), params.class_dim), divisor))
+}
+
+/// The [`SoftmaxState`] of `num_rows` rows, to be written by [`merge_tile`].
+pub(crate) fn new_state(num_rows: usize, logits: DType, device: &Device) -> Result<Tensor> {
+    let dtype = match device {
+        Device::Cpu => host::state_dtype(logits),
+        _ => result_dtype(logits),
+    };
+    Ok(Tensor::zeros((SoftmaxState::<()>::FIELDS, num_rows), dtype, device)?)
+}
+
+/// Runs the forward kernel on the logits of a range of the classes, and merges the result into the state of the
+/// ranges before it. The range that begins at class 0 overwrites the state.
+pub(crate) fn merge_tile(
+    params: &LossParams,
+    state: &Tensor,
+    logits: &Tensor,
+    targets: &Tensor,
+) -> Result<()> {
+    let locked = [logits, targets].map(Tensor::storage_and_layout);
+    in_place(state, |state, layout| match (state, Operands::new(&locked)?) {
+        (StorageMut::Cpu(state), Operands::Cpu([x, t])) => {
+            host::merge_tile(params, (state, layout), x, t)
+        }
+        #[cfg(feature = "cuda")]
+        (StorageMut::Cuda(state), Operands::Cuda([x, t])) => {
+            gpu::merge_tile(params, (state, layout), x, t)
+        }
+        #[cfg(feature = "metal")]
+        (StorageMut::Metal(state), Operands::Metal([x, t])) => {
+            gpu::merge_tile(params, (state, layout), x, t)
+        }
+        _ => Err(no_backend()),
+    })
+}
+
+/// The losses from the state of all classes. `logits` is the dtype of the tiles.
+pub(crate) fn finish(
+    params: &LossParams,
+    logits: DType,
+    state: &Tensor,
+    row_shape: Vec<usize>,
+    targets: &Tensor,
+    divisor: Option<Divisor>,
+    save: bool,
+) -> Result<Losses> {
+    let locked = [state, targets].map(Tensor::storage_and_layout);
+    let out = match Operands::new(&locked)? {
+        Operands::Cpu([s, t]) => {
+            host::finish(params, logits, s, t, divisor, save)?.map(Storage::Cpu)
+        }
+        #[cfg(feature = "cuda")]
+        Operands::Cuda([s, t]) => {
+            gpu::finish(params, logits, s, t, divisor, save)?.map(Storage::Cuda)
+        }
+        #[cfg(feature = "metal")]
+        Operands::Metal([s, t]) => {
+            gpu::finish(params, logits, s, t, divisor, save)?.map(Storage::Metal)
+        }
+    };
+    Ok(Losses::new(out, row_shape, divisor))
+}
+
+// ---- Backward
+
+/// Runs the backward kernel: the logits' gradient, from the gradient of each row's loss.
+pub(crate) fn backward(
+    params: &LossParams,
+    logits: &Tensor,
+    targets: &Tensor,
+    grad_output: &Tensor,
+    saved: &Tensor,
+) -> Result<Tensor> {
+    let locked = [logits, targets, grad_output, saved].map(Tensor::storage_and_layout);
+    let gradient = match Operands::new(&locked)? {
+        Operands::Cpu([x, t, g, s]) => Storage::Cpu(host::backward(params, x, t, g, s)?),
+        #[cfg(feature = "cuda")]
+        Operands::Cuda([x, t, g, s]) => Storage::Cuda(gpu::backward(params, x, t, g, s)?),
+        #[cfg(feature = "metal")]
+        Operands::Metal([x, t, g, s]) => Storage::Metal(gpu::backward(params, x, t, g, s)?),
+    };
+    Ok(constant(gradient, logits.shape()))
+}
+
+/// Overwrites the logits with their gradient. They must be contiguous, used by nothing else, and on the CPU of dtype
+/// f32 or f64.
+pub(crate) fn backward_in_place(
+    params: &LossParams,
+    logits: &Tensor,
+    targets: &Tensor,
+    grad_output: &Tensor,
+    saved: &Tensor,
+) -> Result<()> {
+    let locked = [targets, grad_output, saved].map(Tensor::storage_and_layout);
+    in_place(logits, |logits, layout| match (logits, Operands::new(&locked)?) {
+        (StorageMut::Cpu(x), Operands::Cpu([t, g, s])) => {
+            host::backward_in_place(params, (x, layout), t, g, s)
+        }
+        #[cfg(feature = "cuda")]
+        (StorageMut::Cuda(x), Operands::Cuda([t, g, s])) => {
+            gpu::backward_in_place(params, (x, layout), t, g, s)
+        }
+        #[cfg(feature = "metal")]
+        (StorageMut::Metal(x), Operands::Metal([t, g, s])) => {
+            gpu::backward_in_place(params, (x, layout), t, g, s)
+        }
+        _ => Err(no_backend()),
+    })
+}
+
+// ---- Targets
+
+/// Runs the kernel of [`smooth_targets`](crate::smooth_targets). The result is f32, of the shape given.
+pub(crate) fn smooth_targets(
+    params: &LossParams,
+    labels: &Tensor,
+    shape: Vec<usize>,
+) -> Result<Tensor> {
+    let locked = [labels.storage_and_layout()];
+    let smoothed = match Operands::new(&locked)? {
+        Operands::Cpu([labels]) => Storage::Cpu(host::smooth_targets(params, labels)?),
+        #[cfg(feature = "cuda")]
+        Operands::Cuda([labels]) => Storage::Cuda(gpu::smooth_targets(params, labels)?),
+        #[cfg(feature = "metal")]
+        Operands::Metal([labels]) => Storage::Metal(gpu::smooth_targets(params, labels)?),
+    };
+    Ok(constant(smoothed, shape))
+}
+
+/// Checks class targets on the CPU. On a GPU this would wait for the device.
+pub(crate) fn check_class_targets(
+    targets: &Tensor,
+    num_classes: usize,
+    ignore_index: Option<i64>,
+) -> Result<()> {
+    match &*targets.storage_and_layout().0 {
+        Storage::Cpu(storage) => {
+            cpu::check_class_targets((storage, targets.layout()), num_classes, ignore_index)
+        }
+        _ => Ok(()),
+    }
+}
+
+// ---- Storages
+
+/// Tensors of one backend.
+enum Operands<'a, const N: usize> {
+    Cpu([Operand<'a, CpuStorage>; N]),
+    #[cfg(feature = "cuda")]
+    Cuda([Operand<'a, CudaStorage>; N]),
+    #[cfg(feature = "metal")]
+    Metal([Operand<'a, MetalStorage>; N]),
+}
+
+/// A tensor locked for reading.
+type Locked<'a> = (StorageRef<'a>, &'a Layout);
+
+impl<'a, const N: usize> Operands<'a, N> {
+    fn new(locked: &'a [Locked<'a>; N]) -> Result<Self> {
+        let first = locked.first().map(|(storage, _)| &**storage);
+        let operands = match first {
+            Some(Storage::Cpu(_)) => {
+                collect(locked, |s| if let Storage::Cpu(s) = s { Some(s) } else { None })
+                    .map(Self::Cpu)
+            }
+            #[cfg(feature = "cuda")]
+            Some(Storage::Cuda(_)) => {
+                collect(locked, gpu::GpuStorage::from_storage).map(Self::Cuda)
+            }
+            #[cfg(feature = "metal")]
+            Some(Storage::Metal(_)) => {
+                collect(locked, gpu::GpuStorage::from_storage).map(Self::Metal)
+            }
+            _ => None,
+        };
+        operands.ok_or_else(no_backend)
+    }
+}
+
+/// The storages of one backend, or `None` if one is of another.
+fn collect<'a, S, const N: usize>(
+    locked: &'a [Locked<'a>; N],
+    of_backend: impl Fn(&'a Storage) -> Option<&'a S>,
+) -> Option<[Operand<'a, S>; N]> {
+    let (first, layout) = locked.first()?;
+    let mut operands = [(of_backend(first)?, *layout); N];
+    for (operand, (storage, layout)) in operands.iter_mut().zip(locked) {
+        *operand = (of_backend(storage)?, layout);
+    }
+    Some(operands)
+}
+
+/// The error for tensors that no backend takes together.
+fn no_backend() -> Error {
+    let message =
+        "the tensors are on several devices, or on one that this build has no backend for";
+    candle_core::Error::Msg(message.to_string()).into()
+}
+
+/// Checks that a floating-point tensor stays inside its storage. candle's own operations rely on it.
+pub(crate) fn check_storage(tensor: &Tensor) -> Result<()> {
+    let (storage, layout) = tensor.storage_and_layout();
+    let len = match &*storage {
+        Storage::Cpu(storage) => cpu::float_len(storage),
+        #[cfg(feature = "cuda")]
+        Storage::Cuda(storage) => Some(gpu::GpuStorage::len(storage)),
+        #[cfg(feature = "metal")]
+        Storage::Metal(storage) => Some(gpu::GpuStorage::len(storage)),
+        #[cfg(not(all(feature = "cuda", feature = "metal")))]
+        _ => None,
+    };
+    len.map_or(Ok(()), |len| check_layout(layout, len))
+}
+
+// ---- candle's ops
+
+/// A storage that a kernel changes.
+enum StorageMut<'a> {
+    Cpu(&'a mut CpuStorage),
+    #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "no backend takes it"))]
+    Cuda(&'a mut CudaStorage),
+    #[cfg_attr(not(feature = "metal"), expect(dead_code, reason = "no backend takes it"))]
+    Metal(&'a mut MetalStorage),
+}
+
+/// Calls `f` with the tensor's storage. Only an in-place op gets it mutably.
+fn in_place(tensor: &Tensor, f: impl Fn(StorageMut, &Layout) -> Result<()>) -> Result<()> {
+    Ok(tensor.inplace_op1(&InPlace(f))?)
+}
+
+struct InPlace<F>(F);
+
+impl<F: Fn(StorageMut, &Layout) -> Result<()>> InplaceOp1 for InPlace<F> {
+    fn name(&self) -> &'static str {
+        "label-smoothing-loss-in-place"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
+        Ok(self.0(StorageMut::Cpu(storage), layout)?)
+    }
+
+    fn cuda_fwd(&self, storage: &mut CudaStorage, layout: &Layout) -> candle_core::Result<()> {
+        Ok(self.0(StorageMut::Cuda(storage), layout)?)
+    }
+
+    fn metal_fwd(&self, storage: &mut MetalStorage, layout: &Layout) -> candle_core::Result<()> {
+        Ok(self.0(StorageMut::Metal(storage), layout)?)
+    }
+}
+
+/// The computed loss, not yet a tensor.
+pub(crate) struct FinishedLoss {
+    storage: Storage,
+    shape: Shape,
+}
+
+impl FinishedLoss {
+    /// The loss as a tensor outside the graph.
+    pub fn detached(self) -> Tensor {
+        constant(self.storage, self.shape)
+    }
+
+    /// The loss as a node of the graph that depends on three tensors, candle's ops taking no more. `backward` gets
+    /// these and the loss's gradient, and returns a gradient for each of them that is tracked.
+    pub fn attach_backward(
+        self,
+        [a, b, c]: [&Tensor; 3],
+        backward: impl Fn([&Tensor; 3], &Tensor) -> Result<[Option<Tensor>; 3]> + Send + Sync + 'static,
+    ) -> Result<Tensor> {
+        let (loss, shape) = (Mutex::new(Some(self.storage)), self.shape);
+        Ok(a.apply_op3(b, c, LossNode { loss, shape, backward })?)
+    }
+}
+
+/// The node. Its forward moves the computed loss into the graph.
+struct LossNode<F> {
+    loss: Mutex<Option<Storage>>,
+    shape: Shape,
+    backward: F,
+}
+
+impl<F> LossNode<F> {
+    fn take_loss(&self) -> Option<Storage> {
+        self.loss.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+impl<F> CustomOp3 for LossNode<F>
+where
+    F: Fn([&Tensor; 3], &Tensor) -> Result<[Option<Tensor>; 3]>,
+{
+    fn name(&self) -> &'static str {
+        "label-smoothing-loss"
+    }
+
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        match self.take_loss() {
+            Some(Storage::Cpu(loss)) => Ok((loss, self.shape.clone())),
+            _ => Err(no_backend().into()),
+        }
+    }
+
+    fn cuda_fwd(
+        &self,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+    ) -> candle_core::Result<(CudaStorage, Shape)> {
+        match self.take_loss() {
+            Some(Storage::Cuda(loss)) => Ok((loss, self.shape.clone())),
+            _ => Err(no_backend().into()),
+        }
+    }
+
+    fn metal_fwd(
+        &self,
+        _: &MetalStorage,
+        _: &Layout,
+        _: &MetalStorage,
+        _: &Layout,
+        _: &MetalStorage,
+        _: &Layout,
+    ) -> candle_core::Result<(MetalStorage, Shape)> {
+        match self.take_loss() {
+            Some(Storage::Metal(loss)) => Ok((loss, self.shape.clone())),
+            _ => Err(no_backend().into()),
+        }
+    }
+
+    fn bwd(
+        &self,
+        a: &Tensor,
+        b: &Tensor,
+        c: &Tensor,
+        _: &Tensor,
+        grad_output: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let [a, b, c] = (self.backward)([a, b, c], grad_output)?;
+        Ok((a, b, c))
+    }
+}

@@ -1,0 +1,245 @@
+//! Tensors that the loops read by row and class, of any floating-point dtype and layout.
+
+use super::dtype::{Element, FloatSlice, Real};
+use super::parallel::BLOCK;
+use crate::error::{Error, Result};
+use crate::formula::LossParams;
+use crate::layout::{Operand, RowOffsets, check_layout, inner_size, num_rows};
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, Layout};
+use half::f16;
+use half::slice::HalfFloatSliceExt;
+
+/// Up to so many classes, a loop works on several rows side by side.
+pub(super) const FEW_CLASSES: usize = 32;
+
+/// The axis along which a block's elements follow each other.
+#[derive(Clone, Copy)]
+pub(super) enum InnerAxis {
+    /// The classes of a row.
+    Class,
+    /// The rows of a class.
+    Row,
+}
+
+impl InnerAxis {
+    /// The axis along which contiguous logits are adjacent in memory. It depends on the shape alone, so that a view
+    /// gives the bits of its contiguous copy.
+    pub(super) fn of_memory(params: &LossParams, dims: &[usize]) -> Self {
+        match inner_size(dims, params.class_dim) {
+            1 => Self::Class,
+            _ => Self::Row,
+        }
+    }
+
+    /// The axis along which forward reads. With few classes a row is too short for a block.
+    pub(super) fn of_forward(params: &LossParams, dims: &[usize], num_classes: usize) -> Self {
+        match num_classes {
+            ..=FEW_CLASSES => Self::Row,
+            _ => Self::of_memory(params, dims),
+        }
+    }
+}
+
+/// The position of a block: its first row and class, and the axis of its elements.
+#[derive(Clone, Copy)]
+pub(super) struct BlockPos {
+    pub row: usize,
+    pub class: usize,
+    pub axis: InnerAxis,
+}
+
+impl BlockPos {
+    pub(super) fn at_class(self, class: usize) -> Self {
+        Self { class, ..self }
+    }
+
+    /// The row of the block's element `i`.
+    fn row_of(self, i: usize) -> usize {
+        match self.axis {
+            InnerAxis::Class => self.row,
+            InnerAxis::Row => self.row + i,
+        }
+    }
+
+    /// The class of the block's element `i`.
+    pub(super) fn class_of(self, i: usize) -> usize {
+        match self.axis {
+            InnerAxis::Class => self.class + i,
+            InnerAxis::Row => self.class,
+        }
+    }
+}
+
+/// The numbers of a tensor by row and class.
+pub(super) struct StridedRows<'a> {
+    values: FloatSlice<'a>,
+    /// The position of the first of `values` in the tensor's storage.
+    origin: usize,
+    offsets: RowOffsets,
+    pub num_rows: usize,
+    first_class: usize,
+    class_stride: usize,
+}
+
+impl<'a> StridedRows<'a> {
+    /// If `class_dim` is beyond the rank, each element is a row.
+    pub(super) fn new(
+        (storage, layout): Operand<'a, CpuStorage>,
+        class_dim: usize,
+    ) -> Result<Self> {
+        let Some(values) = FloatSlice::new(storage) else {
+            return Err(Error::TargetsDType {
+                dtype: storage.dtype(),
+                expected: "F16, BF16, F32 or F64",
+            });
+        };
+        check_layout(layout, values.len())?;
+        Ok(Self::with_values(values, 0, layout, class_dim))
+    }
+
+    /// A piece of a contiguous tensor of these dimensions: its elements from `origin` on.
+    pub(super) fn piece<A: Real>(
+        values: &'a [A],
+        origin: usize,
+        dims: &[usize],
+        class_dim: usize,
+    ) -> Self {
+        Self::with_values(A::to_float_slice(values), origin, &Layout::contiguous(dims), class_dim)
+    }
+
+    fn with_values(
+        values: FloatSlice<'a>,
+        origin: usize,
+        layout: &Layout,
+        class_dim: usize,
+    ) -> Self {
+        Self {
+            values,
+            origin,
+            offsets: RowOffsets::new(layout, Some(class_dim)),
+            num_rows: num_rows(layout.dims(), class_dim),
+            first_class: 0,
+            class_stride: layout.stride().get(class_dim).copied().unwrap_or(0),
+        }
+    }
+
+    /// Numbers the classes from `first_class` on.
+    pub(super) fn with_first_class(mut self, first_class: usize) -> Self {
+        self.first_class = first_class;
+        self
+    }
+
+    /// The index in `values` of a class of the row at `row_offset`.
+    #[inline(always)]
+    fn index(&self, row_offset: usize, class: usize) -> usize {
+        row_offset + (class - self.first_class) * self.class_stride - self.origin
+    }
+
+    /// The block, if it is contiguous and of this dtype.
+    #[inline(always)]
+    pub(super) fn as_contiguous<T: Element>(&self, pos: BlockPos, len: usize) -> Option<&[T]> {
+        let values = T::as_slice(&self.values)?;
+        let run = self.offsets.run(pos.row);
+        let is_contiguous = match pos.axis {
+            InnerAxis::Class => self.class_stride == 1,
+            InnerAxis::Row => run.stride == 1 && run.len >= len,
+        };
+        let start = self.index(run.offset, pos.class);
+        if is_contiguous { values.get(start..start + len) } else { None }
+    }
+
+    /// Classes of one row in the tensor's own dtype: where they are if contiguous, else copied to `buffer`.
+    #[inline(always)]
+    pub(super) fn classes<'b, T: Element>(
+        &'b self,
+        pos: BlockPos,
+        len: usize,
+        buffer: &'b mut [T],
+    ) -> &'b [T] {
+        match self.as_contiguous(pos, len) {
+            Some(values) => values,
+            None => {
+                let buffer = &mut buffer[..len];
+                self.copy_classes(pos, buffer);
+                buffer
+            }
+        }
+    }
+
+    #[inline(never)]
+    fn copy_classes<T: Element>(&self, pos: BlockPos, out: &mut [T]) {
+        let start = self.index(self.offsets.run(pos.row).offset, pos.class);
+        if let Some(values) = T::as_slice(&self.values) {
+            copy_strided(values, start, self.class_stride, out, |value| value);
+        }
+    }
+
+    /// Fills `out`, at most [`BLOCK`] long, with the block in the dtype of the arithmetic.
+    #[inline(always)]
+    pub(super) fn load<A: Real>(&self, pos: BlockPos, out: &mut [A]) {
+        match self.as_contiguous(pos, out.len()) {
+            Some(values) => out.copy_from_slice(values),
+            None => self.load_strided(pos, out),
+        }
+    }
+
+    /// Like [`load`](Self::load), for any dtype and layout. Compiled once and not for each instruction set: that would be
+    /// most of the crate's code.
+    #[inline(never)]
+    fn load_strided<A: Real>(&self, pos: BlockPos, out: &mut [A]) {
+        let mut done = 0;
+        while done < out.len() {
+            let run = self.offsets.run(pos.row_of(done));
+            let (stride, len) = match pos.axis {
+                InnerAxis::Class => (self.class_stride, out.len()),
+                InnerAxis::Row => (run.stride, run.len.min(out.len() - done)),
+            };
+            let start = self.index(run.offset, pos.class);
+            let out = &mut out[done..done + len];
+            match &self.values {
+                FloatSlice::F8(value_at, _) => {
+                    for (i, out) in out.iter_mut().enumerate() {
+                        *out = A::from_f32(value_at(start + i * stride));
+                    }
+                }
+                FloatSlice::BF16(values) => {
+                    copy_strided(values, start, stride, out, |v| A::from_f32(v.to_f32()))
+                }
+                FloatSlice::F16(values) => copy_f16(values, start, stride, out),
+                FloatSlice::F32(values) => copy_strided(values, start, stride, out, A::from_f32),
+                FloatSlice::F64(values) => copy_strided(values, start, stride, out, A::from_f64),
+            }
+            done += len;
+        }
+    }
+}
+
+#[inline(always)]
+fn copy_strided<T: Copy, U>(
+    values: &[T],
+    start: usize,
+    stride: usize,
+    out: &mut [U],
+    convert: impl Fn(T) -> U,
+) {
+    if stride == 1 {
+        let values = &values[start..start + out.len()];
+        out.iter_mut().zip(values).for_each(|(out, &value)| *out = convert(value));
+    } else {
+        for (i, out) in out.iter_mut().enumerate() {
+            *out = convert(values[start + i * stride]);
+        }
+    }
+}
+
+/// Copies at most [`BLOCK`] f16, converted eight at a time where the processor can.
+fn copy_f16<A: Real>(values: &[f16], start: usize, stride: usize, out: &mut [A]) {
+    let mut halves = [f16::ZERO; BLOCK];
+    let halves = &mut halves[..out.len()];
+    copy_strided(values, start, stride, halves, |value| value);
+    let mut floats = [0f32; BLOCK];
+    let floats = &mut floats[..out.len()];
+    halves.convert_to_f32_slice(floats);
+    out.iter_mut().zip(floats).for_each(|(out, &mut value)| *out = A::from_f32(value));
+}

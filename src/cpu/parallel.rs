@@ -1,0 +1,229 @@
+//! Work shared between threads, in pieces that do not depend on the number of threads.
+
+use crate::error::{Error, Result};
+use std::mem::MaybeUninit;
+
+/// Elements that a loop works on at a time: few enough for the stack and the first-level cache.
+pub(super) const BLOCK: usize = 256;
+
+/// Elements of one row that one thread works on, at most.
+pub(super) const SEGMENT: usize = 64 * BLOCK;
+
+/// Elements below which waking a second thread costs more than it saves. Miri is slow, so there threads share small
+/// tensors too.
+pub(super) const MIN_TASK: usize = if cfg!(miri) { 1 } else { 64 * BLOCK };
+
+/// An empty vector with room for `len` elements.
+fn reserve<T>(len: usize) -> Result<Vec<T>> {
+    let mut vec = Vec::new();
+    match vec.try_reserve_exact(len) {
+        Ok(()) => Ok(vec),
+        Err(_) => Err(Error::TooLarge { what: "an intermediate result", shape: vec![len] }),
+    }
+}
+
+/// A vector of `len` defaults.
+pub(super) fn default_vec<T: Copy + Default>(len: usize) -> Result<Vec<T>> {
+    let mut out = reserve(len)?;
+    out.resize(len, T::default());
+    Ok(out)
+}
+
+/// Splits slices of equal length into pieces, and calls `f(start, pieces)` on several threads. Each `start` is a multiple
+/// of `unit`, and each piece but the last has at least `unit` elements. An index costs as much as `cost` elements.
+pub(super) fn split<T: Send, const N: usize>(
+    slices: [&mut [T]; N],
+    unit: usize,
+    cost: usize,
+    f: &(impl Fn(usize, [&mut [T]; N]) + Sync),
+) {
+    let piece_len = MIN_TASK.div_ceil(cost.max(1)).next_multiple_of(unit.max(1));
+    split_from(0, slices, piece_len, f);
+}
+
+fn split_from<T: Send, const N: usize>(
+    start: usize,
+    slices: [&mut [T]; N],
+    piece_len: usize,
+    f: &(impl Fn(usize, [&mut [T]; N]) + Sync),
+) {
+    let pieces = slices.first().map_or(0, |slice| slice.len()).div_ceil(piece_len);
+    if pieces <= 1 {
+        return f(start, slices);
+    }
+    let middle = pieces / 2 * piece_len;
+    let mut right = [const { None }; N];
+    let mut right_of = right.iter_mut();
+    let left = slices.map(|slice| {
+        let (left, right) = slice.split_at_mut(middle);
+        if let Some(slot) = right_of.next() {
+            *slot = Some(right);
+        }
+        left
+    });
+    let right = right.map(Option::unwrap_or_default);
+    rayon::join(
+        || split_from(start, left, piece_len, f),
+        || split_from(start + middle, right, piece_len, f),
+    );
+}
+
+/// A vector of `len` elements. `f(start, writer)` writes those of a piece. Each `start` is a multiple of `unit`.
+pub(super) fn build<T: Copy + Default + Send>(
+    len: usize,
+    unit: usize,
+    f: impl Fn(usize, &mut SliceWriter<T>) + Sync,
+) -> Result<Vec<T>> {
+    Ok(build_in(reserve(len)?, len, unit, f))
+}
+
+/// Replaces values: `f(start, piece, writer)` writes the new values of a piece, while it is in the cache. Each `start` is a
+/// multiple of `unit`.
+pub(super) fn rewrite<T: Copy + Default + Send + Sync>(
+    values: &mut [T],
+    unit: usize,
+    f: impl Fn(usize, &[T], &mut SliceWriter<T>) + Sync,
+) {
+    split([values], unit, 1, &|start, [values]| {
+        let len = values.len();
+        let new = Vec::with_capacity(len);
+        values.copy_from_slice(&build_in(new, len, len, |_, writer| f(start, values, writer)));
+    });
+}
+
+/// Like [`build`], in an empty vector that has capacity for `len` elements.
+fn build_in<T: Copy + Default + Send>(
+    mut out: Vec<T>,
+    len: usize,
+    unit: usize,
+    f: impl Fn(usize, &mut SliceWriter<T>) + Sync,
+) -> Vec<T> {
+    let spare: &mut [MaybeUninit<T>] = &mut out.spare_capacity_mut()[..len];
+    advise_huge_pages(spare);
+    split([spare], unit, 1, &|start, [slice]| {
+        let mut writer = SliceWriter { slice, written: 0 };
+        f(start, &mut writer);
+        writer.slice[writer.written..].fill(MaybeUninit::new(T::default()));
+    });
+    // SAFETY: the vector is empty. It has capacity for `len` elements, or the slice above would have failed. `split`
+    // covers each of them with one piece. The writer counts only elements that it has written, and the closure
+    // above fills the rest of its piece. Zeroing the whole vector first would write the largest allocation of
+    // a training step twice.
+    unsafe { out.set_len(len) };
+    out
+}
+
+/// Asks for huge pages under memory that will be written as a whole. Fresh memory is mapped page by page, at the first
+/// write to each. Where Linux maps huge pages only on request (`madvise`, a common default), the page faults cost
+/// several times the gradient's arithmetic.
+#[cfg(target_os = "linux")]
+fn advise_huge_pages<T>(memory: &mut [MaybeUninit<T>]) {
+    const HUGE_PAGE: usize = 2 << 20;
+    let range = memory.as_mut_ptr_range();
+    let start = range.start.addr().next_multiple_of(HUGE_PAGE);
+    let end = range.end.addr() / HUGE_PAGE * HUGE_PAGE;
+    if start < end {
+        let pages = range.start.with_addr(start).cast();
+        // SAFETY: the pages lie within memory that is borrowed mutably here. The advice does not change their
+        // contents, and the code does not depend on whether it is taken.
+        unsafe { libc::madvise(pages, end - start, libc::MADV_HUGEPAGE) };
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn advise_huge_pages<T>(_: &mut [MaybeUninit<T>]) {}
+
+/// Writes a slice of uninitialised memory from its start to its end.
+pub(super) struct SliceWriter<'a, T> {
+    slice: &'a mut [MaybeUninit<T>],
+    written: usize,
+}
+
+impl<T: Copy> SliceWriter<'_, T> {
+    /// The number of elements not yet written.
+    pub(super) fn remaining(&self) -> usize {
+        self.slice.len() - self.written
+    }
+
+    /// Writes the values, or as many of them as fit.
+    #[inline(always)]
+    pub(super) fn write(&mut self, values: &[T]) {
+        let slice = &mut self.slice[self.written..];
+        let len = slice.len().min(values.len());
+        slice.iter_mut().zip(values).for_each(|(slot, &value)| {
+            slot.write(value);
+        });
+        self.written += len;
+    }
+
+    /// Overwrites a written value, `back` values before the next one to write.
+    pub(super) fn overwrite(&mut self, back: usize, value: T) {
+        let written = &mut self.slice[..self.written];
+        if let Some(last) = written.iter_mut().nth_back(back.wrapping_sub(1)) {
+            last.write(value);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn split_covers_each_index_once() -> Result<()> {
+        for len in [0, 1, 63, 64, 65, 3 * MIN_TASK + 200] {
+            let (mut a, mut b) = (default_vec::<usize>(len)?, default_vec::<usize>(len)?);
+            split([&mut a, &mut b], 64, 1, &|start, [a, b]| {
+                assert!(start % 64 == 0 && a.len() == b.len());
+                for (i, (a, b)) in a.iter_mut().zip(b).enumerate() {
+                    *a += start + i;
+                    *b += 1;
+                }
+            });
+            assert!(a.iter().enumerate().all(|(i, &a)| a == i));
+            assert!(b.iter().all(|&b| b == 1));
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn build_and_rewrite_several_pieces() -> Result<()> {
+        let len = 3 * MIN_TASK + 200;
+        let mut values = build::<f32>(len, 64, |start, writer| {
+            assert!(start % 64 == 0);
+            let piece: Vec<_> = (start + 1..).take(writer.remaining()).map(|i| i as f32).collect();
+            writer.write(&piece);
+        })?;
+        assert!(values.iter().enumerate().all(|(i, &value)| value == (i + 1) as f32));
+        rewrite(&mut values, 64, |start, piece, writer| {
+            assert_eq!(
+                (piece.len(), piece.first()),
+                (writer.remaining(), Some(&((start + 1) as f32)))
+            );
+            piece.iter().for_each(|value| writer.write(&[-value]));
+        });
+        assert!(values.iter().enumerate().all(|(i, &value)| value == -((i + 1) as f32)));
+        Ok(())
+    }
+
+    #[test]
+    fn unwritten_elements_are_zero() -> Result<()> {
+        let built = build::<f32>(100, 100, |start, writer| {
+            assert_eq!((start, writer.remaining()), (0, 100));
+            writer.write(&[1.; 30]);
+            assert_eq!(writer.remaining(), 70);
+            writer.write(&[2.; 10]);
+        })?;
+        assert_eq!(built[..30], [1.; 30]);
+        assert_eq!(built[30..40], [2.; 10]);
+        assert_eq!(built[40..], [0.; 60]);
+        let built = build::<f32>(3, 3, |_, writer| {
+            writer.write(&[1.; 5]);
+            writer.overwrite(1, 2.);
+            writer.overwrite(0, 3.);
+            writer.overwrite(4, 3.);
+        })?;
+        assert_eq!(built, [1., 1., 2.]);
+        Ok(())
+    }
+}

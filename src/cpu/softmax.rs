@@ -1,0 +1,292 @@
+//! The arithmetic of a block: online softmax forward, the gradient backward.
+
+use super::dtype::{Element, Real, UNROLL};
+use super::exp::{add_exp, exp};
+use crate::formula::SoftmaxState;
+use candle_core::WithDType;
+use pulp::Simd;
+
+/// The most rows that are worked on side by side where their classes are not adjacent in memory.
+pub(super) const ROWS: usize = 128;
+
+/// The elements of [`UNROLL`] vectors.
+#[inline(always)]
+pub(super) fn chunk_len<A: Real, S: Simd>() -> usize {
+    UNROLL * size_of::<A::Vector<S>>() / size_of::<A>()
+}
+
+impl Default for SoftmaxState<f64> {
+    /// The state over no classes.
+    fn default() -> Self {
+        Self { max: f64::NEG_INFINITY, sum_exp: 0., target_sum: 0., target_dot: 0. }
+    }
+}
+
+impl SoftmaxState<f64> {
+    /// The state over two ranges of one row, relative to the larger maximum.
+    #[inline(always)]
+    pub(super) fn merge(self, other: Self) -> Self {
+        let max = self.max.max(other.max);
+        let (a, b) = (self.with_max(max), other.with_max(max));
+        Self {
+            max,
+            sum_exp: a.sum_exp + b.sum_exp,
+            target_sum: a.target_sum + b.target_sum,
+            target_dot: a.target_dot + b.target_dot,
+        }
+    }
+
+    /// Adds `delta` to the coefficient of a logit that the state contains.
+    #[inline(always)]
+    pub(super) fn add_to_coefficient(self, delta: f64, logit: f64) -> Self {
+        if delta == 0. {
+            return self;
+        }
+        Self {
+            target_sum: self.target_sum + delta,
+            target_dot: self.target_dot + delta * (logit - finite_base(self.max)),
+            ..self
+        }
+    }
+
+    /// The same state relative to another maximum.
+    #[inline(always)]
+    fn with_max(self, max: f64) -> Self {
+        if self.max == max || self.max == f64::NEG_INFINITY {
+            return self;
+        }
+        let shift = self.max - max;
+        let moved = if self.target_sum == 0. { 0. } else { self.target_sum * shift };
+        Self { sum_exp: self.sum_exp * shift.exp(), target_dot: self.target_dot + moved, ..self }
+    }
+}
+
+/// The number that is subtracted from logits: their maximum, but 0 if that is −∞, since −∞ − −∞ is NaN.
+fn finite_base<A: Element>(max: A) -> A {
+    if max.to_f64() == f64::NEG_INFINITY { A::default() } else { max }
+}
+
+/// The largest logit of a block of whole chunks.
+#[inline(always)]
+pub(super) fn block_max<T: Element, S: Simd>(simd: S, logits: &[T]) -> T::Real {
+    let mut max = [T::Real::splat(simd, T::Real::NEG_INFINITY); UNROLL];
+    for &chunk in T::as_chunks::<S>(logits) {
+        let x = T::to_vectors(simd, chunk);
+        for i in 0..UNROLL {
+            max[i] = T::Real::vmax(simd, x[i], max[i]);
+        }
+    }
+    let [a, b, c, d] = max;
+    let (a, b) = (T::Real::vmax(simd, a, b), T::Real::vmax(simd, c, d));
+    T::Real::reduce_max(simd, T::Real::vmax(simd, a, b))
+}
+
+/// The state over a block of whole chunks whose classes have one coefficient.
+///
+/// `max` is the largest logit so far, this block's included. Relative to it, most blocks merge without an exponential.
+#[inline(always)]
+pub(super) fn state_of_constant<T: Element, S: Simd>(
+    simd: S,
+    max: T::Real,
+    logits: &[T],
+    coefficient: T::Real,
+) -> SoftmaxState<f64> {
+    let base = T::Real::splat(simd, finite_base(max));
+    let mut sum_exp = [T::Real::splat(simd, T::Real::ZERO); UNROLL];
+    let r = T::Real::splat(simd, coefficient);
+    let mut target_dot = sum_exp;
+    for &chunk in T::as_chunks::<S>(logits) {
+        let x = T::to_vectors(simd, chunk);
+        for i in 0..UNROLL {
+            let x = T::Real::vsub(simd, x[i], base);
+            sum_exp[i] = add_exp::<T::Real, S>(simd, sum_exp[i], x);
+            // Σ (x − max), multiplied by r afterwards, would overflow for logits masked with the dtype's minimum.
+            target_dot[i] = T::Real::vmul_add(simd, r, x, target_dot[i]);
+        }
+    }
+    let coefficient = coefficient.to_f64();
+    let target_dot = sum_vectors::<T::Real, S>(simd, target_dot);
+    SoftmaxState {
+        max: max.to_f64(),
+        sum_exp: sum_vectors::<T::Real, S>(simd, sum_exp),
+        target_sum: coefficient * logits.len() as f64,
+        // 0·∞ counts as 0.
+        target_dot: if coefficient == 0. { 0. } else { target_dot },
+    }
+}
+
+/// The state over a block of whole chunks with a coefficient for each class. `max` is as in [`state_of_constant`].
+#[inline(always)]
+pub(super) fn state_of_slice<A: Real, S: Simd>(
+    simd: S,
+    max: A,
+    logits: &[A],
+    coefficients: &[A],
+) -> SoftmaxState<f64> {
+    let base = A::splat(simd, finite_base(max));
+    let mut sum_exp = [A::splat(simd, A::ZERO); UNROLL];
+    let (mut target_sum, mut target_dot) = (sum_exp, sum_exp);
+    for (&x, &r) in A::as_chunks::<S>(logits).iter().zip(A::as_chunks::<S>(coefficients)) {
+        let (x, r) = (A::to_vectors(simd, x), A::to_vectors(simd, r));
+        for i in 0..UNROLL {
+            let x = A::vsub(simd, x[i], base);
+            sum_exp[i] = add_exp::<A, S>(simd, sum_exp[i], x);
+            target_sum[i] = A::vadd(simd, target_sum[i], r[i]);
+            target_dot[i] = A::vadd(simd, target_dot[i], A::mul_or_zero(simd, r[i], x));
+        }
+    }
+    SoftmaxState {
+        max: max.to_f64(),
+        sum_exp: sum_vectors::<A, S>(simd, sum_exp),
+        target_sum: sum_vectors::<A, S>(simd, target_sum),
+        target_dot: sum_vectors::<A, S>(simd, target_dot),
+    }
+}
+
+#[inline(always)]
+fn sum_vectors<A: Real, S: Simd>(simd: S, [a, b, c, d]: [A::Vector<S>; UNROLL]) -> f64 {
+    let (a, b) = (A::vadd(simd, a, b), A::vadd(simd, c, d));
+    A::reduce_sum(simd, A::vadd(simd, a, b)).to_f64()
+}
+
+impl<A: Real> SoftmaxState<[A; ROWS]> {
+    /// The states of rows side by side, over no classes.
+    pub(super) const EMPTY_ROWS: Self = Self {
+        max: [A::NEG_INFINITY; ROWS],
+        sum_exp: [A::ZERO; ROWS],
+        target_sum: [A::ZERO; ROWS],
+        target_dot: [A::ZERO; ROWS],
+    };
+
+    /// Adds classes, each with a logit and a coefficient for every row. The first `rows` rows count.
+    #[inline(always)]
+    pub(super) fn add_classes<S: Simd>(
+        &mut self,
+        simd: S,
+        rows: usize,
+        logits: &[[A; ROWS]],
+        coefficients: &[[A; ROWS]],
+    ) {
+        let Self { max, sum_exp, target_sum, target_dot } = self;
+        let fields = A::as_vectors_mut::<S>(max)
+            .iter_mut()
+            .zip(A::as_vectors_mut::<S>(sum_exp))
+            .zip(A::as_vectors_mut::<S>(target_sum))
+            .zip(A::as_vectors_mut::<S>(target_dot));
+        let vectors = rows.div_ceil(size_of::<A::Vector<S>>() / size_of::<A>());
+        for (i, (((max, sum_exp), target_sum), target_dot)) in fields.take(vectors).enumerate() {
+            let mut new_max = *max;
+            for x in logits {
+                new_max = A::vmax(simd, A::as_vectors::<S>(x)[i], new_max);
+            }
+            let base = A::neg_infinity_to_zero(simd, new_max);
+            // The new classes are summed apart from the old ones: fewer roundings than one by one.
+            let zero = A::splat(simd, A::ZERO);
+            let (mut new_sum_exp, mut new_target_sum, mut new_target_dot) = (zero, zero, zero);
+            for (x, r) in logits.iter().zip(coefficients) {
+                let (x, r) = (A::as_vectors::<S>(x)[i], A::as_vectors::<S>(r)[i]);
+                let x = A::vsub(simd, x, base);
+                new_sum_exp = add_exp::<A, S>(simd, new_sum_exp, x);
+                new_target_sum = A::vadd(simd, new_target_sum, r);
+                new_target_dot = A::vadd(simd, new_target_dot, A::mul_or_zero(simd, r, x));
+            }
+            let shift = A::vsub(simd, *max, base);
+            let moved = A::vadd(simd, *target_dot, A::mul_or_zero(simd, *target_sum, shift));
+            *max = new_max;
+            *sum_exp = A::vmul_add(simd, *sum_exp, exp::<A, S>(simd, shift), new_sum_exp);
+            *target_sum = A::vadd(simd, *target_sum, new_target_sum);
+            *target_dot = A::vadd(simd, moved, new_target_dot);
+        }
+    }
+
+    pub(super) fn row(&self, i: usize) -> SoftmaxState<f64> {
+        SoftmaxState {
+            max: self.max[i].to_f64(),
+            sum_exp: self.sum_exp[i].to_f64(),
+            target_sum: self.target_sum[i].to_f64(),
+            target_dot: self.target_dot[i].to_f64(),
+        }
+    }
+}
+
+/// A row's numbers in its gradient, exp(x − max)·exp_scale + r·neg_grad_output. With slices for `T`, those of many
+/// rows.
+#[derive(Clone, Copy)]
+pub(super) struct RowGrad<T> {
+    pub max: T,
+    /// grad_output·(S + 2·z·lse) / Σ exp(x − max).
+    pub exp_scale: T,
+    pub neg_grad_output: T,
+}
+
+impl<T> RowGrad<T> {
+    #[inline(always)]
+    pub(super) fn map<U>(self, f: impl Fn(T) -> U) -> RowGrad<U> {
+        RowGrad {
+            max: f(self.max),
+            exp_scale: f(self.exp_scale),
+            neg_grad_output: f(self.neg_grad_output),
+        }
+    }
+}
+
+/// The gradient of a block of whole chunks whose classes have one coefficient. Calls `emit` for each chunk.
+#[inline(always)]
+pub(super) fn grad_of_constant<T: Element, S: Simd>(
+    simd: S,
+    row: RowGrad<T::Real>,
+    logits: &[T],
+    coefficient: T::Real,
+    mut emit: impl FnMut(&[T]),
+) {
+    let max = T::Real::splat(simd, row.max);
+    let exp_scale = T::Real::splat(simd, row.exp_scale);
+    let target_term = T::Real::splat(simd, coefficient * row.neg_grad_output);
+    for &chunk in T::as_chunks::<S>(logits) {
+        let mut x = T::to_vectors(simd, chunk);
+        for x in &mut x {
+            let e = exp::<T::Real, S>(simd, T::Real::vsub(simd, *x, max));
+            *x = T::Real::vmul_add(simd, e, exp_scale, target_term);
+        }
+        emit(T::chunk_values::<S>(&T::from_vectors(simd, x)));
+    }
+}
+
+/// Overwrites logits of one row with their gradient: whole vectors, with a coefficient for each class.
+#[inline(always)]
+pub(super) fn grad_of_slice<A: Real, S: Simd>(
+    simd: S,
+    row: RowGrad<A>,
+    logits: &mut [A],
+    coefficients: &[A],
+) {
+    let max = A::splat(simd, row.max);
+    let exp_scale = A::splat(simd, row.exp_scale);
+    let neg_grad_output = A::splat(simd, row.neg_grad_output);
+    let coefficients = A::as_vectors::<S>(coefficients);
+    for (x, &r) in A::as_vectors_mut::<S>(logits).iter_mut().zip(coefficients) {
+        let e = exp::<A, S>(simd, A::vsub(simd, *x, max));
+        *x = A::vmul_add(simd, e, exp_scale, A::vmul(simd, r, neg_grad_output));
+    }
+}
+
+/// Overwrites the logits of one class in many rows with their gradient: whole vectors of rows.
+#[inline(always)]
+pub(super) fn grad_of_rows<A: Real, S: Simd>(
+    simd: S,
+    rows: RowGrad<&[A]>,
+    logits: &mut [A],
+    coefficients: &[A],
+) {
+    let rows = A::as_vectors::<S>(rows.max)
+        .iter()
+        .zip(A::as_vectors::<S>(rows.exp_scale))
+        .zip(A::as_vectors::<S>(rows.neg_grad_output));
+    let coefficients = A::as_vectors::<S>(coefficients);
+    for ((x, &r), ((&max, &exp_scale), &neg_grad_output)) in
+        A::as_vectors_mut::<S>(logits).iter_mut().zip(coefficients).zip(rows)
+    {
+        let e = exp::<A, S>(simd, A::vsub(simd, *x, max));
+        *x = A::vmul_add(simd, e, exp_scale, A::vmul(simd, r, neg_grad_output));
+    }
+}

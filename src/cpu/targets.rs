@@ -1,0 +1,276 @@
+//! The targets and their coefficients r.
+
+use super::dtype::{Element, Real};
+use super::input::{BlockPos, InnerAxis, StridedRows};
+use super::parallel::{BLOCK, default_vec, split};
+use crate::error::{Error, Result};
+use crate::formula::{ClassParams, Coefficients, LossParams};
+use crate::layout::{Operand, RowOffsets, check_layout};
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, Layout, Storage, StorageRef};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// The targets of all rows, with the coefficients of all classes.
+pub(super) struct Targets<'a, A> {
+    class_params: ClassParams<ClassValues<'a, A>>,
+    data: TargetData<'a>,
+    has_ignore_index: bool,
+}
+
+enum TargetData<'a> {
+    /// A class index for each row, or [`IGNORED`].
+    Labels(Vec<u32>),
+    Probabilities(StridedRows<'a>),
+}
+
+/// Marks an ignored row among the labels. No class has this index.
+const IGNORED: u32 = u32::MAX;
+
+/// The coefficients r of a block of classes of one row.
+#[derive(Clone, Copy)]
+pub(super) enum TargetBlock<'a, A> {
+    /// One value for all classes. If the label is in this block, also its index and how much larger its value is.
+    Constant(A, Option<(usize, f64)>),
+    Slice(&'a [A]),
+}
+
+impl<'a, A: Real> Targets<'a, A> {
+    pub(super) fn new(
+        params: &LossParams,
+        coefficients: &'a LockedCoefficients,
+        targets: Operand<'a, CpuStorage>,
+    ) -> Result<Self> {
+        let data = match targets.0.dtype().is_int() {
+            true => {
+                if params.num_classes > IGNORED as usize {
+                    let what = "logits of class indices beyond 32 bits,";
+                    return Err(Error::TooLarge { what, shape: vec![params.num_classes] });
+                }
+                TargetData::Labels(read_labels(targets, params.num_classes, params.ignore_index)?)
+            }
+            false => TargetData::Probabilities(StridedRows::new(targets, params.class_dim)?),
+        };
+        let has_ignore_index = params.ignore_index.is_some();
+        Ok(Self { class_params: coefficients.class_params()?, data, has_ignore_index })
+    }
+
+    pub(super) fn is_ignored(&self, row: usize) -> bool {
+        matches!(&self.data, TargetData::Labels(labels) if labels[row] == IGNORED)
+    }
+
+    /// Sets the values of ignored rows to 0, one value for each row from `first_row` on. A product with 0 would keep NaN.
+    #[inline(always)]
+    pub(super) fn zero_ignored<T: Element>(&self, first_row: usize, out: &mut [T]) {
+        if let TargetData::Labels(labels) = &self.data
+            && self.has_ignore_index
+        {
+            for (out, &label) in out.iter_mut().zip(&labels[first_row..]) {
+                *out = if label == IGNORED { T::default() } else { *out };
+            }
+        }
+    }
+
+    /// The row's term in the divisor of a mean.
+    pub(super) fn weight(&self, row: usize) -> A {
+        match &self.data {
+            TargetData::Labels(labels) if labels[row] == IGNORED => A::ZERO,
+            TargetData::Labels(labels) => self.class_params.weight.at(labels[row] as usize),
+            TargetData::Probabilities(_) => A::one(),
+        }
+    }
+
+    /// The coefficients of `len` classes of a row, followed by zeros up to the length of `buffer`. They are copied to
+    /// `buffer` only if they differ between classes and are not contiguous anywhere.
+    #[inline(always)]
+    pub(super) fn block<'b>(
+        &'b self,
+        row: usize,
+        class: usize,
+        len: usize,
+        buffer: &'b mut [A],
+    ) -> TargetBlock<'b, A> {
+        if let TargetData::Labels(labels) = &self.data
+            && len == buffer.len()
+        {
+            let label = labels[row] as usize;
+            let label_index = label.checked_sub(class).filter(|i| *i < len);
+            match (&self.class_params.off_value, label_index) {
+                (ClassValues::Uniform(r), None) => return TargetBlock::Constant(*r, None),
+                (ClassValues::PerClass(r), None) => {
+                    return TargetBlock::Slice(&r[class..class + len]);
+                }
+                (ClassValues::Uniform(r), Some(i)) => {
+                    // A negative difference would cancel digits of the sum.
+                    let label_delta = self.class_params.on_value.at(label).to_f64() - r.to_f64();
+                    if label_delta >= 0. {
+                        return TargetBlock::Constant(*r, Some((i, label_delta)));
+                    }
+                }
+                (ClassValues::PerClass(_), Some(_)) => {}
+            }
+        }
+        let (out, padding) = buffer.split_at_mut(len);
+        self.write(BlockPos { row, class, axis: InnerAxis::Class }, out);
+        padding.fill(A::ZERO);
+        TargetBlock::Slice(buffer)
+    }
+
+    /// Fills `out` with the coefficients r of a block.
+    #[inline(always)]
+    pub(super) fn write(&self, pos: BlockPos, out: &mut [A]) {
+        match (&self.data, pos.axis) {
+            (TargetData::Labels(labels), InnerAxis::Row) => {
+                let on_value = self.class_params.on_value.at(pos.class);
+                let off_value = self.class_params.off_value.at(pos.class);
+                let class = pos.class as u32;
+                for (r, &label) in out.iter_mut().zip(&labels[pos.row..]) {
+                    *r = if label == class { on_value } else { off_value };
+                }
+            }
+            _ => self.write_slow(pos, out),
+        }
+    }
+
+    /// Like [`write`](Self::write), for the other cases. Compiled once and not for each instruction set.
+    #[inline(never)]
+    fn write_slow(&self, pos: BlockPos, out: &mut [A]) {
+        let ClassParams { prob_scale, off_value, on_value, .. } = &self.class_params;
+        match &self.data {
+            TargetData::Labels(labels) => {
+                off_value.copy_to(pos.class, out);
+                let label = labels[pos.row] as usize;
+                let label_index = label.checked_sub(pos.class);
+                if let Some(r) = label_index.and_then(|i| out.get_mut(i)) {
+                    *r = on_value.at(label);
+                }
+            }
+            TargetData::Probabilities(probabilities) => {
+                probabilities.load(pos, out);
+                match (prob_scale, off_value) {
+                    (ClassValues::Uniform(scale), ClassValues::Uniform(off_value)) => {
+                        out.iter_mut().for_each(|r| *r = *scale * *r + *off_value);
+                    }
+                    _ => {
+                        for (i, r) in out.iter_mut().enumerate() {
+                            let class = pos.class_of(i);
+                            *r = prob_scale.at(class) * *r + off_value.at(class);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The coefficients, with their tensor locked for reading.
+pub(super) enum LockedCoefficients<'a> {
+    Uniform(ClassParams<f64>),
+    PerClass(StorageRef<'a>),
+}
+
+impl<'a> LockedCoefficients<'a> {
+    pub(super) fn new(coefficients: &'a Coefficients) -> Self {
+        match coefficients {
+            Coefficients::Uniform(class_params) => Self::Uniform(*class_params),
+            Coefficients::PerClass(tensor) => Self::PerClass(tensor.storage_and_layout().0),
+        }
+    }
+
+    fn class_params<A: Real>(&self) -> Result<ClassParams<ClassValues<'_, A>>> {
+        match self {
+            Self::Uniform(params) => Ok(params.map(|v| ClassValues::Uniform(A::from_f64(v)))),
+            Self::PerClass(storage) => {
+                let Storage::Cpu(storage) = &**storage else {
+                    let message = "the coefficients are not on the CPU".to_string();
+                    return Err(candle_core::Error::Msg(message).into());
+                };
+                let values = A::cpu_storage_as_slice(storage)?;
+                let num_classes = values.len() / ClassParams::<()>::FIELDS;
+                let mut rest = values;
+                let fields = [(); ClassParams::<()>::FIELDS].map(|()| {
+                    let (field, others) = rest.split_at(num_classes);
+                    rest = others;
+                    ClassValues::PerClass(field)
+                });
+                Ok(ClassParams::from_fields(fields))
+            }
+        }
+    }
+}
+
+/// One coefficient of all classes.
+enum ClassValues<'a, A> {
+    Uniform(A),
+    PerClass(&'a [A]),
+}
+
+impl<A: Real> ClassValues<'_, A> {
+    /// Copies the values from `class` on.
+    fn copy_to(&self, class: usize, out: &mut [A]) {
+        match self {
+            Self::Uniform(value) => out.fill(*value),
+            Self::PerClass(values) => out.copy_from_slice(&values[class..class + out.len()]),
+        }
+    }
+
+    fn at(&self, class: usize) -> A {
+        match self {
+            Self::Uniform(value) => *value,
+            Self::PerClass(values) => values[class],
+        }
+    }
+}
+
+/// The class targets as indices, each checked, or [`IGNORED`] where they equal `ignore_index`.
+pub(super) fn read_labels(
+    (targets, layout): Operand<CpuStorage>,
+    num_classes: usize,
+    ignore_index: Option<i64>,
+) -> Result<Vec<u32>> {
+    match targets {
+        CpuStorage::U8(values) => read_labels_of(values, layout, num_classes, ignore_index),
+        CpuStorage::U32(values) => read_labels_of(values, layout, num_classes, ignore_index),
+        CpuStorage::I16(values) => read_labels_of(values, layout, num_classes, ignore_index),
+        CpuStorage::I32(values) => read_labels_of(values, layout, num_classes, ignore_index),
+        CpuStorage::I64(values) => read_labels_of(values, layout, num_classes, ignore_index),
+        _ => Err(Error::TargetsDType { dtype: targets.dtype(), expected: "an integer dtype" }),
+    }
+}
+
+fn read_labels_of<T: Copy + Into<i64> + Sync>(
+    values: &[T],
+    layout: &Layout,
+    num_classes: usize,
+    ignore_index: Option<i64>,
+) -> Result<Vec<u32>> {
+    check_layout(layout, values.len())?;
+    let offsets = RowOffsets::new(layout, None);
+    let label_of = |target: i64| match usize::try_from(target) {
+        _ if Some(target) == ignore_index => Some(IGNORED),
+        Ok(class) if class < num_classes => Some(class as u32),
+        _ => None,
+    };
+    let mut labels = default_vec(layout.shape().elem_count())?;
+    let first_bad_row = AtomicUsize::new(usize::MAX);
+    split([&mut labels], BLOCK, 1, &|first, [labels]| {
+        let mut done = 0;
+        while done < labels.len() {
+            let run = offsets.run(first + done);
+            for (i, out) in labels[done..].iter_mut().take(run.len).enumerate() {
+                let label = label_of(values[run.offset + i * run.stride].into());
+                *out = label.unwrap_or_else(|| {
+                    first_bad_row.fetch_min(first + done + i, Ordering::Relaxed);
+                    IGNORED
+                });
+            }
+            done += run.len;
+        }
+    });
+    match first_bad_row.into_inner() {
+        usize::MAX => Ok(labels),
+        row => {
+            let target = values[offsets.run(row).offset].into();
+            Err(Error::TargetOutOfRange { row, target, num_classes })
+        }
+    }
+}

@@ -1,0 +1,187 @@
+//! The one formula, in the terms that every backend gets.
+//!
+//! Every option is a case of it. With the logits x of a row, its label y or its probabilities p, and the
+//! coefficients of each class ([`ClassParams`]),
+//!
+//! ```text
+//! r_k  = on_value_k if k = y, else off_value_k      class targets
+//! r_k  = prob_scale_k·p_k + off_value_k             probabilities
+//! S    = Σ_k r_k                                    target_sum
+//! lse  = log Σ_k exp(x_k)
+//! loss = Σ_k r_k·(lse − x_k) + z·lse²
+//! ∂loss/∂x_k = softmax(x)_k·(S + 2·z·lse) − r_k
+//! ```
+//!
+//! So a backend has one forward kernel and one backward kernel.
+
+use crate::error::{Error, Result};
+use candle_core::{DType, Device, Tensor};
+
+/// The coefficients of one class, or with slices for `T` those of all classes.
+///
+/// A tensor (FIELDS, K) of them has a row for each field, in the order of the fields.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ClassParams<T> {
+    /// The factor of a probability p_k.
+    pub prob_scale: T,
+    /// r_k of a class that is not the label.
+    pub off_value: T,
+    /// r_k of the label: prob_scale + off_value, without the rounding of that sum.
+    pub on_value: T,
+    /// The class weight, for the divisor of a mean.
+    pub weight: T,
+}
+
+impl ClassParams<()> {
+    pub const FIELDS: usize = 4;
+}
+
+impl<T> ClassParams<T> {
+    pub fn from_fields(
+        [prob_scale, off_value, on_value, weight]: [T; ClassParams::<()>::FIELDS],
+    ) -> Self {
+        Self { prob_scale, off_value, on_value, weight }
+    }
+
+    pub fn into_fields(self) -> [T; ClassParams::<()>::FIELDS] {
+        [self.prob_scale, self.off_value, self.on_value, self.weight]
+    }
+
+    pub fn map<U>(self, f: impl FnMut(T) -> U) -> ClassParams<U> {
+        ClassParams::from_fields(self.into_fields().map(f))
+    }
+}
+
+/// The coefficients of all classes.
+#[derive(Clone, Debug)]
+pub(crate) enum Coefficients {
+    /// The same for every class.
+    Uniform(ClassParams<f64>),
+    /// A tensor ([`ClassParams::FIELDS`], K) on the logits' device, in the dtype of the arithmetic.
+    PerClass(Tensor),
+}
+
+/// One loss to compute, validated.
+#[derive(Clone, Debug)]
+pub(crate) struct LossParams {
+    pub class_dim: usize,
+    /// K, the number of all classes. The logits may hold only a range of them.
+    pub num_classes: usize,
+    /// The first class of the logits.
+    pub first_class: usize,
+    pub coefficients: Coefficients,
+    pub ignore_index: Option<i64>,
+    pub z_loss: f64,
+}
+
+/// Online-softmax state of one row over a range of classes; with slices for `T`, that of many rows.
+///
+/// The states of two ranges of a row merge. A tensor (FIELDS, N) of them has a row for each field, in the
+/// order of the fields.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct SoftmaxState<T> {
+    /// The largest logit x; −inf over no classes.
+    pub max: T,
+    /// Σ exp(x − max).
+    pub sum_exp: T,
+    /// S = Σ r.
+    pub target_sum: T,
+    /// Σ r·(x − max). A common offset of the logits does not enter it, and its terms have one sign where r
+    /// has one, so neither costs digits.
+    pub target_dot: T,
+}
+
+impl SoftmaxState<()> {
+    pub const FIELDS: usize = 4;
+}
+
+impl<T> SoftmaxState<T> {
+    pub fn from_fields(
+        [max, sum_exp, target_sum, target_dot]: [T; SoftmaxState::<()>::FIELDS],
+    ) -> Self {
+        Self { max, sum_exp, target_sum, target_dot }
+    }
+
+    pub fn into_fields(self) -> [T; SoftmaxState::<()>::FIELDS] {
+        [self.max, self.sum_exp, self.target_sum, self.target_dot]
+    }
+}
+
+/// What backward needs of a row: fields of its [`SoftmaxState`] over all classes. Stored as that is.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct SavedState<T> {
+    pub max: T,
+    pub sum_exp: T,
+    pub target_sum: T,
+}
+
+impl SavedState<()> {
+    pub const FIELDS: usize = 3;
+}
+
+impl<T> SavedState<T> {
+    pub fn from_fields([max, sum_exp, target_sum]: [T; SavedState::<()>::FIELDS]) -> Self {
+        Self { max, sum_exp, target_sum }
+    }
+}
+
+/// What the sum of the rows' losses is divided by.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Divisor {
+    Number(f64),
+    /// The sum of the labels' class weights over the rows that count. Only the kernels know it.
+    WeightSum,
+}
+
+/// What a backend's forward returns, in storages of type `S`.
+pub(crate) struct ForwardOut<S> {
+    /// The losses of the rows, or a scalar if they were reduced.
+    pub loss: S,
+    /// A scalar: the sum of weights, if the losses were divided by it.
+    pub weight_sum: Option<S>,
+    /// ([`SavedState::FIELDS`], N), if backward will need it.
+    pub saved: Option<S>,
+}
+
+impl<S> ForwardOut<S> {
+    pub fn map<U>(self, f: impl Fn(S) -> U) -> ForwardOut<U> {
+        ForwardOut {
+            loss: f(self.loss),
+            weight_sum: self.weight_sum.map(&f),
+            saved: self.saved.map(&f),
+        }
+    }
+}
+
+/// Whether logits may have the dtype.
+pub(crate) fn is_logits_dtype(dtype: DType) -> bool {
+    matches!(dtype, DType::F16 | DType::BF16 | DType::F32 | DType::F64)
+}
+
+/// The dtype of the arithmetic and of the result.
+pub(crate) fn result_dtype(logits: DType) -> DType {
+    match logits {
+        DType::F64 => DType::F64,
+        _ => DType::F32,
+    }
+}
+
+/// Checks that the device can compute with the dtype.
+pub(crate) fn check_device_dtype(what: &'static str, dtype: DType, device: &Device) -> Result<()> {
+    match (device, dtype) {
+        (Device::Metal(_), DType::F64) => Err(Error::MetalF64 { what }),
+        _ => Ok(()),
+    }
+}
+
+/// Checks that targets of the dtype are class indices or probabilities.
+pub(crate) fn check_target_dtype(dtype: DType) -> Result<()> {
+    match dtype {
+        DType::U8 | DType::U32 | DType::I16 | DType::I32 | DType::I64 => Ok(()),
+        DType::F8E4M3 | DType::BF16 | DType::F16 | DType::F32 | DType::F64 => Ok(()),
+        dtype => Err(Error::TargetsDType {
+            dtype,
+            expected: "an integer dtype (class indices) or F8E4M3, F16, BF16, F32 or F64 (probabilities)",
+        }),
+    }
+}
