@@ -26,52 +26,58 @@ use std::sync::{Mutex, PoisonError};
 // ---- Forward
 
 /// The loss, and what backward needs.
-pub(crate) struct Losses {
+pub(crate) struct ForwardResult {
     pub loss: FinishedLoss,
-    pub reduction: RowReduction,
+    pub reduction: LossReduction,
     /// The rows' [`SavedState`], if it was asked for.
     pub saved: Option<Tensor>,
 }
 
-/// How the rows' losses became the result. Without a divisor they were not reduced.
+/// How the losses of the rows became the result.
 #[derive(Debug)]
-pub(crate) struct RowReduction {
-    row_shape: Vec<usize>,
-    divisor: Option<Divisor>,
-    /// The value of [`Divisor::WeightSum`], a scalar on the device.
-    weight_sum: Option<Tensor>,
+pub(crate) enum LossReduction {
+    None,
+    DividedBy {
+        number: f64,
+        row_shape: Vec<usize>,
+    },
+    /// The sum is a scalar on the device.
+    DividedByWeights {
+        sum: Tensor,
+        row_shape: Vec<usize>,
+    },
 }
 
-impl RowReduction {
+impl LossReduction {
     /// The gradient of each row's loss, from that of the result.
     pub fn backward(&self, grad_output: &Tensor) -> candle_core::Result<Tensor> {
-        let divided = match (self.divisor, &self.weight_sum) {
-            (None, _) => return Ok(grad_output.clone()),
-            (Some(Divisor::Number(number)), _) => (grad_output / number)?,
-            (Some(Divisor::WeightSum), None) => grad_output.clone(),
-            (Some(Divisor::WeightSum), Some(sum)) => {
-                let dtype = grad_output.dtype();
-                grad_output.to_dtype(sum.dtype())?.div(sum)?.to_dtype(dtype)?
+        match self {
+            Self::None => Ok(grad_output.clone()),
+            Self::DividedBy { number, row_shape } => {
+                (grad_output / *number)?.broadcast_as(&row_shape[..])
             }
-        };
-        divided.broadcast_as(&self.row_shape[..])
+            Self::DividedByWeights { sum, row_shape } => {
+                let quotient = grad_output.to_dtype(sum.dtype())?.div(sum)?;
+                quotient.to_dtype(grad_output.dtype())?.broadcast_as(&row_shape[..])
+            }
+        }
     }
 }
 
-impl Losses {
+impl ForwardResult {
     fn new(out: ForwardOut<Storage>, row_shape: Vec<usize>, divisor: Option<Divisor>) -> Self {
+        let num_rows: usize = row_shape.iter().product();
         let shape = match divisor {
             None => row_shape.clone().into(),
             Some(_) => ().into(),
         };
-        let num_rows: usize = row_shape.iter().product();
-        let weight_sum = out.weight_sum.map(|sum| constant(sum, ()));
         let saved = out.saved.map(|saved| constant(saved, (SavedState::<()>::FIELDS, num_rows)));
-        Self {
-            loss: FinishedLoss { storage: out.loss, shape },
-            reduction: RowReduction { row_shape, divisor, weight_sum },
-            saved,
-        }
+        let reduction = match (divisor, out.weight_sum) {
+            (_, Some(sum)) => LossReduction::DividedByWeights { sum: constant(sum, ()), row_shape },
+            (Some(Divisor::Number(number)), None) => LossReduction::DividedBy { number, row_shape },
+            (None | Some(Divisor::WeightSum), None) => LossReduction::None,
+        };
+        Self { loss: FinishedLoss { storage: out.loss, shape }, reduction, saved }
     }
 }
 
@@ -87,7 +93,7 @@ pub(crate) fn forward(
     targets: &Tensor,
     divisor: Option<Divisor>,
     save: bool,
-) -> Result<Losses> {
+) -> Result<ForwardResult> {
     let locked = [logits, targets].map(Tensor::storage_and_layout);
     let out = match Operands::new(&locked)? {
         Operands::Cpu([x, t]) => host::forward(params, x, t, divisor, save)?.map(Storage::Cpu),
@@ -96,14 +102,14 @@ pub(crate) fn forward(
         #[cfg(feature = "metal")]
         Operands::Metal([x, t]) => gpu::forward(params, x, t, divisor, save)?.map(Storage::Metal),
     };
-    Ok(Losses::new(out, row_shape(logits.dims(), params.class_dim), divisor))
+    Ok(ForwardResult::new(out, row_shape(logits.dims(), params.class_dim), divisor))
 }
 
-/// The [`SoftmaxState`] of `num_rows` rows, to be written by [`merge_tile`].
-pub(crate) fn new_state(num_rows: usize, logits: DType, device: &Device) -> Result<Tensor> {
-    let dtype = match device {
-        Device::Cpu => host::state_dtype(logits),
-        _ => result_dtype(logits),
+/// The [`SoftmaxState`] of `num_rows` rows, to be written by [`merge_tile`]. On the CPU it is f64 for any logits.
+pub(crate) fn new_state(num_rows: usize, logits_dtype: DType, device: &Device) -> Result<Tensor> {
+    let dtype = match device.is_cpu() && !cfg!(emulator) {
+        true => DType::F64,
+        false => result_dtype(logits_dtype),
     };
     Ok(Tensor::zeros((SoftmaxState::<()>::FIELDS, num_rows), dtype, device)?)
 }
@@ -133,31 +139,31 @@ pub(crate) fn merge_tile(
     })
 }
 
-/// The losses from the state of all classes. `logits` is the dtype of the tiles.
+/// The losses from the state over all classes.
 pub(crate) fn finish(
     params: &LossParams,
-    logits: DType,
+    logits_dtype: DType,
     state: &Tensor,
     row_shape: Vec<usize>,
     targets: &Tensor,
     divisor: Option<Divisor>,
     save: bool,
-) -> Result<Losses> {
+) -> Result<ForwardResult> {
     let locked = [state, targets].map(Tensor::storage_and_layout);
     let out = match Operands::new(&locked)? {
         Operands::Cpu([s, t]) => {
-            host::finish(params, logits, s, t, divisor, save)?.map(Storage::Cpu)
+            host::finish(params, logits_dtype, s, t, divisor, save)?.map(Storage::Cpu)
         }
         #[cfg(feature = "cuda")]
         Operands::Cuda([s, t]) => {
-            gpu::finish(params, logits, s, t, divisor, save)?.map(Storage::Cuda)
+            gpu::finish(params, logits_dtype, s, t, divisor, save)?.map(Storage::Cuda)
         }
         #[cfg(feature = "metal")]
         Operands::Metal([s, t]) => {
-            gpu::finish(params, logits, s, t, divisor, save)?.map(Storage::Metal)
+            gpu::finish(params, logits_dtype, s, t, divisor, save)?.map(Storage::Metal)
         }
     };
-    Ok(Losses::new(out, row_shape, divisor))
+    Ok(ForwardResult::new(out, row_shape, divisor))
 }
 
 // ---- Backward
@@ -359,8 +365,8 @@ impl FinishedLoss {
         constant(self.storage, self.shape)
     }
 
-    /// The loss as a node of the graph that depends on three tensors, candle's ops taking no more. `backward` gets
-    /// these and the loss's gradient, and returns a gradient for each of them that is tracked.
+    /// The loss as a node of the graph that depends on three tensors, the most that candle's custom ops take. `backward`
+    /// gets these and the loss's gradient, and returns a gradient for each of them that is tracked.
     pub fn attach_backward(
         self,
         [a, b, c]: [&Tensor; 3],

@@ -1,7 +1,7 @@
 //! The one formula, in the terms that every backend gets.
 //!
-//! Every option is a case of it. With the logits x of a row, its label y or its probabilities p, and the
-//! coefficients of each class ([`ClassParams`]),
+//! Every option is a case of it. With the logits x of a row, its label y or its probabilities p, and the params of each
+//! class ([`ClassParams`]), the weighted targets r and the loss are
 //!
 //! ```text
 //! r_k  = on_value_k if k = y, else off_value_k      class targets
@@ -12,12 +12,17 @@
 //! ∂loss/∂x_k = softmax(x)_k·(S + 2·z·lse) − r_k
 //! ```
 //!
-//! So a backend has one forward kernel and one backward kernel.
+//! So forward and backward have one kernel each, for all options. In terms of the [`SoftmaxState`] of a row,
+//!
+//! ```text
+//! lse  = max + log sum_exp
+//! loss = target_sum·log sum_exp − target_dot + z·lse²
+//! ```
 
 use crate::error::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 
-/// The coefficients of one class, or with slices for `T` those of all classes.
+/// The params of one class. `T` is a number, or a collection with one for each class.
 ///
 /// A tensor (FIELDS, K) of them has a row for each field, in the order of the fields.
 #[derive(Clone, Copy, Debug)]
@@ -52,9 +57,9 @@ impl<T> ClassParams<T> {
     }
 }
 
-/// The coefficients of all classes.
+/// The params of all classes.
 #[derive(Clone, Debug)]
-pub(crate) enum Coefficients {
+pub(crate) enum ClassTable {
     /// The same for every class.
     Uniform(ClassParams<f64>),
     /// A tensor ([`ClassParams::FIELDS`], K) on the logits' device, in the dtype of the arithmetic.
@@ -69,12 +74,12 @@ pub(crate) struct LossParams {
     pub num_classes: usize,
     /// The first class of the logits.
     pub first_class: usize,
-    pub coefficients: Coefficients,
+    pub class_table: ClassTable,
     pub ignore_index: Option<i64>,
     pub z_loss: f64,
 }
 
-/// Online-softmax state of one row over a range of classes; with slices for `T`, that of many rows.
+/// Online-softmax state of one row over a range of classes. `T` is a number, or a collection with one for each row.
 ///
 /// The states of two ranges of a row merge. A tensor (FIELDS, N) of them has a row for each field, in the
 /// order of the fields.
@@ -107,7 +112,8 @@ impl<T> SoftmaxState<T> {
     }
 }
 
-/// What backward needs of a row: fields of its [`SoftmaxState`] over all classes. Stored as that is.
+/// What backward needs of a row: fields of its [`SoftmaxState`] over all classes. Stored as a tensor
+/// (FIELDS, N).
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct SavedState<T> {
     pub max: T,

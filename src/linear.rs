@@ -4,7 +4,7 @@
 //! merges each tile into the softmax state of its rows. Backward computes each tile again, overwrites it with its
 //! gradient, and multiplies that into the gradients of the hidden states and the weight.
 
-use crate::autograd::{self, Losses, check_storage};
+use crate::autograd::{self, ForwardResult, check_storage};
 use crate::error::{Error, Result};
 use crate::formula::{LossParams, SavedState, SoftmaxState, is_logits_dtype, result_dtype};
 use crate::layout::{check_memory, row_shape};
@@ -95,8 +95,8 @@ impl TileSize {
     }
 }
 
-/// The largest count of numbers kept for a row: its softmax state twice, while the row tiles are concatenated, its saved
-/// state, its loss and its weight.
+/// Numbers kept for a row at most: its saved state, loss and weight, and its softmax state twice while the row tiles are
+/// concatenated.
 const MAX_FLOATS_PER_ROW: usize = 2 * SoftmaxState::<()>::FIELDS + SavedState::<()>::FIELDS + 2;
 
 /// [`LabelSmoothingLoss::forward_linear`], with tiles of any size.
@@ -132,7 +132,7 @@ pub(crate) fn forward_linear(
     let state = head.forward_state(&h, &w, b.as_ref())?;
     let is_tracked = [Some(hidden), Some(weight), bias].iter().flatten().any(|t| t.track_op());
     let (params, dtype) = (&head.params, matmul_dtype(hidden));
-    let Losses { loss, reduction, saved } =
+    let ForwardResult { loss, reduction, saved } =
         autograd::finish(params, dtype, &state, rows, &head.targets, divisor, is_tracked)?;
     let Some(saved) = saved else {
         return Ok(loss.detached());
@@ -148,7 +148,7 @@ pub(crate) fn forward_linear(
     })
 }
 
-/// The shape of the logits that hidden states, weight and bias make. An error if they do not fit together.
+/// The shape of the logits that hidden states, weight and bias make. Checks their shapes, dtypes, storages and devices, and the class dimension.
 fn logits_shape(
     loss: &LabelSmoothingLoss,
     hidden: &Tensor,
@@ -283,9 +283,9 @@ impl LinearHead {
             let (hidden, targets) = (tile.hidden(hidden)?, tile.narrow(&self.targets)?);
             let state = autograd::new_state(tile.num_rows(), dtype, device)?;
             for first_class in self.class_starts() {
-                let weight = self.weight_tile(weight, bias, first_class)?;
-                let logits = weight.logits(&hidden, tile)?;
-                autograd::merge_tile(&weight.params, &state, &logits, &targets)?;
+                let weight_tile = self.weight_tile(weight, bias, first_class)?;
+                let logits = weight_tile.logits(&hidden, tile)?;
+                autograd::merge_tile(&weight_tile.params, &state, &logits, &targets)?;
             }
             states.push(state);
         }
@@ -314,14 +314,14 @@ impl LinearHead {
         let grad_weight = wants_weight.then(|| weight.zeros_like()).transpose()?;
         let grad_bias = bias.as_ref().filter(|_| wants_bias).map(Tensor::zeros_like).transpose()?;
         for first_class in self.class_starts() {
-            let weight = self.weight_tile(&weight, bias.as_ref(), first_class)?;
+            let weight_tile = self.weight_tile(&weight, bias.as_ref(), first_class)?;
             let mut grad_weight_tile = GradAccumulator::default();
             let mut grad_bias_tile = GradAccumulator::default();
             for (rows, grad_rows) in row_inputs.iter().zip(&mut grad_rows) {
                 let hidden = rows.tile.hidden(&hidden)?;
-                let grad_logits = rows.grad_logits(&weight, &hidden)?;
+                let grad_logits = rows.grad_logits(&weight_tile, &hidden)?;
                 if wants_hidden {
-                    grad_rows.add(grad_logits.matmul(&weight.weight)?)?;
+                    grad_rows.add(grad_logits.matmul(&weight_tile.weight)?)?;
                 }
                 if wants_weight {
                     grad_weight_tile.add(grad_logits.t()?.matmul(&hidden)?)?;
@@ -333,7 +333,7 @@ impl LinearHead {
                     grad_bias_tile.add(ones.matmul(&grad_logits)?)?;
                 }
             }
-            let num_classes = weight.num_classes()?;
+            let num_classes = weight_tile.num_classes()?;
             for (gradient, tile) in [(&grad_weight, grad_weight_tile), (&grad_bias, grad_bias_tile)]
             {
                 if let (Some(gradient), Some(tile)) = (gradient, tile.0) {
@@ -405,10 +405,10 @@ struct RowInputs<'a> {
 
 impl RowInputs<'_> {
     /// The gradient of the logits of a range of the classes, (rows, classes).
-    fn grad_logits(&self, weight: &WeightTile, hidden: &Tensor) -> Result<Tensor> {
+    fn grad_logits(&self, weight_tile: &WeightTile, hidden: &Tensor) -> Result<Tensor> {
         let Self { tile, targets, grad_output, saved } = self;
-        let logits = weight.logits(hidden, tile)?;
-        autograd::backward_in_place(&weight.params, &logits, targets, grad_output, saved)?;
+        let logits = weight_tile.logits(hidden, tile)?;
+        autograd::backward_in_place(&weight_tile.params, &logits, targets, grad_output, saved)?;
         Ok(logits.reshape((hidden.dim(0)?, ()))?)
     }
 }

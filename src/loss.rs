@@ -1,9 +1,9 @@
 //! The loss: its options, their validation, and the call of the kernels.
 
-use crate::autograd::{self, Losses};
+use crate::autograd::{self, ForwardResult};
 use crate::error::{Error, Result};
 use crate::formula::{
-    Coefficients, Divisor, LossParams, check_device_dtype, check_target_dtype, is_logits_dtype,
+    ClassTable, Divisor, LossParams, check_device_dtype, check_target_dtype, is_logits_dtype,
     result_dtype,
 };
 use crate::layout::{check_size, num_rows, row_shape};
@@ -67,7 +67,7 @@ pub struct LabelSmoothingLoss {
     ignore_index: Option<i64>,
     class_dim: Option<usize>,
     z_loss: f64,
-    /// [`Coefficients::PerClass`], one tensor for each device and dtype used so far.
+    /// [`ClassTable::PerClass`], one tensor for each device and dtype used so far.
     class_tables: Arc<Mutex<Vec<Tensor>>>,
 }
 
@@ -104,7 +104,7 @@ impl LabelSmoothingLoss {
     /// the weights' device. [`forward`](Self::forward) checks that the length is K, and that each weight is 0 or from
     /// 2e-31 to 2e31 (4e-301 to 1e301 for f64 logits): sums and fractions of such weights are in range.
     pub fn with_class_weights(mut self, weights: &Tensor) -> Result<Self> {
-        self.class_weights = Some(smoothing::vector(CLASS_WEIGHTS, weights)?.into());
+        self.class_weights = Some(smoothing::read_class_vector(CLASS_WEIGHTS, weights)?.into());
         self.class_tables = Arc::default();
         Ok(self)
     }
@@ -172,7 +172,7 @@ impl LabelSmoothingLoss {
     pub fn forward(&self, logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
         let (params, targets) = self.validate(&LogitsInfo::of(logits), targets)?;
         let divisor = self.divisor(logits.dims(), params.class_dim, &targets);
-        let Losses { loss, reduction, saved } =
+        let ForwardResult { loss, reduction, saved } =
             autograd::forward(&params, logits, &targets, divisor, logits.track_op())?;
         let Some(saved) = saved else {
             return Ok(loss.detached());
@@ -203,7 +203,7 @@ impl LabelSmoothingLoss {
         }
     }
 
-    /// Checks all that can be checked without reading the targets. Returns these detached.
+    /// Checks all that can be checked without reading the targets. Returns the parameters and the detached targets.
     pub(crate) fn validate(
         &self,
         logits: &LogitsInfo,
@@ -236,7 +236,7 @@ impl LabelSmoothingLoss {
             class_dim,
             num_classes,
             first_class: 0,
-            coefficients: self.coefficients(num_classes, result_dtype(dtype), device)?,
+            class_table: self.class_table(num_classes, result_dtype(dtype), device)?,
             ignore_index: self.ignore_index,
             z_loss: self.z_loss,
         };
@@ -294,26 +294,21 @@ impl LabelSmoothingLoss {
         Ok(())
     }
 
-    /// The coefficients, for arithmetic in `dtype`. Class weights and priors are uploaded to a device once.
-    fn coefficients(
-        &self,
-        num_classes: usize,
-        dtype: DType,
-        device: &Device,
-    ) -> Result<Coefficients> {
+    /// The class params, for arithmetic in `dtype`. Class weights and priors are uploaded to a device once.
+    fn class_table(&self, num_classes: usize, dtype: DType, device: &Device) -> Result<ClassTable> {
         let mut tables = self.class_tables.lock().unwrap_or_else(PoisonError::into_inner);
         let known = tables
             .iter()
             .find(|table| table.dtype() == dtype && table.device().same_device(device));
         if let Some(table) = known {
-            return Ok(Coefficients::PerClass(table.clone()));
+            return Ok(ClassTable::PerClass(table.clone()));
         }
         let weights = self.class_weights.as_deref();
-        let coefficients = self.smoothing.coefficients(weights, num_classes, dtype, device)?;
-        if let Coefficients::PerClass(table) = &coefficients {
+        let class_table = self.smoothing.class_table(weights, num_classes, dtype, device)?;
+        if let ClassTable::PerClass(table) = &class_table {
             tables.push(table.clone());
         }
-        Ok(coefficients)
+        Ok(class_table)
     }
 }
 

@@ -5,7 +5,7 @@
 //! −inf and NaN logits, except in ignored rows.
 
 use crate::error::Result;
-use crate::formula::{ClassParams, Coefficients, result_dtype};
+use crate::formula::{ClassParams, ClassTable, result_dtype};
 use crate::layout::row_shape;
 use crate::loss::{LabelSmoothingLoss, LogitsInfo, Reduction};
 use candle_core::{DType, Tensor};
@@ -49,16 +49,16 @@ pub fn forward(loss: &LabelSmoothingLoss, logits: &Tensor, targets: &Tensor) -> 
         values.flatten_all()?.index_select(&labels.flatten_all()?, 0)?.unsqueeze(1)
     };
     let is_class = targets.dtype().is_int();
-    let (weighted, weights) = match &params.coefficients {
-        Coefficients::Uniform(c) if is_class => {
+    let (weighted, weights) = match &params.class_table {
+        ClassTable::Uniform(c) if is_class => {
             let label = (log_softmax.gather(&labels, 1)? * (c.on_value - c.off_value))?;
             ((label + (log_softmax.sum_keepdim(1)? * c.off_value)?)?, lse.ones_like()?)
         }
-        Coefficients::Uniform(c) => {
+        ClassTable::Uniform(c) => {
             let r = by_row(&targets)?.affine(c.prob_scale, c.off_value)?;
             ((log_softmax * r)?.sum_keepdim(1)?, lse.ones_like()?)
         }
-        Coefficients::PerClass(table) => {
+        ClassTable::PerClass(table) => {
             let c = ClassParams::from_fields(std::array::from_fn(|i| table.narrow(0, i, 1)));
             let off_value = c.off_value?;
             if is_class {

@@ -1,10 +1,8 @@
-//! The conventions of label smoothing, as coefficients of the classes.
+//! The conventions of label smoothing, as params of the classes.
 
 use crate::autograd;
 use crate::error::{Error, Result};
-use crate::formula::{
-    ClassParams, Coefficients, LossParams, check_device_dtype, check_target_dtype,
-};
+use crate::formula::{ClassParams, ClassTable, LossParams, check_device_dtype, check_target_dtype};
 use crate::layout::{check_memory, check_size};
 use candle_core::{D, DType, Device, Tensor};
 use std::sync::Arc;
@@ -39,7 +37,7 @@ pub struct Smoothing {
     spread: Spread,
 }
 
-/// The distribution that ε is the share of.
+/// The classes that ε goes to.
 #[derive(Clone, Debug)]
 enum Spread {
     All,
@@ -86,7 +84,7 @@ impl Smoothing {
     /// 0.001; it is then normalised. Sizes beyond the memory and errors of the prior's device are errors too. Its
     /// length is checked against K when the smoothing is used.
     pub fn toward(epsilon: f64, prior: &Tensor) -> Result<Self> {
-        let mut prior = vector("prior probabilities", prior)?;
+        let mut prior = read_class_vector("prior probabilities", prior)?;
         let sum = prior.iter().fold(0., |sum, p| sum + p);
         if (sum - 1.).abs() > 1e-3 {
             return Err(Error::PriorSum { sum });
@@ -112,16 +110,16 @@ impl Smoothing {
         }
     }
 
-    /// The coefficients of `num_classes` classes, for arithmetic in `dtype` on `device`.
-    pub(crate) fn coefficients(
+    /// The class params of all classes, for arithmetic in `dtype` on `device`.
+    pub(crate) fn class_table(
         &self,
         weights: Option<&[f64]>,
         num_classes: usize,
         dtype: DType,
         device: &Device,
-    ) -> Result<Coefficients> {
+    ) -> Result<ClassTable> {
         if weights.is_none() && !matches!(self.spread, Spread::Prior(_)) {
-            return Ok(Coefficients::Uniform(self.coefficient(num_classes, 0, 1.)));
+            return Ok(ClassTable::Uniform(self.class_params(num_classes, 0, 1.)));
         }
         let (least, most) = match dtype {
             DType::F64 => (f64::MIN_POSITIVE * WEIGHT_HEADROOM, f64::MAX / WEIGHT_HEADROOM),
@@ -138,7 +136,7 @@ impl Smoothing {
         let weight = |class| weights.map_or(1., |w: &[f64]| w.get(class).copied().unwrap_or(0.));
         const FIELDS: usize = ClassParams::<()>::FIELDS;
         let fields: Vec<f64> = (0..num_classes)
-            .flat_map(|class| self.coefficient(num_classes, class, weight(class)).into_fields())
+            .flat_map(|class| self.class_params(num_classes, class, weight(class)).into_fields())
             .collect();
         // Metal has no f64, so the device comes last.
         let table = Tensor::from_vec(fields, (num_classes, FIELDS), &Device::Cpu)?
@@ -146,11 +144,11 @@ impl Smoothing {
             .contiguous()?
             .to_dtype(dtype)?
             .to_device(device)?;
-        Ok(Coefficients::PerClass(table))
+        Ok(ClassTable::PerClass(table))
     }
 
-    /// The coefficients of a class with class weight `weight`. The conventions differ only here.
-    fn coefficient(&self, num_classes: usize, class: usize, weight: f64) -> ClassParams<f64> {
+    /// The params of a class with class weight `weight`. The conventions differ only here.
+    fn class_params(&self, num_classes: usize, class: usize, weight: f64) -> ClassParams<f64> {
         let (epsilon, classes) = (self.epsilon, num_classes as f64);
         let (prob_scale, off_value, on_value) = match &self.spread {
             Spread::All => (1. - epsilon, epsilon / classes, None),
@@ -179,7 +177,7 @@ impl Smoothing {
 const WEIGHT_HEADROOM: f64 = (1u64 << 24) as f64;
 
 /// Copies class weights or a prior to the host and checks each value.
-pub(crate) fn vector(what: &'static str, tensor: &Tensor) -> Result<Vec<f64>> {
+pub(crate) fn read_class_vector(what: &'static str, tensor: &Tensor) -> Result<Vec<f64>> {
     let dtype = tensor.dtype();
     let is_float =
         matches!(dtype, DType::F8E4M3 | DType::BF16 | DType::F16 | DType::F32 | DType::F64);
@@ -266,7 +264,7 @@ pub fn smooth_targets(
         class_dim,
         num_classes,
         first_class: 0,
-        coefficients: smoothing.coefficients(None, num_classes, DType::F32, labels.device())?,
+        class_table: smoothing.class_table(None, num_classes, DType::F32, labels.device())?,
         ignore_index: None,
         z_loss: 0.,
     };

@@ -55,9 +55,6 @@ pub(crate) trait Element: WithDType + Default {
 
     /// The values, if they are of this dtype.
     fn as_slice<'a>(values: &FloatSlice<'a>) -> Option<&'a [Self]>;
-    fn to_float_slice(values: &[Self]) -> FloatSlice<'_>;
-    /// The values of a storage, if they are of this dtype.
-    fn as_slice_mut(storage: &mut CpuStorage) -> Option<&mut [Self]>;
     /// Rounds to the nearest.
     fn round(values: &[Self::Real], out: &mut [Self]);
 
@@ -84,7 +81,7 @@ pub(crate) trait Real: Element<Real = Self> {
 
     const LOG2_E: Self;
     /// 1.5·2^(bits of the mantissa) + bias of the exponent.
-    const EXP_ROUND: Self;
+    const ROUND_MAGIC: Self;
     /// The parts of −ln 2 for fused multiply-adds, the largest first.
     const MINUS_LN_2_FMA: &[Self];
     /// The parts of −ln 2 for separate instructions. The product of n and the first part is exact.
@@ -95,6 +92,9 @@ pub(crate) trait Real: Element<Real = Self> {
     const EXP_MIN: Self;
 
     fn from_f32(value: f32) -> Self;
+    fn to_float_slice(values: &[Self]) -> FloatSlice<'_>;
+    /// The values of a storage, if they are of this dtype.
+    fn as_slice_mut(storage: &mut CpuStorage) -> Option<&mut [Self]>;
     fn as_vectors<S: Simd>(values: &[Self]) -> &[Self::Vector<S>];
     fn as_vectors_mut<S: Simd>(values: &mut [Self]) -> &mut [Self::Vector<S>];
     fn splat<S: Simd>(simd: S, value: Self) -> Self::Vector<S>;
@@ -116,8 +116,8 @@ pub(crate) trait Real: Element<Real = Self> {
     -> Self::Vector<S>;
     /// a·b, but 0 where a is 0, even if b is infinite.
     fn mul_or_zero<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>) -> Self::Vector<S>;
-    /// `value`, but 0 where it is −∞.
-    fn neg_infinity_to_zero<S: Simd>(simd: S, value: Self::Vector<S>) -> Self::Vector<S>;
+    /// `value`, but 0 where it is −∞: what logits are relative to.
+    fn vfinite_base<S: Simd>(simd: S, value: Self::Vector<S>) -> Self::Vector<S>;
     /// 2^(n − bias), where n is the integer in the lowest bits of `bits`.
     fn exp2_from_bits<S: Simd>(simd: S, bits: Self::Vector<S>) -> Self::Vector<S>;
 
@@ -155,6 +155,12 @@ macro_rules! real {
             #[inline(always)]
             fn from_f32(value: f32) -> Self {
                 value.into()
+            }
+            fn to_float_slice(values: &[Self]) -> FloatSlice<'_> {
+                FloatSlice::$storage(values)
+            }
+            fn as_slice_mut(storage: &mut CpuStorage) -> Option<&mut [Self]> {
+                if let CpuStorage::$storage(values) = storage { Some(values) } else { None }
             }
             #[inline(always)]
             fn as_vectors<S: Simd>(values: &[Self]) -> &[S::$vector] {
@@ -210,7 +216,7 @@ macro_rules! real {
                 simd.$select(simd.$equal(a, zero), zero, simd.$mul(a, b))
             }
             #[inline(always)]
-            fn neg_infinity_to_zero<S: Simd>(simd: S, value: S::$vector) -> S::$vector {
+            fn vfinite_base<S: Simd>(simd: S, value: S::$vector) -> S::$vector {
                 let is_neg_infinity = simd.$equal(value, simd.$splat(Self::NEG_INFINITY));
                 simd.$select(is_neg_infinity, simd.$splat(0.), value)
             }
@@ -235,12 +241,6 @@ macro_rules! real {
             #[inline(always)]
             fn as_slice<'a>(values: &FloatSlice<'a>) -> Option<&'a [Self]> {
                 if let FloatSlice::$storage(values) = values { Some(values) } else { None }
-            }
-            fn to_float_slice(values: &[Self]) -> FloatSlice<'_> {
-                FloatSlice::$storage(values)
-            }
-            fn as_slice_mut(storage: &mut CpuStorage) -> Option<&mut [Self]> {
-                if let CpuStorage::$storage(values) = storage { Some(values) } else { None }
             }
             #[inline(always)]
             fn round(values: &[Self], out: &mut [Self]) {
@@ -270,7 +270,7 @@ real! {
     f32, F32,
     consts: {
         const LOG2_E: Self = std::f32::consts::LOG2_E;
-        const EXP_ROUND: Self = 12_582_912. + 127.;
+        const ROUND_MAGIC: Self = 12_582_912. + 127.;
         const MINUS_LN_2_FMA: &[Self] = &[-std::f32::consts::LN_2];
         const MINUS_LN_2_SPLIT: &[Self] = &[-355. / 512., 2.121_944_4e-4];
         const EXP_POLYNOMIAL: &[Self] =
@@ -301,7 +301,7 @@ real! {
     f64, F64,
     consts: {
         const LOG2_E: Self = std::f64::consts::LOG2_E;
-        const EXP_ROUND: Self = 6_755_399_441_055_744. + 1023.;
+        const ROUND_MAGIC: Self = 6_755_399_441_055_744. + 1023.;
         const MINUS_LN_2_FMA: &[Self] = Self::MINUS_LN_2_SPLIT;
         const MINUS_LN_2_SPLIT: &[Self] =
             &[-0.693_147_180_369_123_8, -1.908_214_929_270_587_7e-10];
@@ -348,19 +348,13 @@ real! {
 
 /// Implements the methods of [`Element`] that the half types share: a chunk is two vectors of 16-bit integers.
 macro_rules! half_element {
-    ($half:ident, $storage:ident) => {
+    ($storage:ident) => {
         type Real = f32;
         type Chunk<S: Simd> = [S::u16s; 2];
 
         #[inline(always)]
         fn as_slice<'a>(values: &FloatSlice<'a>) -> Option<&'a [Self]> {
             if let FloatSlice::$storage(values) = values { Some(values) } else { None }
-        }
-        fn to_float_slice(values: &[Self]) -> FloatSlice<'_> {
-            FloatSlice::$storage(values)
-        }
-        fn as_slice_mut(storage: &mut CpuStorage) -> Option<&mut [Self]> {
-            if let CpuStorage::$storage(values) = storage { Some(values) } else { None }
         }
         #[inline(always)]
         fn as_chunks<S: Simd>(values: &[Self]) -> &[[S::u16s; 2]] {
@@ -376,7 +370,7 @@ macro_rules! half_element {
 /// A bf16 is the upper half of an f32. So a 32-bit lane holds two, which become the lanes of two vectors without
 /// moving between lanes.
 impl Element for bf16 {
-    half_element!(bf16, BF16);
+    half_element!(BF16);
 
     #[inline(always)]
     fn round(values: &[f32], out: &mut [Self]) {
@@ -395,7 +389,7 @@ impl Element for bf16 {
 
 /// Processors convert f16 eight at a time, by instructions that pulp does not have. `half` chooses them at run time.
 impl Element for f16 {
-    half_element!(f16, F16);
+    half_element!(F16);
 
     #[inline(always)]
     fn round(values: &[f32], out: &mut [Self]) {

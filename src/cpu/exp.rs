@@ -49,7 +49,7 @@ pub(super) fn add_exp<A: Real, S: Simd>(
 #[inline(always)]
 fn factors<A: Real, S: Simd>(simd: S, x: A::Vector<S>) -> [A::Vector<S>; 2] {
     let x = A::clamp_min(simd, x, A::splat(simd, A::EXP_MIN));
-    let round = A::splat(simd, A::EXP_ROUND);
+    let round = A::splat(simd, A::ROUND_MAGIC);
     let shifted = A::vmul_add(simd, x, A::splat(simd, A::LOG2_E), round);
     let n = A::vsub(simd, shifted, round);
 
@@ -72,17 +72,17 @@ fn factors<A: Real, S: Simd>(simd: S, x: A::Vector<S>) -> [A::Vector<S>; 2] {
 
 #[cfg(test)]
 mod tests {
-    use super::super::simd::{SimdOp, dispatch};
+    use super::super::simd::dispatch;
     use super::*;
-    use pulp::Scalar128b;
+    use pulp::{Scalar128b, WithSimd};
 
     struct InPlace<'a, A>(&'a mut [A]);
 
-    impl<A: Real> SimdOp for InPlace<'_, A> {
+    impl<A: Real> WithSimd for InPlace<'_, A> {
         type Output = ();
 
         #[inline(always)]
-        fn run<S: Simd>(self, simd: S) {
+        fn with_simd<S: Simd>(self, simd: S) {
             let vectors = A::as_vectors_mut::<S>(self.0);
             for x in vectors {
                 *x = exp::<A, S>(simd, *x);
@@ -96,7 +96,7 @@ mod tests {
         let mut numbers = [numbers.to_vec(), numbers.to_vec()];
         numbers.iter_mut().for_each(|numbers| numbers.resize(whole, A::ZERO));
         dispatch(InPlace(&mut numbers[0]));
-        InPlace(&mut numbers[1]).run(Scalar128b);
+        InPlace(&mut numbers[1]).with_simd(Scalar128b);
         numbers
     }
 

@@ -91,7 +91,7 @@ impl<'a> StridedRows<'a> {
         let Some(values) = FloatSlice::new(storage) else {
             return Err(Error::TargetsDType {
                 dtype: storage.dtype(),
-                expected: "F16, BF16, F32 or F64",
+                expected: "F8E4M3, F16, BF16, F32 or F64",
             });
         };
         check_layout(layout, values.len())?;
@@ -242,4 +242,13 @@ fn copy_f16<A: Real>(values: &[f16], start: usize, stride: usize, out: &mut [A])
     let floats = &mut floats[..out.len()];
     halves.convert_to_f32_slice(floats);
     out.iter_mut().zip(floats).for_each(|(out, &mut value)| *out = A::from_f32(value));
+}
+
+/// The fields of a tensor (N, len), a slice for each.
+pub(super) fn field_slices<T, const N: usize>(mut values: &[T], len: usize) -> [&[T]; N] {
+    [(); N].map(|()| {
+        let (field, rest) = values.split_at(len);
+        values = rest;
+        field
+    })
 }

@@ -1,9 +1,10 @@
 //! The kernels on the CPU.
 //!
-//! A loop (`rows`) works on blocks of 256 elements along one axis. Contiguous logits are read in place. Other inputs are
-//! first copied to the stack (`input`, `targets`). One block's arithmetic (`softmax`, `exp`) is written once for all dtypes
-//! (`dtype`) and compiled for each instruction set (`simd`). Blocks of a fixed size merge in a fixed order, so the
-//! result has the same bits for every number of threads (`parallel`).
+//! A loop (`rows`) works on blocks along one axis: 256 classes of a row, or some classes of 128 rows side by side. It reads
+//! contiguous logits in place where one target value holds for a block of classes. Elsewhere it copies a block of inputs to
+//! the stack (`input`, `targets`). The arithmetic of a block (`softmax`, `exp`) is written once for all dtypes (`dtype`) and
+//! compiled for each instruction set (`simd`). Blocks have a fixed size and merge in a fixed order, so the result has
+//! the same bits for every number of threads (`parallel`).
 
 mod dtype;
 mod exp;
@@ -21,11 +22,11 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, DType, Layout, WithDType};
 use dtype::{Element, FloatSlice, Real};
 use half::{bf16, f16};
-use input::{BlockPos, FEW_CLASSES, InnerAxis, StridedRows};
-use parallel::{BLOCK, build, default_vec, rewrite, split};
-use rows::{GradOrder, GradRows, for_each_row};
-use softmax::RowGrad;
-use targets::{LockedCoefficients, Targets, read_labels};
+use input::{BlockPos, FEW_CLASSES, InnerAxis, StridedRows, field_slices};
+use parallel::{BLOCK, default_vec, par_build, par_rewrite, par_split};
+use rows::{GradInputs, GradOrder, for_each_row};
+use softmax::GradCoeffs;
+use targets::{LockedClassTable, Targets, read_labels};
 
 type Operand<'a> = layout::Operand<'a, CpuStorage>;
 
@@ -58,8 +59,8 @@ fn forward_typed<T: Element>(
     let num_classes = params.num_classes;
     let axis = InnerAxis::of_forward(params, logits.1.dims(), num_classes);
     let logits = StridedRows::new(logits, params.class_dim)?;
-    let coefficients = LockedCoefficients::new(&params.coefficients);
-    let targets = Targets::<T::Real>::new(params, &coefficients, targets)?;
+    let class_table = LockedClassTable::new(&params.class_table);
+    let targets = Targets::<T::Real>::new(params, &class_table, targets)?;
     let mut rows = RowResults::new(logits.num_rows)?;
     for_each_row::<T, _, _>(
         &logits,
@@ -70,11 +71,6 @@ fn forward_typed<T: Element>(
         &|row, i, state, out| RowResults::write(params, &targets, row, i, state, out),
     )?;
     Ok(rows.reduce(&targets, divisor, save))
-}
-
-/// The dtype of a tensor of [`SoftmaxState`]. On the CPU f64 for any logits.
-pub(crate) fn state_dtype(_logits: DType) -> DType {
-    DType::F64
 }
 
 /// Merges the states over a range of the classes, whose logits are given, into those of the ranges before it. The logits
@@ -102,10 +98,10 @@ fn merge_tile_typed<T: Element>(
     let classes = first..first + logits.1.dims()[params.class_dim];
     let axis = InnerAxis::of_forward(params, logits.1.dims(), classes.len());
     let logits = StridedRows::new(logits, params.class_dim)?.with_first_class(first);
-    let coefficients = LockedCoefficients::new(&params.coefficients);
-    let targets = Targets::<T::Real>::new(params, &coefficients, targets)?;
+    let class_table = LockedClassTable::new(&params.class_table);
+    let targets = Targets::<T::Real>::new(params, &class_table, targets)?;
     let out: [_; SoftmaxState::<()>::FIELDS] =
-        split_fields(contiguous_mut::<f64>(states, layout)?, logits.num_rows);
+        field_slices_mut(contiguous_mut::<f64>(states, layout)?, logits.num_rows);
     for_each_row::<T, _, _>(&logits, &targets, axis, classes, out, &|_, i, state, out| {
         let merged = match first {
             0 => state,
@@ -115,16 +111,16 @@ fn merge_tile_typed<T: Element>(
     })
 }
 
-/// The losses from the states over all classes. `logits` is the dtype of the logits.
+/// The losses from the states over all classes.
 pub(crate) fn finish(
     params: &LossParams,
-    logits: DType,
+    logits_dtype: DType,
     states: Operand,
     targets: Operand,
     divisor: Option<Divisor>,
     save: bool,
 ) -> Result<ForwardOut<CpuStorage>> {
-    match logits {
+    match logits_dtype {
         DType::F64 => finish_typed::<f64>(params, states, targets, divisor, save),
         _ => finish_typed::<f32>(params, states, targets, divisor, save),
     }
@@ -137,12 +133,13 @@ fn finish_typed<A: Real>(
     divisor: Option<Divisor>,
     save: bool,
 ) -> Result<ForwardOut<CpuStorage>> {
-    let coefficients = LockedCoefficients::new(&params.coefficients);
-    let targets = Targets::<A>::new(params, &coefficients, targets)?;
+    let class_table = LockedClassTable::new(&params.class_table);
+    let targets = Targets::<A>::new(params, &class_table, targets)?;
     let num_rows = layout.dims()[1];
+    // The fields take the place of the classes.
     let states = StridedRows::new((states, layout), 0)?;
     let mut rows = RowResults::<A>::new(num_rows)?;
-    split(rows.fields(), 1, 1, &|first, mut out| {
+    par_split(rows.fields(), 1, 1, &|first, mut out| {
         for i in 0..out[0].len() {
             let row = first + i;
             let mut fields = [0.; SoftmaxState::<()>::FIELDS];
@@ -173,7 +170,7 @@ impl<A: Real> RowResults<A> {
     }
 
     fn fields(&mut self) -> [&mut [A]; ROW_RESULTS] {
-        let [max, sum_exp, target_sum] = split_fields(&mut self.saved, self.losses.len());
+        let [max, sum_exp, target_sum] = field_slices_mut(&mut self.saved, self.losses.len());
         [&mut self.losses, max, sum_exp, target_sum]
     }
 
@@ -223,8 +220,8 @@ impl<A: Real> RowResults<A> {
     }
 }
 
-/// Sums a number of each row in f64: a sum of a million losses in f32 would lose half their digits. Several partial sums
-/// do not wait for each other.
+/// Sums a number of each row in f64: a sum of a million losses in f32 would lose half their digits. The additions to
+/// several partial sums do not wait for each other.
 fn sum_rows(num_rows: usize, of_row: impl Fn(usize) -> f64) -> f64 {
     let mut sums = [0.; 8];
     for first in (0..num_rows).step_by(sums.len()) {
@@ -235,8 +232,8 @@ fn sum_rows(num_rows: usize, of_row: impl Fn(usize) -> f64) -> f64 {
     sums.iter().sum()
 }
 
-/// The fields of a tensor (N, len), a slice for each.
-fn split_fields<T, const N: usize>(mut values: &mut [T], len: usize) -> [&mut [T]; N] {
+/// [`field_slices`], to be written.
+fn field_slices_mut<T, const N: usize>(mut values: &mut [T], len: usize) -> [&mut [T]; N] {
     [(); N].map(|()| {
         let (field, rest) = std::mem::take(&mut values).split_at_mut(len);
         values = rest;
@@ -252,13 +249,13 @@ fn write_fields<T: Copy, const N: usize>(fields: &mut [&mut [T]; N], i: usize, v
 }
 
 /// The values of a contiguous tensor that is changed in place.
-fn contiguous_mut<'a, T: Element>(
+fn contiguous_mut<'a, A: Real>(
     storage: &'a mut CpuStorage,
     layout: &Layout,
-) -> Result<&'a mut [T]> {
+) -> Result<&'a mut [A]> {
     let values = layout
         .contiguous_offsets()
-        .and_then(|(start, end)| T::as_slice_mut(storage)?.get_mut(start..end));
+        .and_then(|(start, end)| A::as_slice_mut(storage)?.get_mut(start..end));
     values.ok_or_else(|| candle_core::Error::RequiresContiguous { op: "in place" }.bt().into())
 }
 
@@ -290,8 +287,10 @@ fn backward_typed<T: Element>(
 ) -> Result<CpuStorage> {
     let dims = logits.1.dims();
     let logits = StridedRows::new(logits, params.class_dim)?.with_first_class(params.first_class);
-    let gradient = with_grad_rows::<T, _>(params, dims, targets, grad_output, saved, |grad| {
-        build(dims.iter().product(), grad.unit(), |start, out| grad.write(&logits, start, out))
+    let gradient = with_grad_inputs::<T, _>(params, dims, targets, grad_output, saved, |grad| {
+        par_build(dims.iter().product(), grad.piece_multiple(), |start, out| {
+            grad.write(&logits, start, out)
+        })
     })?;
     Ok(T::to_cpu_storage_owned(gradient))
 }
@@ -319,8 +318,8 @@ fn in_place_typed<A: Real>(
     saved: Operand,
 ) -> Result<()> {
     let (dims, logits) = (layout.dims(), contiguous_mut::<A>(logits, layout)?);
-    with_grad_rows::<A, _>(params, dims, targets, grad_output, saved, |grad| {
-        rewrite(logits, grad.unit(), |start, logits, out| {
+    with_grad_inputs::<A, _>(params, dims, targets, grad_output, saved, |grad| {
+        par_rewrite(logits, grad.piece_multiple(), |start, logits, out| {
             let logits = StridedRows::piece(logits, start, dims, params.class_dim);
             grad.write(&logits.with_first_class(params.first_class), start, out);
         });
@@ -328,14 +327,14 @@ fn in_place_typed<A: Real>(
     })
 }
 
-/// Calls `f` with all of the gradient but the logits, whose dimensions are `dims`.
-fn with_grad_rows<T: Element, R>(
+/// Prepares [`GradInputs`] for logits of dimensions `dims`, and calls `f` with them.
+fn with_grad_inputs<T: Element, R>(
     params: &LossParams,
     dims: &[usize],
     targets: Operand,
     grad_output: Operand,
     saved: Operand,
-    f: impl FnOnce(&GradRows<T>) -> Result<R>,
+    f: impl FnOnce(&GradInputs<T>) -> Result<R>,
 ) -> Result<R> {
     let num_classes = dims[params.class_dim];
     let order = match InnerAxis::of_memory(params, dims) {
@@ -343,18 +342,22 @@ fn with_grad_rows<T: Element, R>(
         InnerAxis::Class => GradOrder::RowByRow,
         InnerAxis::Row => GradOrder::ClassByClass,
     };
-    let coefficients = LockedCoefficients::new(&params.coefficients);
-    let targets = Targets::<T::Real>::new(params, &coefficients, targets)?;
+    let class_table = LockedClassTable::new(&params.class_table);
+    let targets = Targets::<T::Real>::new(params, &class_table, targets)?;
     let saved = saved_slices::<T::Real>(saved, num_rows(dims, params.class_dim))?;
     let grad_output = StridedRows::new(grad_output, grad_output.1.shape().rank())?;
-    let (exp_scale, neg_grad_output) = row_grads(params, saved, &grad_output)?;
-    f(&GradRows {
+    let (exp_scale, neg_grad_output) = grad_coeffs(params, saved, &grad_output)?;
+    f(&GradInputs {
         targets: &targets,
         order,
         first_class: params.first_class,
         num_classes,
         inner_size: inner_size(dims, params.class_dim).max(1),
-        rows: RowGrad { max: saved.max, exp_scale: &exp_scale, neg_grad_output: &neg_grad_output },
+        coeffs: GradCoeffs {
+            max: saved.max,
+            exp_scale: &exp_scale,
+            neg_grad_output: &neg_grad_output,
+        },
     })
 }
 
@@ -364,26 +367,23 @@ fn saved_slices<A: Real>(
 ) -> Result<SavedState<&[A]>> {
     let values = A::cpu_storage_as_slice(saved)?;
     let values = layout.contiguous_offsets().and_then(|(start, end)| values.get(start..end));
-    let Some(mut rest) = values.filter(|v| v.len() == SavedState::<()>::FIELDS * num_rows) else {
-        return Err(candle_core::Error::RequiresContiguous { op: "backward" }.bt().into());
-    };
-    let fields = [(); SavedState::<()>::FIELDS].map(|()| {
-        let (field, others) = rest.split_at(num_rows);
-        rest = others;
-        field
-    });
-    Ok(SavedState::from_fields(fields))
+    match values {
+        Some(values) if values.len() == SavedState::<()>::FIELDS * num_rows => {
+            Ok(SavedState::from_fields(field_slices(values, num_rows)))
+        }
+        _ => Err(candle_core::Error::RequiresContiguous { op: "backward" }.bt().into()),
+    }
 }
 
 /// `exp_scale` and `neg_grad_output` of each row.
-fn row_grads<A: Real>(
+fn grad_coeffs<A: Real>(
     params: &LossParams,
     saved: SavedState<&[A]>,
     grad_output: &StridedRows,
 ) -> Result<(Vec<A>, Vec<A>)> {
     let num_rows = saved.max.len();
     let (mut exp_scale, mut neg_grad_output) = (default_vec(num_rows)?, default_vec(num_rows)?);
-    split([&mut exp_scale, &mut neg_grad_output], BLOCK, 1, &|first, [scales, negs]| {
+    par_split([&mut exp_scale, &mut neg_grad_output], BLOCK, 1, &|first, [scales, negs]| {
         let blocks = scales.chunks_mut(BLOCK).zip(negs.chunks_mut(BLOCK));
         for (i, (scales, negs)) in blocks.enumerate() {
             let first = first + i * BLOCK;
@@ -412,10 +412,10 @@ pub(crate) fn smooth_targets(params: &LossParams, labels: Operand) -> Result<Cpu
         true => labels.1.shape().elem_count(),
         false => num_rows(labels.1.dims(), params.class_dim),
     };
-    let coefficients = LockedCoefficients::new(&params.coefficients);
-    let targets = Targets::<f32>::new(params, &coefficients, labels)?;
+    let class_table = LockedClassTable::new(&params.class_table);
+    let targets = Targets::<f32>::new(params, &class_table, labels)?;
     let num_classes = params.num_classes;
-    let smoothed = build(num_rows * num_classes, num_classes, |start, out| {
+    let smoothed = par_build(num_rows * num_classes, num_classes, |start, out| {
         let mut block = [0.; BLOCK];
         let (mut row, mut class) = (start / num_classes, start % num_classes);
         while out.remaining() > 0 {

@@ -30,8 +30,8 @@ pub(super) fn default_vec<T: Copy + Default>(len: usize) -> Result<Vec<T>> {
 }
 
 /// Splits slices of equal length into pieces, and calls `f(start, pieces)` on several threads. Each `start` is a multiple
-/// of `unit`, and each piece but the last has at least `unit` elements. An index costs as much as `cost` elements.
-pub(super) fn split<T: Send, const N: usize>(
+/// of `unit`, and each piece but the last has at least `unit` elements. One index is `cost` elements of work.
+pub(super) fn par_split<T: Send, const N: usize>(
     slices: [&mut [T]; N],
     unit: usize,
     cost: usize,
@@ -69,7 +69,7 @@ fn split_from<T: Send, const N: usize>(
 }
 
 /// A vector of `len` elements. `f(start, writer)` writes those of a piece. Each `start` is a multiple of `unit`.
-pub(super) fn build<T: Copy + Default + Send>(
+pub(super) fn par_build<T: Copy + Default + Send>(
     len: usize,
     unit: usize,
     f: impl Fn(usize, &mut SliceWriter<T>) + Sync,
@@ -79,19 +79,19 @@ pub(super) fn build<T: Copy + Default + Send>(
 
 /// Replaces values: `f(start, piece, writer)` writes the new values of a piece, while it is in the cache. Each `start` is a
 /// multiple of `unit`.
-pub(super) fn rewrite<T: Copy + Default + Send + Sync>(
+pub(super) fn par_rewrite<T: Copy + Default + Send + Sync>(
     values: &mut [T],
     unit: usize,
     f: impl Fn(usize, &[T], &mut SliceWriter<T>) + Sync,
 ) {
-    split([values], unit, 1, &|start, [values]| {
+    par_split([values], unit, 1, &|start, [values]| {
         let len = values.len();
         let new = Vec::with_capacity(len);
         values.copy_from_slice(&build_in(new, len, len, |_, writer| f(start, values, writer)));
     });
 }
 
-/// Like [`build`], in an empty vector that has capacity for `len` elements.
+/// Like [`par_build`], in an empty vector that has capacity for `len` elements.
 fn build_in<T: Copy + Default + Send>(
     mut out: Vec<T>,
     len: usize,
@@ -100,12 +100,12 @@ fn build_in<T: Copy + Default + Send>(
 ) -> Vec<T> {
     let spare: &mut [MaybeUninit<T>] = &mut out.spare_capacity_mut()[..len];
     advise_huge_pages(spare);
-    split([spare], unit, 1, &|start, [slice]| {
+    par_split([spare], unit, 1, &|start, [slice]| {
         let mut writer = SliceWriter { slice, written: 0 };
         f(start, &mut writer);
         writer.slice[writer.written..].fill(MaybeUninit::new(T::default()));
     });
-    // SAFETY: the vector is empty. It has capacity for `len` elements, or the slice above would have failed. `split`
+    // SAFETY: the vector is empty. It has capacity for `len` elements, or the slice above would have failed. `par_split`
     // covers each of them with one piece. The writer counts only elements that it has written, and the closure
     // above fills the rest of its piece. Zeroing the whole vector first would write the largest allocation of
     // a training step twice.
@@ -170,10 +170,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn split_covers_each_index_once() -> Result<()> {
+    fn par_split_covers_each_index_once() -> Result<()> {
         for len in [0, 1, 63, 64, 65, 3 * MIN_TASK + 200] {
             let (mut a, mut b) = (default_vec::<usize>(len)?, default_vec::<usize>(len)?);
-            split([&mut a, &mut b], 64, 1, &|start, [a, b]| {
+            par_split([&mut a, &mut b], 64, 1, &|start, [a, b]| {
                 assert!(start % 64 == 0 && a.len() == b.len());
                 for (i, (a, b)) in a.iter_mut().zip(b).enumerate() {
                     *a += start + i;
@@ -187,15 +187,15 @@ mod tests {
     }
 
     #[test]
-    fn build_and_rewrite_several_pieces() -> Result<()> {
+    fn par_build_and_par_rewrite_several_pieces() -> Result<()> {
         let len = 3 * MIN_TASK + 200;
-        let mut values = build::<f32>(len, 64, |start, writer| {
+        let mut values = par_build::<f32>(len, 64, |start, writer| {
             assert!(start % 64 == 0);
             let piece: Vec<_> = (start + 1..).take(writer.remaining()).map(|i| i as f32).collect();
             writer.write(&piece);
         })?;
         assert!(values.iter().enumerate().all(|(i, &value)| value == (i + 1) as f32));
-        rewrite(&mut values, 64, |start, piece, writer| {
+        par_rewrite(&mut values, 64, |start, piece, writer| {
             assert_eq!(
                 (piece.len(), piece.first()),
                 (writer.remaining(), Some(&((start + 1) as f32)))
@@ -208,7 +208,7 @@ mod tests {
 
     #[test]
     fn unwritten_elements_are_zero() -> Result<()> {
-        let built = build::<f32>(100, 100, |start, writer| {
+        let built = par_build::<f32>(100, 100, |start, writer| {
             assert_eq!((start, writer.remaining()), (0, 100));
             writer.write(&[1.; 30]);
             assert_eq!(writer.remaining(), 70);
@@ -217,7 +217,7 @@ mod tests {
         assert_eq!(built[..30], [1.; 30]);
         assert_eq!(built[30..40], [2.; 10]);
         assert_eq!(built[40..], [0.; 60]);
-        let built = build::<f32>(3, 3, |_, writer| {
+        let built = par_build::<f32>(3, 3, |_, writer| {
             writer.write(&[1.; 5]);
             writer.overwrite(1, 2.);
             writer.overwrite(0, 3.);

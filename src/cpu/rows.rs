@@ -2,22 +2,22 @@
 
 use super::dtype::{Element, Real};
 use super::input::{BlockPos, FEW_CLASSES, InnerAxis, StridedRows};
-use super::parallel::{BLOCK, SEGMENT, SliceWriter, default_vec, split};
-use super::simd::{SimdOp, dispatch};
+use super::parallel::{BLOCK, SEGMENT, SliceWriter, default_vec, par_split};
+use super::simd::dispatch;
 use super::softmax::{
-    ROWS, RowGrad, block_max, chunk_len, grad_of_constant, grad_of_rows, grad_of_slice,
+    GradCoeffs, ROWS_AT_ONCE, block_max, chunk_len, grad_of_constant, grad_of_rows, grad_of_slice,
     state_of_constant, state_of_slice,
 };
 use super::targets::{TargetBlock, Targets};
 use crate::error::Result;
 use crate::formula::SoftmaxState;
 use candle_core::WithDType;
-use pulp::Simd;
+use pulp::{Simd, WithSimd};
 use std::ops::Range;
 
 // ---- Forward
 
-/// Reads the logits of all rows once, and calls `finish(row, i, state, out)` with the state of each. `finish` writes its
+/// Reads the logits of all rows once, and calls `write_row(row, i, state, out)` with the state of each. `write_row` writes its
 /// results to index `i` of each slice of `out`, which hold an element for each of some rows.
 pub(super) fn for_each_row<T: Element, O: Send, const N: usize>(
     logits: &StridedRows,
@@ -25,22 +25,22 @@ pub(super) fn for_each_row<T: Element, O: Send, const N: usize>(
     axis: InnerAxis,
     classes: Range<usize>,
     out: [&mut [O]; N],
-    finish: &(impl Fn(usize, usize, SoftmaxState<f64>, &mut [&mut [O]; N]) + Sync),
+    write_row: &(impl Fn(usize, usize, SoftmaxState<f64>, &mut [&mut [O]; N]) + Sync),
 ) -> Result<()> {
     let (num_rows, num_classes) = (logits.num_rows, classes.len());
     let rows_at_once = match axis {
         InnerAxis::Class => 1,
-        InnerAxis::Row => num_rows.clamp(1, ROWS),
+        InnerAxis::Row => num_rows.clamp(1, ROWS_AT_ONCE),
     };
     let segment = match axis {
         InnerAxis::Class => SEGMENT,
-        // The states of the segments take at most a 64th of the logits' memory.
+        // The states of the segments take about a 64th of the logits' memory.
         InnerAxis::Row => (SEGMENT / rows_at_once).max(4 * BLOCK),
     };
     if num_classes <= segment {
-        split(out, rows_at_once, num_classes, &|first, mut out| {
+        par_split(out, rows_at_once, num_classes, &|first, mut out| {
             let rows = first..first + out[0].len();
-            let emit = |row, state| finish(row, row - first, state, &mut out);
+            let emit = |row, state| write_row(row, row - first, state, &mut out);
             let classes = classes.clone();
             dispatch(ForwardRows::<T, _> { logits, targets, axis, rows, classes, emit });
         });
@@ -49,7 +49,7 @@ pub(super) fn for_each_row<T: Element, O: Send, const N: usize>(
     // Several threads share a long row. The states of the segments of the same rows are adjacent.
     let segments = num_classes.div_ceil(segment);
     let mut states = default_vec(num_rows.div_ceil(rows_at_once) * segments * rows_at_once)?;
-    split([&mut states], rows_at_once, segment, &|first, [states]| {
+    par_split([&mut states], rows_at_once, segment, &|first, [states]| {
         for (i, states) in states.chunks_mut(rows_at_once).enumerate() {
             let i = first / rows_at_once + i;
             let row = i / segments * rows_at_once;
@@ -60,13 +60,13 @@ pub(super) fn for_each_row<T: Element, O: Send, const N: usize>(
             dispatch(ForwardRows::<T, _> { logits, targets, axis, rows, classes, emit });
         }
     });
-    split(out, 1, segments, &|first, mut out| {
+    par_split(out, 1, segments, &|first, mut out| {
         for i in 0..out[0].len() {
             let row = first + i;
             let of_group = &states[row / rows_at_once * segments * rows_at_once..];
             let of_row = of_group.iter().skip(row % rows_at_once).step_by(rows_at_once);
             let state = of_row.take(segments).fold(SoftmaxState::default(), |a, &b| a.merge(b));
-            finish(row, i, state, &mut out);
+            write_row(row, i, state, &mut out);
         }
     });
     Ok(())
@@ -82,11 +82,11 @@ struct ForwardRows<'a, T: Element, F> {
     emit: F,
 }
 
-impl<T: Element, F: FnMut(usize, SoftmaxState<f64>)> SimdOp for ForwardRows<'_, T, F> {
+impl<T: Element, F: FnMut(usize, SoftmaxState<f64>)> WithSimd for ForwardRows<'_, T, F> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(mut self, simd: S) {
+    fn with_simd<S: Simd>(mut self, simd: S) {
         match self.axis {
             InnerAxis::Class => self.row_by_row(simd),
             InnerAxis::Row => self.side_by_side(simd),
@@ -120,7 +120,7 @@ impl<T: Element, F: FnMut(usize, SoftmaxState<f64>)> ForwardRows<'_, T, F> {
                             Some((i, label_delta)) => {
                                 let mut logit = [T::Real::ZERO];
                                 self.logits.load(pos.at_class(class + i), &mut logit);
-                                block.add_to_coefficient(label_delta, logit[0].to_f64())
+                                block.add_to_target(label_delta, logit[0].to_f64())
                             }
                             None => block,
                         }
@@ -147,11 +147,11 @@ impl<T: Element, F: FnMut(usize, SoftmaxState<f64>)> ForwardRows<'_, T, F> {
     /// Reads ignored rows too, without effect.
     #[inline(always)]
     fn side_by_side<S: Simd>(&mut self, simd: S) {
-        let mut x = [[T::Real::ZERO; ROWS]; FEW_CLASSES];
-        let mut r = [[T::Real::ZERO; ROWS]; FEW_CLASSES];
-        for row in self.rows.clone().step_by(ROWS) {
-            let len = ROWS.min(self.rows.end - row);
-            let mut states = SoftmaxState::<[T::Real; ROWS]>::EMPTY_ROWS;
+        let mut x = [[T::Real::ZERO; ROWS_AT_ONCE]; FEW_CLASSES];
+        let mut r = [[T::Real::ZERO; ROWS_AT_ONCE]; FEW_CLASSES];
+        for row in self.rows.clone().step_by(ROWS_AT_ONCE) {
+            let len = ROWS_AT_ONCE.min(self.rows.end - row);
+            let mut states = SoftmaxState::<[T::Real; ROWS_AT_ONCE]>::EMPTY_ROWS;
             for first in self.classes.clone().step_by(FEW_CLASSES) {
                 let classes = first..self.classes.end.min(first + FEW_CLASSES);
                 let count = classes.len();
@@ -169,8 +169,8 @@ impl<T: Element, F: FnMut(usize, SoftmaxState<f64>)> ForwardRows<'_, T, F> {
     }
 }
 
-/// The length of the next block of the remaining classes, and the length that it is padded to: whole chunks while there
-/// are any, then the rest.
+/// The length of the next block of the remaining classes, and the length that it is padded to. It is a full block, else all
+/// whole chunks, else the rest, padded to one chunk.
 #[inline(always)]
 fn block_len<A: Real, S: Simd>(remaining: usize) -> (usize, usize) {
     let chunk = chunk_len::<A, S>();
@@ -194,8 +194,8 @@ pub(super) enum GradOrder {
     ClassByClass,
 }
 
-/// All of the gradient but the logits.
-pub(super) struct GradRows<'a, T: Element> {
+/// The inputs of the gradient, apart from the logits.
+pub(super) struct GradInputs<'a, T: Element> {
     pub targets: &'a Targets<'a, T::Real>,
     pub order: GradOrder,
     pub first_class: usize,
@@ -203,18 +203,18 @@ pub(super) struct GradRows<'a, T: Element> {
     pub num_classes: usize,
     /// The number of elements between one class and the next of the contiguous gradient.
     pub inner_size: usize,
-    pub rows: RowGrad<&'a [T::Real]>,
+    pub coeffs: GradCoeffs<&'a [T::Real]>,
 }
 
-impl<T: Element> GradRows<'_, T> {
+impl<T: Element> GradInputs<'_, T> {
     /// A piece of the gradient must begin at a multiple of this.
-    pub(super) fn unit(&self) -> usize {
-        let unit = match self.order {
+    pub(super) fn piece_multiple(&self) -> usize {
+        let multiple = match self.order {
             GradOrder::RowByRow => self.num_classes,
-            GradOrder::SideBySide => ROWS * self.num_classes,
+            GradOrder::SideBySide => ROWS_AT_ONCE * self.num_classes,
             GradOrder::ClassByClass => self.inner_size,
         };
-        unit.min(SEGMENT)
+        multiple.min(SEGMENT)
     }
 
     /// Writes a piece of the gradient, from its element `start` on.
@@ -223,23 +223,23 @@ impl<T: Element> GradRows<'_, T> {
     }
 
     #[inline(always)]
-    fn row(&self, row: usize) -> RowGrad<T::Real> {
-        self.rows.map(|values| values[row])
+    fn row_coeffs(&self, row: usize) -> GradCoeffs<T::Real> {
+        self.coeffs.map(|values| values[row])
     }
 }
 
 struct WriteGrad<'a, 'b, T: Element> {
-    grad: &'a GradRows<'a, T>,
+    grad: &'a GradInputs<'a, T>,
     logits: &'a StridedRows<'a>,
     start: usize,
     out: &'a mut SliceWriter<'b, T>,
 }
 
-impl<T: Element> SimdOp for WriteGrad<'_, '_, T> {
+impl<T: Element> WithSimd for WriteGrad<'_, '_, T> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(self, simd: S) {
+    fn with_simd<S: Simd>(self, simd: S) {
         match self.grad.order {
             GradOrder::RowByRow => self.row_by_row(simd),
             GradOrder::SideBySide => self.side_by_side(simd),
@@ -252,7 +252,7 @@ impl<T: Element> WriteGrad<'_, '_, T> {
     #[inline(always)]
     fn row_by_row<S: Simd>(self, simd: S) {
         let Self { grad, logits, start, out } = self;
-        let GradRows { targets, first_class, num_classes, .. } = *grad;
+        let GradInputs { targets, first_class, num_classes, .. } = *grad;
         let end = first_class + num_classes;
         let mut x_buffer = [T::Real::ZERO; BLOCK];
         let mut r_buffer = [T::Real::ZERO; BLOCK];
@@ -268,14 +268,16 @@ impl<T: Element> WriteGrad<'_, '_, T> {
                 match targets.block(row, class, len, &mut r_buffer[..padded]) {
                     TargetBlock::Constant(r, label) => {
                         let x = logits.classes::<T>(pos, len, &mut rounded);
-                        grad_of_constant(simd, grad.row(row), x, r, |chunk| out.write(chunk));
+                        grad_of_constant(simd, grad.row_coeffs(row), x, r, |chunk| {
+                            out.write(chunk)
+                        });
                         if let Some((i, _)) = label {
                             let pos = pos.at_class(class + i);
                             let mut r = [T::Real::ZERO];
                             targets.write(pos, &mut r);
                             logits.load(pos, &mut x_buffer[..1]);
                             let x = &mut x_buffer[..chunk_len::<T::Real, S>()];
-                            grad_of_slice(simd, grad.row(row), x, &[r[0]; BLOCK]);
+                            grad_of_slice(simd, grad.row_coeffs(row), x, &[r[0]; BLOCK]);
                             T::round(&x[..1], &mut rounded[..1]);
                             out.overwrite(len - i, rounded[0]);
                         }
@@ -283,7 +285,7 @@ impl<T: Element> WriteGrad<'_, '_, T> {
                     TargetBlock::Slice(r) => {
                         let x = &mut x_buffer[..padded];
                         logits.load(pos, &mut x[..len]);
-                        grad_of_slice(simd, grad.row(row), x, r);
+                        grad_of_slice(simd, grad.row_coeffs(row), x, r);
                         T::round(x, &mut rounded[..padded]);
                         out.write(&rounded[..len]);
                     }
@@ -298,12 +300,12 @@ impl<T: Element> WriteGrad<'_, '_, T> {
 
     #[inline(always)]
     fn side_by_side<S: Simd>(self, simd: S) {
-        let GradRows { first_class, num_classes, .. } = *self.grad;
+        let GradInputs { first_class, num_classes, .. } = *self.grad;
         let mut scratch = Scratch::new();
-        let mut tile = [T::default(); ROWS * FEW_CLASSES];
+        let mut tile = [T::default(); ROWS_AT_ONCE * FEW_CLASSES];
         let mut row = self.start / num_classes;
         while self.out.remaining() > 0 {
-            let len = ROWS.min(self.out.remaining() / num_classes);
+            let len = ROWS_AT_ONCE.min(self.out.remaining() / num_classes);
             for i in 0..num_classes {
                 let pos = BlockPos { row, class: first_class + i, axis: InnerAxis::Row };
                 let gradient = scratch.grad(simd, self.grad, self.logits, pos, len);
@@ -317,12 +319,12 @@ impl<T: Element> WriteGrad<'_, '_, T> {
 
     #[inline(always)]
     fn class_by_class<S: Simd>(self, simd: S) {
-        let GradRows { first_class, num_classes, inner_size, .. } = *self.grad;
+        let GradInputs { first_class, num_classes, inner_size, .. } = *self.grad;
         let mut scratch = Scratch::new();
         let (line, mut inner) = (self.start / inner_size, self.start % inner_size);
         let (mut outer, mut class) = (line / num_classes, first_class + line % num_classes);
         while self.out.remaining() > 0 {
-            let len = ROWS.min(inner_size - inner).min(self.out.remaining());
+            let len = ROWS_AT_ONCE.min(inner_size - inner).min(self.out.remaining());
             let pos = BlockPos { row: outer * inner_size + inner, class, axis: InnerAxis::Row };
             self.out.write(scratch.grad(simd, self.grad, self.logits, pos, len));
             inner += len;
@@ -338,19 +340,19 @@ impl<T: Element> WriteGrad<'_, '_, T> {
 
 /// Buffers for one class of several rows.
 struct Scratch<T: Element> {
-    x: [T::Real; ROWS],
-    r: [T::Real; ROWS],
+    x: [T::Real; ROWS_AT_ONCE],
+    r: [T::Real; ROWS_AT_ONCE],
     /// Copies of the rows' numbers, padded to whole vectors.
-    rows: RowGrad<[T::Real; ROWS]>,
-    rounded: [T; ROWS],
+    rows: GradCoeffs<[T::Real; ROWS_AT_ONCE]>,
+    rounded: [T; ROWS_AT_ONCE],
 }
 
 impl<T: Element> Scratch<T> {
     #[inline(always)]
     fn new() -> Self {
-        let zeros = [T::Real::ZERO; ROWS];
-        let rows = RowGrad { max: zeros, exp_scale: zeros, neg_grad_output: zeros };
-        Self { x: zeros, r: zeros, rows, rounded: [T::default(); ROWS] }
+        let zeros = [T::Real::ZERO; ROWS_AT_ONCE];
+        let rows = GradCoeffs { max: zeros, exp_scale: zeros, neg_grad_output: zeros };
+        Self { x: zeros, r: zeros, rows, rounded: [T::default(); ROWS_AT_ONCE] }
     }
 
     /// The gradient of one class in `len` rows.
@@ -358,14 +360,14 @@ impl<T: Element> Scratch<T> {
     fn grad<S: Simd>(
         &mut self,
         simd: S,
-        grad: &GradRows<T>,
+        grad: &GradInputs<T>,
         logits: &StridedRows,
         pos: BlockPos,
         len: usize,
     ) -> &[T] {
         logits.load(pos, &mut self.x[..len]);
         grad.targets.write(pos, &mut self.r[..len]);
-        let rows = grad.rows.map(|values| &values[pos.row..pos.row + len]);
+        let rows = grad.coeffs.map(|values| &values[pos.row..pos.row + len]);
         let padded = len.next_multiple_of(chunk_len::<T::Real, S>());
         let (x, r) = (&mut self.x[..padded], &self.r[..padded]);
         if len == padded {
@@ -374,8 +376,8 @@ impl<T: Element> Scratch<T> {
             self.rows.max[..len].copy_from_slice(rows.max);
             self.rows.exp_scale[..len].copy_from_slice(rows.exp_scale);
             self.rows.neg_grad_output[..len].copy_from_slice(rows.neg_grad_output);
-            let RowGrad { max, exp_scale, neg_grad_output } = &self.rows;
-            let rows = RowGrad { max: &max[..], exp_scale, neg_grad_output };
+            let GradCoeffs { max, exp_scale, neg_grad_output } = &self.rows;
+            let rows = GradCoeffs { max: &max[..], exp_scale, neg_grad_output };
             grad_of_rows(simd, rows.map(|values| &values[..padded]), x, r);
         }
         let rounded = &mut self.rounded[..padded];

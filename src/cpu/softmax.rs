@@ -6,8 +6,8 @@ use crate::formula::SoftmaxState;
 use candle_core::WithDType;
 use pulp::Simd;
 
-/// The most rows that are worked on side by side where their classes are not adjacent in memory.
-pub(super) const ROWS: usize = 128;
+/// The most rows that a loop works on side by side.
+pub(super) const ROWS_AT_ONCE: usize = 128;
 
 /// The elements of [`UNROLL`] vectors.
 #[inline(always)]
@@ -36,9 +36,9 @@ impl SoftmaxState<f64> {
         }
     }
 
-    /// Adds `delta` to the coefficient of a logit that the state contains.
+    /// Adds `delta` to the weighted target of a logit that the state contains.
     #[inline(always)]
-    pub(super) fn add_to_coefficient(self, delta: f64, logit: f64) -> Self {
+    pub(super) fn add_to_target(self, delta: f64, logit: f64) -> Self {
         if delta == 0. {
             return self;
         }
@@ -81,7 +81,7 @@ pub(super) fn block_max<T: Element, S: Simd>(simd: S, logits: &[T]) -> T::Real {
     T::Real::reduce_max(simd, T::Real::vmax(simd, a, b))
 }
 
-/// The state over a block of whole chunks whose classes have one coefficient.
+/// The state over a block of whole chunks with one weighted target for all classes.
 ///
 /// `max` is the largest logit so far, this block's included. Relative to it, most blocks merge without an exponential.
 #[inline(always)]
@@ -89,11 +89,11 @@ pub(super) fn state_of_constant<T: Element, S: Simd>(
     simd: S,
     max: T::Real,
     logits: &[T],
-    coefficient: T::Real,
+    target: T::Real,
 ) -> SoftmaxState<f64> {
     let base = T::Real::splat(simd, finite_base(max));
     let mut sum_exp = [T::Real::splat(simd, T::Real::ZERO); UNROLL];
-    let r = T::Real::splat(simd, coefficient);
+    let r = T::Real::splat(simd, target);
     let mut target_dot = sum_exp;
     for &chunk in T::as_chunks::<S>(logits) {
         let x = T::to_vectors(simd, chunk);
@@ -104,29 +104,29 @@ pub(super) fn state_of_constant<T: Element, S: Simd>(
             target_dot[i] = T::Real::vmul_add(simd, r, x, target_dot[i]);
         }
     }
-    let coefficient = coefficient.to_f64();
+    let target = target.to_f64();
     let target_dot = sum_vectors::<T::Real, S>(simd, target_dot);
     SoftmaxState {
         max: max.to_f64(),
         sum_exp: sum_vectors::<T::Real, S>(simd, sum_exp),
-        target_sum: coefficient * logits.len() as f64,
+        target_sum: target * logits.len() as f64,
         // 0·∞ counts as 0.
-        target_dot: if coefficient == 0. { 0. } else { target_dot },
+        target_dot: if target == 0. { 0. } else { target_dot },
     }
 }
 
-/// The state over a block of whole chunks with a coefficient for each class. `max` is as in [`state_of_constant`].
+/// The state over a block of whole chunks with a weighted target for each class. `max` is as in [`state_of_constant`].
 #[inline(always)]
 pub(super) fn state_of_slice<A: Real, S: Simd>(
     simd: S,
     max: A,
     logits: &[A],
-    coefficients: &[A],
+    targets: &[A],
 ) -> SoftmaxState<f64> {
     let base = A::splat(simd, finite_base(max));
     let mut sum_exp = [A::splat(simd, A::ZERO); UNROLL];
     let (mut target_sum, mut target_dot) = (sum_exp, sum_exp);
-    for (&x, &r) in A::as_chunks::<S>(logits).iter().zip(A::as_chunks::<S>(coefficients)) {
+    for (&x, &r) in A::as_chunks::<S>(logits).iter().zip(A::as_chunks::<S>(targets)) {
         let (x, r) = (A::to_vectors(simd, x), A::to_vectors(simd, r));
         for i in 0..UNROLL {
             let x = A::vsub(simd, x[i], base);
@@ -149,23 +149,23 @@ fn sum_vectors<A: Real, S: Simd>(simd: S, [a, b, c, d]: [A::Vector<S>; UNROLL]) 
     A::reduce_sum(simd, A::vadd(simd, a, b)).to_f64()
 }
 
-impl<A: Real> SoftmaxState<[A; ROWS]> {
+impl<A: Real> SoftmaxState<[A; ROWS_AT_ONCE]> {
     /// The states of rows side by side, over no classes.
     pub(super) const EMPTY_ROWS: Self = Self {
-        max: [A::NEG_INFINITY; ROWS],
-        sum_exp: [A::ZERO; ROWS],
-        target_sum: [A::ZERO; ROWS],
-        target_dot: [A::ZERO; ROWS],
+        max: [A::NEG_INFINITY; ROWS_AT_ONCE],
+        sum_exp: [A::ZERO; ROWS_AT_ONCE],
+        target_sum: [A::ZERO; ROWS_AT_ONCE],
+        target_dot: [A::ZERO; ROWS_AT_ONCE],
     };
 
-    /// Adds classes, each with a logit and a coefficient for every row. The first `rows` rows count.
+    /// Adds classes, each with a logit and a weighted target for every row. The first `rows` rows count.
     #[inline(always)]
     pub(super) fn add_classes<S: Simd>(
         &mut self,
         simd: S,
         rows: usize,
-        logits: &[[A; ROWS]],
-        coefficients: &[[A; ROWS]],
+        logits: &[[A; ROWS_AT_ONCE]],
+        targets: &[[A; ROWS_AT_ONCE]],
     ) {
         let Self { max, sum_exp, target_sum, target_dot } = self;
         let fields = A::as_vectors_mut::<S>(max)
@@ -179,11 +179,11 @@ impl<A: Real> SoftmaxState<[A; ROWS]> {
             for x in logits {
                 new_max = A::vmax(simd, A::as_vectors::<S>(x)[i], new_max);
             }
-            let base = A::neg_infinity_to_zero(simd, new_max);
+            let base = A::vfinite_base(simd, new_max);
             // The new classes are summed apart from the old ones: fewer roundings than one by one.
             let zero = A::splat(simd, A::ZERO);
             let (mut new_sum_exp, mut new_target_sum, mut new_target_dot) = (zero, zero, zero);
-            for (x, r) in logits.iter().zip(coefficients) {
+            for (x, r) in logits.iter().zip(targets) {
                 let (x, r) = (A::as_vectors::<S>(x)[i], A::as_vectors::<S>(r)[i]);
                 let x = A::vsub(simd, x, base);
                 new_sum_exp = add_exp::<A, S>(simd, new_sum_exp, x);
@@ -209,20 +209,20 @@ impl<A: Real> SoftmaxState<[A; ROWS]> {
     }
 }
 
-/// A row's numbers in its gradient, exp(x − max)·exp_scale + r·neg_grad_output. With slices for `T`, those of many
-/// rows.
+/// The numbers of a row in its gradient, exp(x − max)·exp_scale + r·neg_grad_output. `T` is one number, or a
+/// collection with one for each row.
 #[derive(Clone, Copy)]
-pub(super) struct RowGrad<T> {
+pub(super) struct GradCoeffs<T> {
     pub max: T,
     /// grad_output·(S + 2·z·lse) / Σ exp(x − max).
     pub exp_scale: T,
     pub neg_grad_output: T,
 }
 
-impl<T> RowGrad<T> {
+impl<T> GradCoeffs<T> {
     #[inline(always)]
-    pub(super) fn map<U>(self, f: impl Fn(T) -> U) -> RowGrad<U> {
-        RowGrad {
+    pub(super) fn map<U>(self, f: impl Fn(T) -> U) -> GradCoeffs<U> {
+        GradCoeffs {
             max: f(self.max),
             exp_scale: f(self.exp_scale),
             neg_grad_output: f(self.neg_grad_output),
@@ -230,43 +230,54 @@ impl<T> RowGrad<T> {
     }
 }
 
-/// The gradient of a block of whole chunks whose classes have one coefficient. Calls `emit` for each chunk.
+/// The gradient of a vector of logits x: exp(x − max)·exp_scale + target_term.
+#[inline(always)]
+fn grad_vector<A: Real, S: Simd>(
+    simd: S,
+    x: A::Vector<S>,
+    max: A::Vector<S>,
+    exp_scale: A::Vector<S>,
+    target_term: A::Vector<S>,
+) -> A::Vector<S> {
+    A::vmul_add(simd, exp::<A, S>(simd, A::vsub(simd, x, max)), exp_scale, target_term)
+}
+
+/// The gradient of a block of whole chunks with one weighted target for all classes. Calls `emit` for each chunk.
 #[inline(always)]
 pub(super) fn grad_of_constant<T: Element, S: Simd>(
     simd: S,
-    row: RowGrad<T::Real>,
+    row: GradCoeffs<T::Real>,
     logits: &[T],
-    coefficient: T::Real,
+    target: T::Real,
     mut emit: impl FnMut(&[T]),
 ) {
     let max = T::Real::splat(simd, row.max);
     let exp_scale = T::Real::splat(simd, row.exp_scale);
-    let target_term = T::Real::splat(simd, coefficient * row.neg_grad_output);
+    let target_term = T::Real::splat(simd, target * row.neg_grad_output);
     for &chunk in T::as_chunks::<S>(logits) {
         let mut x = T::to_vectors(simd, chunk);
         for x in &mut x {
-            let e = exp::<T::Real, S>(simd, T::Real::vsub(simd, *x, max));
-            *x = T::Real::vmul_add(simd, e, exp_scale, target_term);
+            *x = grad_vector::<T::Real, S>(simd, *x, max, exp_scale, target_term);
         }
         emit(T::chunk_values::<S>(&T::from_vectors(simd, x)));
     }
 }
 
-/// Overwrites logits of one row with their gradient: whole vectors, with a coefficient for each class.
+/// Overwrites logits of one row with their gradient: whole vectors, with a weighted target for each class.
 #[inline(always)]
 pub(super) fn grad_of_slice<A: Real, S: Simd>(
     simd: S,
-    row: RowGrad<A>,
+    row: GradCoeffs<A>,
     logits: &mut [A],
-    coefficients: &[A],
+    targets: &[A],
 ) {
     let max = A::splat(simd, row.max);
     let exp_scale = A::splat(simd, row.exp_scale);
     let neg_grad_output = A::splat(simd, row.neg_grad_output);
-    let coefficients = A::as_vectors::<S>(coefficients);
-    for (x, &r) in A::as_vectors_mut::<S>(logits).iter_mut().zip(coefficients) {
-        let e = exp::<A, S>(simd, A::vsub(simd, *x, max));
-        *x = A::vmul_add(simd, e, exp_scale, A::vmul(simd, r, neg_grad_output));
+    let targets = A::as_vectors::<S>(targets);
+    for (x, &r) in A::as_vectors_mut::<S>(logits).iter_mut().zip(targets) {
+        let target_term = A::vmul(simd, r, neg_grad_output);
+        *x = grad_vector::<A, S>(simd, *x, max, exp_scale, target_term);
     }
 }
 
@@ -274,19 +285,19 @@ pub(super) fn grad_of_slice<A: Real, S: Simd>(
 #[inline(always)]
 pub(super) fn grad_of_rows<A: Real, S: Simd>(
     simd: S,
-    rows: RowGrad<&[A]>,
+    rows: GradCoeffs<&[A]>,
     logits: &mut [A],
-    coefficients: &[A],
+    targets: &[A],
 ) {
     let rows = A::as_vectors::<S>(rows.max)
         .iter()
         .zip(A::as_vectors::<S>(rows.exp_scale))
         .zip(A::as_vectors::<S>(rows.neg_grad_output));
-    let coefficients = A::as_vectors::<S>(coefficients);
+    let targets = A::as_vectors::<S>(targets);
     for ((x, &r), ((&max, &exp_scale), &neg_grad_output)) in
-        A::as_vectors_mut::<S>(logits).iter_mut().zip(coefficients).zip(rows)
+        A::as_vectors_mut::<S>(logits).iter_mut().zip(targets).zip(rows)
     {
-        let e = exp::<A, S>(simd, A::vsub(simd, *x, max));
-        *x = A::vmul_add(simd, e, exp_scale, A::vmul(simd, r, neg_grad_output));
+        let target_term = A::vmul(simd, r, neg_grad_output);
+        *x = grad_vector::<A, S>(simd, *x, max, exp_scale, target_term);
     }
 }

@@ -1,16 +1,16 @@
-//! The targets and their coefficients r.
+//! The targets, and the weighted targets r that follow from them.
 
 use super::dtype::{Element, Real};
-use super::input::{BlockPos, InnerAxis, StridedRows};
-use super::parallel::{BLOCK, default_vec, split};
+use super::input::{BlockPos, InnerAxis, StridedRows, field_slices};
+use super::parallel::{BLOCK, default_vec, par_split};
 use crate::error::{Error, Result};
-use crate::formula::{ClassParams, Coefficients, LossParams};
+use crate::formula::{ClassParams, ClassTable, LossParams};
 use crate::layout::{Operand, RowOffsets, check_layout};
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, Layout, Storage, StorageRef};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// The targets of all rows, with the coefficients of all classes.
+/// The targets of all rows, with the params of all classes.
 pub(super) struct Targets<'a, A> {
     class_params: ClassParams<ClassValues<'a, A>>,
     data: TargetData<'a>,
@@ -26,7 +26,7 @@ enum TargetData<'a> {
 /// Marks an ignored row among the labels. No class has this index.
 const IGNORED: u32 = u32::MAX;
 
-/// The coefficients r of a block of classes of one row.
+/// The weighted targets r of a block of classes of one row.
 #[derive(Clone, Copy)]
 pub(super) enum TargetBlock<'a, A> {
     /// One value for all classes. If the label is in this block, also its index and how much larger its value is.
@@ -37,7 +37,7 @@ pub(super) enum TargetBlock<'a, A> {
 impl<'a, A: Real> Targets<'a, A> {
     pub(super) fn new(
         params: &LossParams,
-        coefficients: &'a LockedCoefficients,
+        class_table: &'a LockedClassTable,
         targets: Operand<'a, CpuStorage>,
     ) -> Result<Self> {
         let data = match targets.0.dtype().is_int() {
@@ -51,7 +51,7 @@ impl<'a, A: Real> Targets<'a, A> {
             false => TargetData::Probabilities(StridedRows::new(targets, params.class_dim)?),
         };
         let has_ignore_index = params.ignore_index.is_some();
-        Ok(Self { class_params: coefficients.class_params()?, data, has_ignore_index })
+        Ok(Self { class_params: class_table.class_params()?, data, has_ignore_index })
     }
 
     pub(super) fn is_ignored(&self, row: usize) -> bool {
@@ -79,8 +79,8 @@ impl<'a, A: Real> Targets<'a, A> {
         }
     }
 
-    /// The coefficients of `len` classes of a row, followed by zeros up to the length of `buffer`. They are copied to
-    /// `buffer` only if they differ between classes and are not contiguous anywhere.
+    /// The weighted targets of `len` classes of a row, followed by zeros up to the length of `buffer`. Those of a whole block
+    /// that are constant or contiguous are not copied. All others are written to `buffer`.
     #[inline(always)]
     pub(super) fn block<'b>(
         &'b self,
@@ -115,7 +115,7 @@ impl<'a, A: Real> Targets<'a, A> {
         TargetBlock::Slice(buffer)
     }
 
-    /// Fills `out` with the coefficients r of a block.
+    /// Fills `out` with the weighted targets of a block.
     #[inline(always)]
     pub(super) fn write(&self, pos: BlockPos, out: &mut [A]) {
         match (&self.data, pos.axis) {
@@ -162,17 +162,17 @@ impl<'a, A: Real> Targets<'a, A> {
     }
 }
 
-/// The coefficients, with their tensor locked for reading.
-pub(super) enum LockedCoefficients<'a> {
+/// A [`ClassTable`] whose tensor is locked for reading.
+pub(super) enum LockedClassTable<'a> {
     Uniform(ClassParams<f64>),
     PerClass(StorageRef<'a>),
 }
 
-impl<'a> LockedCoefficients<'a> {
-    pub(super) fn new(coefficients: &'a Coefficients) -> Self {
-        match coefficients {
-            Coefficients::Uniform(class_params) => Self::Uniform(*class_params),
-            Coefficients::PerClass(tensor) => Self::PerClass(tensor.storage_and_layout().0),
+impl<'a> LockedClassTable<'a> {
+    pub(super) fn new(class_table: &'a ClassTable) -> Self {
+        match class_table {
+            ClassTable::Uniform(class_params) => Self::Uniform(*class_params),
+            ClassTable::PerClass(tensor) => Self::PerClass(tensor.storage_and_layout().0),
         }
     }
 
@@ -181,24 +181,19 @@ impl<'a> LockedCoefficients<'a> {
             Self::Uniform(params) => Ok(params.map(|v| ClassValues::Uniform(A::from_f64(v)))),
             Self::PerClass(storage) => {
                 let Storage::Cpu(storage) = &**storage else {
-                    let message = "the coefficients are not on the CPU".to_string();
+                    let message = "the class params are not on the CPU".to_string();
                     return Err(candle_core::Error::Msg(message).into());
                 };
                 let values = A::cpu_storage_as_slice(storage)?;
                 let num_classes = values.len() / ClassParams::<()>::FIELDS;
-                let mut rest = values;
-                let fields = [(); ClassParams::<()>::FIELDS].map(|()| {
-                    let (field, others) = rest.split_at(num_classes);
-                    rest = others;
-                    ClassValues::PerClass(field)
-                });
-                Ok(ClassParams::from_fields(fields))
+                let fields = ClassParams::from_fields(field_slices(values, num_classes));
+                Ok(fields.map(ClassValues::PerClass))
             }
         }
     }
 }
 
-/// One coefficient of all classes.
+/// One of the [`ClassParams`], of all classes.
 enum ClassValues<'a, A> {
     Uniform(A),
     PerClass(&'a [A]),
@@ -252,7 +247,7 @@ fn read_labels_of<T: Copy + Into<i64> + Sync>(
     };
     let mut labels = default_vec(layout.shape().elem_count())?;
     let first_bad_row = AtomicUsize::new(usize::MAX);
-    split([&mut labels], BLOCK, 1, &|first, [labels]| {
+    par_split([&mut labels], BLOCK, 1, &|first, [labels]| {
         let mut done = 0;
         while done < labels.len() {
             let run = offsets.run(first + done);

@@ -26,25 +26,20 @@ pub(crate) use kernel::GpuStorage;
 
 use crate::error::{Error, Result};
 use crate::formula::{
-    ClassParams, Coefficients, Divisor, ForwardOut, LossParams, SavedState, SoftmaxState,
+    ClassParams, ClassTable, Divisor, ForwardOut, LossParams, SavedState, SoftmaxState,
     result_dtype,
 };
 use crate::layout::{Operand, inner_size, num_rows};
 use candle_core::{DType, Layout, StorageRef, WithDType};
 use kernel::{Buffer, Grid, KernelKey, KernelVariant};
-use params::{IntParams, KernelParams, ReduceParams, RowStrides};
+use params::{IntParams, KernelParams, Outputs, ReduceParams, RowStrides};
 
-/// The numbers of blocks that keep a large GPU busy. `forward` has fewer: its splits need a second kernel to
-/// merge them, so it splits rows only if there are few.
+/// The numbers of blocks that keep a large GPU busy. `forward` has fewer, so it splits rows only if there are few: a
+/// second kernel must merge the splits.
 const MIN_BLOCKS_FORWARD: usize = 512;
 const MIN_BLOCKS_BACKWARD: usize = 2048;
 /// The number of rows that a block of `reduce` sums, unless that takes too many blocks.
 const REDUCE_ROWS_PER_BLOCK: usize = 4096;
-
-/// The dtype of a tensor of [`SoftmaxState`].
-pub(crate) fn state_dtype(logits: DType) -> DType {
-    result_dtype(logits)
-}
 
 /// The losses of the rows, or their sum divided by `divisor`. `save` asks for [`ForwardOut::saved`].
 pub(crate) fn forward<S: GpuStorage>(
@@ -58,7 +53,7 @@ pub(crate) fn forward<S: GpuStorage>(
     launch.loss(divisor, save, |launch, outputs| launch.forward_rows(logits.0, outputs))
 }
 
-/// Merges the softmax states of the rows over a class tile, whose logits are given, into `state`. The first tile
+/// Merges the softmax states of the rows over a range of the classes, whose logits are given, into `state`. The first range
 /// overwrites `state`.
 pub(crate) fn merge_tile<S: GpuStorage>(
     params: &LossParams,
@@ -125,8 +120,8 @@ pub(crate) fn smooth_targets<S: GpuStorage>(params: &LossParams, labels: Operand
         return Ok(smoothed);
     }
     let grid = launch.plan("smooth", false, MIN_BLOCKS_BACKWARD)?;
-    let class_params = launch.class_params_buffer()?;
-    let mut buffers = [Buffer::Input(launch.targets), class_params, Buffer::Output(&mut smoothed)];
+    let [targets, class_params] = launch.shared_buffers()?;
+    let mut buffers = [targets, class_params, Buffer::Output(&mut smoothed)];
     // SAFETY: these are the buffers of `smooth`. The inputs are in bounds as in `launch_forward`. The output has
     // an element for each row and class.
     unsafe { launch.run("smooth", grid, &mut buffers)? };
@@ -144,42 +139,6 @@ struct Launch<'a, S: GpuStorage> {
     uniform_params: ClassParams<f64>,
     z_loss: f64,
     ints: IntParams,
-}
-
-/// The outputs of `forward` and `finish`.
-enum Outputs<'a, S> {
-    /// The softmax states of the rows.
-    States(&'a mut S),
-    Rows(&'a mut RowOutputs<S>),
-}
-
-/// Results of the rows.
-struct RowOutputs<S> {
-    losses: S,
-    /// The class weight of each row's label, 0 for ignored rows.
-    weights: Option<S>,
-    /// ([`SavedState::FIELDS`], N).
-    saved: Option<S>,
-}
-
-impl<'a, S> Outputs<'a, S> {
-    /// The buffers of the states, the losses, the weights and the saved states. Sets the flags in `ints` that tell
-    /// the kernel which of them to write.
-    fn into_buffers(self, ints: &mut IntParams) -> [Buffer<'a, S>; 4] {
-        ints.wants_states = matches!(self, Self::States(_)).into();
-        match self {
-            Self::States(states) => {
-                [Buffer::Output(states), Buffer::Unused, Buffer::Unused, Buffer::Unused]
-            }
-            Self::Rows(RowOutputs { losses, weights, saved }) => {
-                ints.wants_weights = weights.is_some().into();
-                ints.wants_saved = saved.is_some().into();
-                let weights = Buffer::optional_output(weights);
-                let saved = Buffer::optional_output(saved);
-                [Buffer::Unused, Buffer::Output(losses), weights, saved]
-            }
-        }
-    }
 }
 
 impl<'a, S: GpuStorage> Launch<'a, S> {
@@ -203,9 +162,9 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
             ignore_index: params.ignore_index.unwrap_or(0),
             ..IntParams::default()
         };
-        let (class_params, uniform_params) = match &params.coefficients {
-            Coefficients::Uniform(uniform) => (None, *uniform),
-            Coefficients::PerClass(tensor) => (
+        let (class_params, uniform_params) = match &params.class_table {
+            ClassTable::Uniform(uniform) => (None, *uniform),
+            ClassTable::PerClass(tensor) => (
                 Some(tensor.storage_and_layout().0),
                 ClassParams::from_fields([0.; ClassParams::<()>::FIELDS]),
             ),
@@ -268,19 +227,23 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
         KernelKey { name, variant: self.variant }
     }
 
-    fn class_params_buffer(&self) -> Result<Buffer<'_, S>> {
-        let Some(storage) = &self.class_params else {
-            return Ok(Buffer::Unused);
+    /// The buffers of the targets and of the class parameters.
+    fn shared_buffers(&self) -> Result<[Buffer<'_, S>; 2]> {
+        let class_params = match &self.class_params {
+            None => Buffer::Unused,
+            Some(storage) => {
+                let class_params = S::from_storage(storage).ok_or_else(|| {
+                    let location = storage.device().location();
+                    internal_error(format!(
+                        "the class parameters are on {location:?}, not with the logits"
+                    ))
+                })?;
+                let len = ClassParams::<()>::FIELDS * self.ints.num_classes as usize;
+                self.check_numbers("class parameters", class_params, len)?;
+                Buffer::Input(class_params)
+            }
         };
-        let Some(class_params) = S::from_storage(storage) else {
-            let location = storage.device().location();
-            return Err(message(format!(
-                "the class parameters are on {location:?}, not with the logits"
-            )));
-        };
-        let len = ClassParams::<()>::FIELDS * self.ints.num_classes as usize;
-        self.check_numbers("class parameters", class_params, len)?;
-        Ok(Buffer::Input(class_params))
+        Ok([Buffer::Input(self.targets), class_params])
     }
 
     /// Checks a buffer that kernels index without its layout: it is in the dtype of the arithmetic and has at least
@@ -291,7 +254,7 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
             return Ok(());
         }
         let expected = format!("expected {len} in {dtype:?}");
-        Err(message(format!("{found_len} {what} in {found_dtype:?} were given, {expected}")))
+        Err(internal_error(format!("{found_len} {what} in {found_dtype:?} were given, {expected}")))
     }
 
     /// Checks a contiguous tensor (`num_fields`, N).
@@ -300,7 +263,7 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
         self.check_numbers(what, tensor.0, num_fields * self.num_rows())
     }
 
-    /// Divides the rows of a kernel's launch between threads.
+    /// The grid of a kernel that takes the classes of a row in splits. Sets the parameters to match.
     fn plan(
         &mut self,
         kernel: &'static str,
@@ -355,15 +318,8 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
 
     fn launch_forward(&mut self, grid: Grid, logits: &S, outputs: Outputs<S>) -> Result<()> {
         let [states, losses, weights, saved] = outputs.into_buffers(&mut self.ints);
-        let mut buffers = [
-            Buffer::Input(logits),
-            Buffer::Input(self.targets),
-            self.class_params_buffer()?,
-            states,
-            losses,
-            weights,
-            saved,
-        ];
+        let (logits, [targets, class_params]) = (Buffer::Input(logits), self.shared_buffers()?);
+        let mut buffers = [logits, targets, class_params, states, losses, weights, saved];
         // SAFETY: these are the buffers of `forward`. The strides were checked against the storages of the
         // logits and the targets, and the length of the class parameters. Each output has room for every row (the
         // states, for every split of it), and the kernel writes those that the flags name. It compares a class
@@ -386,15 +342,8 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
         self.ints.threads_along_rows = 0;
         self.ints.num_splits = 1;
         let [merged, losses, weights, saved] = outputs.into_buffers(&mut self.ints);
-        let mut buffers = [
-            Buffer::Input(self.targets),
-            self.class_params_buffer()?,
-            Buffer::Input(states),
-            merged,
-            losses,
-            weights,
-            saved,
-        ];
+        let ([targets, class_params], states) = (self.shared_buffers()?, Buffer::Input(states));
+        let mut buffers = [targets, class_params, states, merged, losses, weights, saved];
         // SAFETY: these are the buffers of `finish`, in bounds as in `launch_forward`. The input has
         // `num_states` states for each row.
         unsafe { self.run("finish", grid, &mut buffers) }
@@ -414,10 +363,11 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
         let along_rows = self.ints.inner_size > 1;
         let grid = self.plan("backward", along_rows, MIN_BLOCKS_BACKWARD)?;
         self.ints.in_place = logits.is_none().into();
+        let [targets, class_params] = self.shared_buffers()?;
         let mut buffers = [
             Buffer::optional_input(logits),
-            Buffer::Input(self.targets),
-            self.class_params_buffer()?,
+            targets,
+            class_params,
             Buffer::Input(grad_output),
             Buffer::Input(saved),
             Buffer::Output(grad_logits),
@@ -438,13 +388,12 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
         let num_rows = self.num_rows();
         let weighted = matches!(divisor, Some(Divisor::WeightSum));
         let saved_len = SavedState::<()>::FIELDS * num_rows;
-        let mut rows = RowOutputs {
-            losses: self.alloc(num_rows)?,
-            weights: weighted.then(|| self.alloc(num_rows)).transpose()?,
-            saved: save.then(|| self.alloc(saved_len)).transpose()?,
-        };
-        compute(&mut self, Outputs::Rows(&mut rows))?;
-        let RowOutputs { losses, weights, saved } = rows;
+        let mut losses = self.alloc(num_rows)?;
+        let mut weights = weighted.then(|| self.alloc(num_rows)).transpose()?;
+        let mut saved = save.then(|| self.alloc(saved_len)).transpose()?;
+        let outputs =
+            Outputs::Rows { losses: &mut losses, weights: &mut weights, saved: &mut saved };
+        compute(&mut self, outputs)?;
         let (loss, weight_sum) = match divisor {
             None => (losses, None),
             Some(Divisor::Number(number)) => self.reduce(losses, None, number)?,
@@ -465,11 +414,11 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
         let kernel = self.kernel("reduce");
         let limits = S::limits(&self.device, kernel)?;
         let threads_per_block = limits.block_size();
-        // `reduce` has one block for each range of rows, whatever the limit, so the ranges must be long enough.
+        // A block of `reduce` sums one range of rows, so there must not be more ranges than blocks.
         let rows_per_block = REDUCE_ROWS_PER_BLOCK.max(self.num_rows().div_ceil(limits.max_blocks));
         let mut len = self.num_rows();
-        // The losses of a mean are scaled before they are summed, so that their sum overflows only if the mean does.
-        // The scale is a power of two, which rounds nothing.
+        // The losses of a mean are scaled down before they are summed, so that the sum overflows only if the mean
+        // does. The scale is a power of two, so that multiplying by it does not round.
         let mut scale = match weights.is_some() || divisor != 1. {
             true => 1. / len.max(1).next_power_of_two() as f64,
             false => 1.,
@@ -516,11 +465,11 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
 fn check_contiguous<S: GpuStorage>(what: &str, (storage, layout): Operand<S>) -> Result<()> {
     match layout.contiguous_offsets() {
         Some((0, end)) if end <= storage.len() => Ok(()),
-        _ => Err(message(format!("the {what} are not contiguous"))),
+        _ => Err(internal_error(format!("the {what} are not contiguous"))),
     }
 }
 
-/// An error in the calls of these functions, which no user of the crate can cause.
-fn message(text: String) -> Error {
+/// An error that only a mistake in this crate causes.
+fn internal_error(text: String) -> Error {
     candle_core::Error::Msg(text).into()
 }

@@ -1,9 +1,9 @@
-//! The parameters of the kernels, and how a launch divides its rows between threads.
+//! The parameters of the kernels, with the choice of outputs and the division of the rows between threads.
 //!
 //! The `repr(C)` structs mirror `View`, `Params` and `Reduction` of the kernel source. The order and the types of
 //! their fields are those of the kernel source and must change with it.
 
-use super::kernel::{GpuStorage, Grid, Limits};
+use super::kernel::{Buffer, GpuStorage, Grid, Limits};
 use crate::error::{Error, Result};
 use crate::formula::ClassParams;
 use crate::layout::{Operand, RowOffsets, check_layout};
@@ -39,7 +39,8 @@ pub(crate) struct IntParams {
     pub tile_classes: u64,
     /// The number of elements between one class and the next of the gradient.
     pub inner_size: u64,
-    /// A row's classes are divided into `num_splits` splits of `classes_per_split`. One block reads a split.
+    /// A row's classes are divided into `num_splits` splits of `classes_per_split`, each
+    /// read by one block.
     pub classes_per_split: u64,
     pub num_splits: u64,
     /// The number of softmax states that `finish` merges for a row.
@@ -142,6 +143,39 @@ impl RowStrides {
     }
 }
 
+/// The outputs of `forward` and `finish`.
+pub(crate) enum Outputs<'a, S> {
+    /// The softmax states of the rows.
+    States(&'a mut S),
+    Rows {
+        losses: &'a mut S,
+        /// The class weight of each row's label, 0 for ignored rows.
+        weights: &'a mut Option<S>,
+        /// ([`SavedState::FIELDS`](crate::formula::SavedState::FIELDS), N).
+        saved: &'a mut Option<S>,
+    },
+}
+
+impl<'a, S> Outputs<'a, S> {
+    /// The buffers of the states, the losses, the weights and the saved states. Sets the flags in `ints` that tell
+    /// the kernel which of them to write.
+    pub fn into_buffers(self, ints: &mut IntParams) -> [Buffer<'a, S>; 4] {
+        ints.wants_states = matches!(self, Self::States(_)).into();
+        match self {
+            Self::States(states) => {
+                [Buffer::Output(states), Buffer::Unused, Buffer::Unused, Buffer::Unused]
+            }
+            Self::Rows { losses, weights, saved } => {
+                ints.wants_weights = weights.is_some().into();
+                ints.wants_saved = saved.is_some().into();
+                let weights = Buffer::optional_output(weights);
+                let saved = Buffer::optional_output(saved);
+                [Buffer::Unused, Buffer::Output(losses), weights, saved]
+            }
+        }
+    }
+}
+
 /// The largest number of threads in a block: `THREADS` in the kernel source.
 const MAX_THREADS_PER_BLOCK: usize = 256;
 /// The size of the widest load.
@@ -155,7 +189,7 @@ struct ThreadWork {
     min: usize,
     /// A row is split further only if each thread has this many classes of a split.
     min_of_split: usize,
-    /// Bounds the rounding error of a thread's sums.
+    /// A thread sums at most this many classes, which bounds the rounding error.
     max: usize,
 }
 
