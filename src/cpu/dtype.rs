@@ -52,6 +52,8 @@ pub(crate) trait Element: WithDType + Default {
     type Real: Real;
     /// The elements of [`UNROLL`] vectors of the arithmetic.
     type Chunk<S: Simd>: Copy;
+    /// Whether [`to_vectors`](Self::to_vectors) is so slow that a loop with two passes converts a block only once.
+    const SLOW_TO_VECTORS: bool;
 
     /// The values, if they are of this dtype.
     fn as_slice<'a>(values: &FloatSlice<'a>) -> Option<&'a [Self]>;
@@ -237,6 +239,7 @@ macro_rules! real {
         impl Element for $real {
             type Real = Self;
             type Chunk<S: Simd> = [S::$vector; UNROLL];
+            const SLOW_TO_VECTORS: bool = false;
 
             #[inline(always)]
             fn as_slice<'a>(values: &FloatSlice<'a>) -> Option<&'a [Self]> {
@@ -371,6 +374,7 @@ macro_rules! half_element {
 /// moving between lanes.
 impl Element for bf16 {
     half_element!(BF16);
+    const SLOW_TO_VECTORS: bool = false;
 
     #[inline(always)]
     fn round(values: &[f32], out: &mut [Self]) {
@@ -390,6 +394,7 @@ impl Element for bf16 {
 /// Processors convert f16 eight at a time, by instructions that pulp does not have. `half` chooses them at run time.
 impl Element for f16 {
     half_element!(F16);
+    const SLOW_TO_VECTORS: bool = true;
 
     #[inline(always)]
     fn round(values: &[f32], out: &mut [Self]) {

@@ -113,9 +113,14 @@ impl<T: Element, F: FnMut(usize, SoftmaxState<f64>)> ForwardRows<'_, T, F> {
                 let max_with = |block: T::Real| T::Real::from_f64(state.max.max(block.to_f64()));
                 let block = match self.targets.block(row, class, len, &mut r_buffer[..padded]) {
                     TargetBlock::Constant(r, label) => {
-                        let x = self.logits.classes::<T>(pos, len, &mut copy);
-                        let max = max_with(block_max(simd, x));
-                        let block = state_of_constant(simd, max, x, r);
+                        let block = if T::SLOW_TO_VECTORS {
+                            let x = &mut x_buffer[..len];
+                            self.logits.load(pos, x);
+                            state_of_constant(simd, max_with(block_max(simd, x)), x, r)
+                        } else {
+                            let x = self.logits.classes::<T>(pos, len, &mut copy);
+                            state_of_constant(simd, max_with(block_max(simd, x)), x, r)
+                        };
                         match label {
                             Some((i, label_delta)) => {
                                 let mut logit = [T::Real::ZERO];
