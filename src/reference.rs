@@ -23,19 +23,9 @@ pub fn forward(loss: &LabelSmoothingLoss, logits: &Tensor, targets: &Tensor) -> 
     };
     let mut x = by_row(logits)?;
 
-    // The labels (N, 1), and which rows count. Ignored rows get label 0 and logits 0.
-    let mut labels = targets.flatten_all()?.unsqueeze(1)?;
-    if matches!(labels.dtype(), DType::I16 | DType::I32) {
-        labels = labels.to_dtype(DType::I64)?;
-    }
-    let mut counts = None;
-    if let Some(index) = params.ignore_index {
-        labels = labels.to_dtype(DType::I64)?;
-        let index = Tensor::full(index, labels.shape(), labels.device())?;
-        let mask = labels.ne(&index)?;
-        labels = mask.where_cond(&labels, &labels.zeros_like()?)?;
+    let (labels, counted) = labels_and_mask(&targets, params.ignore_index)?;
+    if let Some(mask) = &counted {
         x = mask.broadcast_as(x.shape())?.where_cond(&x, &x.zeros_like()?)?;
-        counts = Some(mask.to_dtype(dtype)?);
     }
 
     let max = x.max_keepdim(1)?.detach();
@@ -76,13 +66,31 @@ pub fn forward(loss: &LabelSmoothingLoss, logits: &Tensor, targets: &Tensor) -> 
 
     let mut losses = ((lse.sqr()? * params.z_loss)? - weighted)?;
     let mut weights = weights;
-    if let Some(counts) = counts {
-        losses = (losses * &counts)?;
-        weights = (weights * counts)?;
+    if let Some(mask) = counted {
+        let mask = mask.to_dtype(dtype)?;
+        losses = (losses * &mask)?;
+        weights = (weights * mask)?;
     }
     Ok(match loss.reduction() {
         Reduction::None => losses.reshape(row_shape(logits.dims(), params.class_dim))?,
         Reduction::Sum => losses.sum_all()?,
         Reduction::Mean => losses.sum_all()?.div(&weights.sum_all()?)?,
     })
+}
+
+/// The targets (N, 1), and which rows count if some may be ignored. Ignored rows get label 0.
+fn labels_and_mask(
+    targets: &Tensor,
+    ignore_index: Option<i64>,
+) -> candle_core::Result<(Tensor, Option<Tensor>)> {
+    let mut labels = targets.flatten_all()?.unsqueeze(1)?;
+    if matches!(labels.dtype(), DType::I16 | DType::I32) || ignore_index.is_some() {
+        labels = labels.to_dtype(DType::I64)?;
+    }
+    let Some(index) = ignore_index else {
+        return Ok((labels, None));
+    };
+    let mask = labels.ne(&Tensor::full(index, labels.shape(), labels.device())?)?;
+    let labels = mask.where_cond(&labels, &labels.zeros_like()?)?;
+    Ok((labels, Some(mask)))
 }
