@@ -155,10 +155,9 @@ fn logits_shape(
     weight: &Tensor,
     bias: Option<&Tensor>,
 ) -> Result<Vec<usize>> {
-    let logits = match (hidden.dims(), weight.dims(), bias.map(Tensor::dims)) {
-        ([rows @ .., size], [classes, columns], None) if size == columns => Some((rows, classes)),
-        ([rows @ .., size], [classes, columns], Some([len]))
-            if size == columns && len == classes =>
+    let logits = match (hidden.dims(), weight.dims()) {
+        ([rows @ .., size], [classes, columns])
+            if size == columns && bias.is_none_or(|bias| bias.dims() == [*classes]) =>
         {
             Some((rows, classes))
         }

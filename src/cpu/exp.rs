@@ -75,6 +75,8 @@ mod tests {
     use super::super::simd::dispatch;
     use super::*;
     use pulp::{Scalar128b, WithSimd};
+    use std::fmt::Display;
+    use std::ops::Neg;
 
     struct InPlace<'a, A>(&'a mut [A]);
 
@@ -161,6 +163,18 @@ mod tests {
         }
     }
 
+    fn assert_exact<A: Real + Display + Neg<Output = A>>(cases: &[(A, A)], nan: A) {
+        let numbers: Vec<A> = cases.iter().map(|(x, _)| *x).collect();
+        for results in exp_both_ways(&numbers) {
+            for (&(x, expected), y) in cases.iter().zip(results) {
+                assert!(y == expected, "{x}: {y}");
+            }
+        }
+        for results in exp_both_ways(&[nan, -nan]) {
+            assert!(results[..2].iter().all(|y| y.to_f64().is_nan()));
+        }
+    }
+
     #[test]
     fn special_values() {
         let cases = [
@@ -173,11 +187,7 @@ mod tests {
             (f32::MIN_POSITIVE / 2., 1.),
             (-f32::MIN_POSITIVE / 2., 1.),
         ];
-        for results in exp_both_ways(&cases.map(|(x, _)| x)) {
-            for ((x, expected), y) in cases.into_iter().zip(results) {
-                assert_eq!(y, expected, "{x}");
-            }
-        }
+        assert_exact(&cases, f32::NAN);
         let cases = [
             (0., 1.),
             (-0., 1.),
@@ -186,16 +196,6 @@ mod tests {
             (f64::MIN, 0.),
             (-710., 0.),
         ];
-        for results in exp_both_ways(&cases.map(|(x, _)| x)) {
-            for ((x, expected), y) in cases.into_iter().zip(results) {
-                assert_eq!(y, expected, "{x}");
-            }
-        }
-        for results in exp_both_ways(&[f32::NAN, -f32::NAN]) {
-            assert!(results[..2].iter().all(|y| y.is_nan()), "{:?}", &results[..2]);
-        }
-        for results in exp_both_ways(&[f64::NAN, -f64::NAN]) {
-            assert!(results[..2].iter().all(|y| y.is_nan()), "{:?}", &results[..2]);
-        }
+        assert_exact(&cases, f64::NAN);
     }
 }
