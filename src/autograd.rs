@@ -1,8 +1,8 @@
-//! The way from tensors to a backend, and the node of candle's autograd graph.
+//! The choice of the backend for some tensors, and the node of candle's autograd graph.
 //!
-//! Each function here matches a tensor's storage to the backend that computes with it. The kernels run before the
-//! graph knows of them. Then [`FinishedLoss::attach_backward`] makes the loss a node of the graph, whose
-//! backward calls the backend again.
+//! Each function here calls the backend that its tensors' storages belong to. The forward kernels run before a node
+//! exists. Then [`FinishedLoss::attach_backward`] makes the computed loss a node of the graph. The backward of that
+//! node calls the backend again.
 
 #[cfg(not(emulator))]
 use crate::cpu as host;
@@ -187,8 +187,8 @@ pub(crate) fn backward(
     Ok(constant(gradient, logits.shape()))
 }
 
-/// Overwrites the logits with their gradient. They must be contiguous, used by nothing else, and on the CPU of dtype
-/// f32 or f64.
+/// Overwrites the logits with their gradient. The logits must be contiguous, and no other tensor may share their
+/// storage. On the CPU their dtype must be f32 or f64.
 pub(crate) fn backward_in_place(
     params: &LossParams,
     logits: &Tensor,
@@ -328,7 +328,7 @@ enum StorageMut<'a> {
     Metal(&'a mut MetalStorage),
 }
 
-/// Calls `f` with the tensor's storage. Only an in-place op gets it mutably.
+/// Calls `f` with the tensor's storage. candle gives mutable access to a storage only to an in-place op.
 fn in_place(tensor: &Tensor, f: impl Fn(StorageMut, &Layout) -> Result<()>) -> Result<()> {
     Ok(tensor.inplace_op1(&InPlace(f))?)
 }

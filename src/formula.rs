@@ -91,8 +91,8 @@ pub(crate) struct SoftmaxState<T> {
     pub sum_exp: T,
     /// S = Σ r.
     pub target_sum: T,
-    /// Σ r·(x − max). A common offset of the logits does not enter it, and its terms have one sign where r
-    /// has one, so neither costs digits.
+    /// Σ r·(x − max). A common offset of the logits cancels in x − max, so it costs no digits. If all r are positive,
+    /// all terms have the same sign, so the sum does not cancel.
     pub target_dot: T,
 }
 
@@ -112,8 +112,8 @@ impl<T> SoftmaxState<T> {
     }
 }
 
-/// What backward needs of a row: fields of its [`SoftmaxState`] over all classes. Stored as a tensor
-/// (FIELDS, N).
+/// The fields of a row's [`SoftmaxState`] over all classes that backward reads. A tensor (FIELDS, N) stores them for all
+/// rows.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct SavedState<T> {
     pub max: T,
@@ -131,7 +131,7 @@ impl<T> SavedState<T> {
     }
 }
 
-/// What the sum of the rows' losses is divided by.
+/// The divisor of the sum of the rows' losses.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Divisor {
     Number(f64),

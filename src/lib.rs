@@ -37,7 +37,7 @@
 //! ∂loss/∂x_k = softmax(x)_k·(Σ_j w_j·q_j + 2·z·lse) − w_k·q_k
 //! ```
 //!
-//! The computation is relative to the row's maximum. It runs in f32 for f16, bf16 and f32 logits and in f64 for f64
+//! Every logit is taken relative to the largest logit of its row. The arithmetic runs in f32 for f16, bf16 and f32 logits and in f64 for f64
 //! logits. The loss takes one pass over the logits, and the gradient one more.
 //!
 //! # Overview
@@ -46,20 +46,20 @@
 //!   z-loss and three reductions.
 //! - [`LabelSmoothingLoss::forward_linear`]: the same loss from hidden states and a classifier's weight, for logits
 //!   that are too large for the memory.
-//! - [`Smoothing`]: the conventions. Libraries use one name for several of them.
+//! - [`Smoothing`]: the conventions of label smoothing. Libraries use this one name for several formulas.
 //! - [`smooth_targets`]: the smoothed targets as a tensor.
-//! - [`check_targets`]: checks that class targets are in range, for GPUs, where `forward` does not.
+//! - [`check_targets`]: checks that class targets are in range. On a GPU, `forward` does not check them.
 //! - [`guide`]: which ε and which convention, coming from PyTorch, padding, mixup, class weights, batches in
 //!   pieces, half types, large vocabularies.
 //!
 //! # Devices
 //!
-//! The CPU, with the feature `cuda` NVIDIA's GPUs, and with the feature `metal` Apple's, which have no f64
-//! ([`Error::MetalF64`]). Logits and targets must be on one device, where the loss and the gradient are computed. Class
+//! The crate supports the CPU, NVIDIA's GPUs with the feature `cuda`, and Apple's GPUs with the feature `metal`. Apple's
+//! GPUs have no f64 ([`Error::MetalF64`]). Logits and targets must be on one device, where the loss and the gradient are computed. Class
 //! weights and priors may be on any device.
 //!
-//! On a GPU nothing waits for the device. A class target that is out of range is an error on the CPU. On a GPU it makes its
-//! row's loss and gradient NaN, and [`check_targets`] finds it. The CPU sums the rows' losses in f64, a GPU by compensated
+//! On a GPU the loss and the gradient are computed without waiting for the device. A class target that is out of range is
+//! an error on the CPU. On a GPU such a target makes its row's loss and gradient NaN, and [`check_targets`] finds it. The CPU sums the rows' losses in f64, a GPU by compensated
 //! summation in the dtype of the arithmetic. Results have the same bits in every run, on the CPU for every number of
 //! threads. Results of two devices differ by some roundings.
 //!

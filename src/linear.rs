@@ -38,11 +38,11 @@ impl LabelSmoothingLoss {
     /// ```
     ///
     /// # When to use it
-    /// Use it if the logits do not fit: many tokens, and a vocabulary that is large against the hidden size. The memory
-    /// never holds all logits, their gradient, or the copies that candle's autograd makes of it. Besides the gradients
-    /// of the three it holds a tile of the logits, pieces of the weight and of the hidden states as large as that, and
-    /// about a hundred bytes a row. The price is time: `backward` computes the logits again, a fourth matrix
-    /// multiplication beside the three of a linear layer.
+    /// Use it if the logits do not fit: many tokens, and a vocabulary that is large against the hidden size. This
+    /// function never holds all logits in memory, nor their gradient, nor candle's copies of that gradient. It holds the
+    /// gradients of `hidden`, `weight` and `bias`, one tile of the logits, a piece of the weight and a piece of the hidden
+    /// states of at most that size, and about a hundred bytes a row. The cost is time: `backward` computes the logits
+    /// again. This is a fourth matrix multiplication, where a linear layer has three.
     ///
     /// [`forward`](Self::forward) is the better choice for logits that fit easily, for few classes, for a hidden size so
     /// large that the multiplications take nearly all of the time, and if the logits are needed anyway.
@@ -82,8 +82,8 @@ pub struct TileSize {
 
 impl TileSize {
     /// The default. The hidden states' gradient is summed over tiles of classes, and the weight's over tiles of rows. Larger
-    /// tiles make these sums cheaper. On the CPU a tile stays below 32 MB: glibc's allocator returns larger blocks to
-    /// the system at once.
+    /// tiles make these sums cheaper. On the CPU a tile has at most 16 MB in f32: glibc's allocator returns blocks from
+    /// 32 MB on to the system at once.
     fn new(num_rows: usize, hidden_size: usize, device: &Device) -> Self {
         let (rows, elements): (usize, usize) = match device {
             Device::Cpu => (1 << 12, 1 << 22),
@@ -294,7 +294,8 @@ impl LinearHead {
         }
     }
 
-    /// The gradients of those of the three that are tracked, from that of each row's loss.
+    /// The gradients of the hidden states, the weight and the bias, each if it is tracked. `grad_output` is the gradient
+    /// of each row's loss.
     fn backward(
         &self,
         hidden: &Tensor,
@@ -362,8 +363,8 @@ impl LinearHead {
         Ok(row_inputs)
     }
 
-    /// Checks class targets on the CPU. The kernels check again, but would count rows from the tile's first. The targets
-    /// may have changed before `backward`.
+    /// Checks class targets on the CPU. The kernels check each tile again, but their error would count rows from the start
+    /// of the tile. Backward calls this function too, because the targets may have changed since forward.
     fn check_targets(&self) -> Result<()> {
         let LossParams { num_classes, ignore_index, .. } = self.params;
         match self.targets.dtype().is_int() && !cfg!(emulator) {
@@ -394,7 +395,7 @@ impl LinearHead {
     }
 }
 
-/// What backward needs of a tile of the rows, besides the hidden states.
+/// The inputs of backward for a tile of the rows, apart from the hidden states.
 struct RowInputs<'a> {
     tile: &'a RowTile,
     targets: Tensor,

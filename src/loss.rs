@@ -38,8 +38,8 @@ pub enum Reduction {
 /// loss = Σ_k w_k·q_k·(lse − x_k) + z·lse²
 /// ```
 ///
-/// which for w = 1 and z = 0 is the cross-entropy −Σ q_k·log softmax(x)_k, and agrees with
-/// PyTorch's `CrossEntropyLoss` option by option.
+/// For w = 1 and z = 0 this loss is the cross-entropy −Σ q_k·log softmax(x)_k. With [`Smoothing::over_all`] and z = 0
+/// each option agrees with the same option of PyTorch's `CrossEntropyLoss`.
 ///
 /// The loss is a builder: each `with_` method takes it and returns it. Build it once and use it at every step. It keeps no
 /// state of a call. It can be cloned and shared between threads.
@@ -102,7 +102,7 @@ impl LabelSmoothingLoss {
     /// # Errors
     /// A rank other than 1, another dtype, values that are negative or not finite, sizes beyond the memory, and errors of
     /// the weights' device. [`forward`](Self::forward) checks that the length is K, and that each weight is 0 or from
-    /// 2e-31 to 2e31 (4e-301 to 1e301 for f64 logits): sums and fractions of such weights are in range.
+    /// 2e-31 to 2e31 (4e-301 to 1e301 for f64 logits). In this range a sum of up to 2²⁴ weights does not overflow.
     pub fn with_class_weights(mut self, weights: &Tensor) -> Result<Self> {
         self.class_weights = Some(smoothing::read_class_vector(CLASS_WEIGHTS, weights)?.into());
         self.class_tables = Arc::default();
@@ -122,8 +122,9 @@ impl LabelSmoothingLoss {
 
     /// Sets the class dimension of the logits; by default the last one. For PyTorch's image layout (N, C, H, W) it is 1.
     /// [`forward`](Self::forward) checks that the logits have this dimension.
-    /// [`forward_linear`](Self::forward_linear) takes only the last one. A wrong dimension is not detected if the targets'
-    /// shape fits several, as it does for probabilities and for C = H = W.
+    /// [`forward_linear`](Self::forward_linear) takes only the last one. A wrong dimension is not detected if the
+    /// targets' shape also fits that dimension. Probabilities always fit. Class indices fit if dimensions are equal, as in
+    /// C = H = W.
     pub fn with_class_dim(mut self, dim: usize) -> Self {
         self.class_dim = Some(dim);
         self

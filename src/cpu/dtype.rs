@@ -118,7 +118,7 @@ pub(crate) trait Real: Element<Real = Self> {
     -> Self::Vector<S>;
     /// a·b, but 0 where a is 0, even if b is infinite.
     fn mul_or_zero<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>) -> Self::Vector<S>;
-    /// `value`, but 0 where it is −∞: what logits are relative to.
+    /// `value`, but 0 where it is −∞. The loops subtract this number from the logits.
     fn vfinite_base<S: Simd>(simd: S, value: Self::Vector<S>) -> Self::Vector<S>;
     /// 2^(n − bias), where n is the integer in the lowest bits of `bits`.
     fn exp2_from_bits<S: Simd>(simd: S, bits: Self::Vector<S>) -> Self::Vector<S>;
@@ -370,8 +370,8 @@ macro_rules! half_element {
     };
 }
 
-/// A bf16 is the upper half of an f32. So a 32-bit lane holds two, which become the lanes of two vectors without
-/// moving between lanes.
+/// A bf16 is the upper half of an f32. So a 32-bit lane holds two bf16. A shift and a mask turn a vector of such pairs into
+/// two vectors of f32, and no number moves to another lane.
 impl Element for bf16 {
     half_element!(BF16);
     const SLOW_TO_VECTORS: bool = false;

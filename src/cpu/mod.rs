@@ -406,7 +406,7 @@ fn grad_coeffs<A: Real>(
 
 // ---- Targets
 
-/// The coefficients r of all rows, in f32.
+/// The smoothed targets of all rows, in f32.
 pub(crate) fn smooth_targets(params: &LossParams, labels: Operand) -> Result<CpuStorage> {
     let num_rows = match labels.0.dtype().is_int() {
         true => labels.1.shape().elem_count(),

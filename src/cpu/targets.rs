@@ -29,7 +29,8 @@ const IGNORED: u32 = u32::MAX;
 /// The weighted targets r of a block of classes of one row.
 #[derive(Clone, Copy)]
 pub(super) enum TargetBlock<'a, A> {
-    /// One value for all classes. If the label is in this block, also its index and how much larger its value is.
+    /// One value for all classes but the label. If the label is in this block, the second field has its index in the
+    /// block and the difference between its value and the others.
     Constant(A, Option<(usize, f64)>),
     Slice(&'a [A]),
 }
@@ -79,8 +80,9 @@ impl<'a, A: Real> Targets<'a, A> {
         }
     }
 
-    /// The weighted targets of `len` classes of a row, followed by zeros up to the length of `buffer`. Those of a whole block
-    /// that are constant or contiguous are not copied. All others are written to `buffer`.
+    /// The weighted targets of `len` classes of a row, followed by zeros up to the length of `buffer`. If the targets are
+    /// class indices and no padding is needed, weighted targets that are constant or contiguous are not copied. All other
+    /// weighted targets are written to `buffer`.
     #[inline(always)]
     pub(super) fn block<'b>(
         &'b self,

@@ -133,9 +133,9 @@ struct Launch<'a, S: GpuStorage> {
     device: S::Device,
     variant: KernelVariant,
     targets: &'a S,
-    /// The coefficients, if they differ between classes.
+    /// The class params, if they differ between classes.
     class_params: Option<StorageRef<'a>>,
-    /// The coefficients of every class, if they are the same; else unused.
+    /// The class params, if they are the same for every class. Otherwise unused.
     uniform_params: ClassParams<f64>,
     z_loss: f64,
     ints: IntParams,
