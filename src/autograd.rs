@@ -65,7 +65,11 @@ impl LossReduction {
 }
 
 impl ForwardResult {
-    fn new(out: ForwardOut<Storage>, row_shape: Vec<usize>, divisor: Option<Divisor>) -> Self {
+    fn new(
+        out: ForwardOut<Storage>,
+        row_shape: Vec<usize>,
+        divisor: Option<Divisor>,
+    ) -> Result<Self> {
         let num_rows: usize = row_shape.iter().product();
         let shape = match divisor {
             None => row_shape.clone().into(),
@@ -75,9 +79,13 @@ impl ForwardResult {
         let reduction = match (divisor, out.weight_sum) {
             (_, Some(sum)) => LossReduction::DividedByWeights { sum: constant(sum, ()), row_shape },
             (Some(Divisor::Number(number)), None) => LossReduction::DividedBy { number, row_shape },
-            (None | Some(Divisor::WeightSum), None) => LossReduction::None,
+            (None, None) => LossReduction::None,
+            (Some(Divisor::WeightSum), None) => {
+                let message = "a backend has returned no sum of weights".to_string();
+                return Err(candle_core::Error::Msg(message).into());
+            }
         };
-        Self { loss: FinishedLoss { storage: out.loss, shape }, reduction, saved }
+        Ok(Self { loss: FinishedLoss { storage: out.loss, shape }, reduction, saved })
     }
 }
 
@@ -102,7 +110,7 @@ pub(crate) fn forward(
         #[cfg(feature = "metal")]
         Operands::Metal([x, t]) => gpu::forward(params, x, t, divisor, save)?.map(Storage::Metal),
     };
-    Ok(ForwardResult::new(out, row_shape(logits.dims(), params.class_dim), divisor))
+    ForwardResult::new(out, row_shape(logits.dims(), params.class_dim), divisor)
 }
 
 /// The [`SoftmaxState`] of `num_rows` rows, to be written by [`merge_tile`]. On the CPU it is f64 for any logits.
@@ -163,7 +171,7 @@ pub(crate) fn finish(
             gpu::finish(params, logits_dtype, s, t, divisor, save)?.map(Storage::Metal)
         }
     };
-    Ok(ForwardResult::new(out, row_shape, divisor))
+    ForwardResult::new(out, row_shape, divisor)
 }
 
 // ---- Backward

@@ -270,19 +270,18 @@ impl<T: Element> WriteGrad<'_, '_, T> {
             if targets.is_ignored(row) {
                 out.write(&[T::default(); BLOCK][..len]);
             } else {
+                let coeffs = grad.row_coeffs(row);
                 match targets.block(row, class, len, &mut r_buffer[..padded]) {
                     TargetBlock::Constant(r, label) => {
                         let x = logits.classes::<T>(pos, len, &mut rounded);
-                        grad_of_constant(simd, grad.row_coeffs(row), x, r, |chunk| {
-                            out.write(chunk)
-                        });
+                        grad_of_constant(simd, coeffs, x, r, |chunk| out.write(chunk));
                         if let Some((i, _)) = label {
                             let pos = pos.at_class(class + i);
                             let mut r = [T::Real::ZERO];
                             targets.write(pos, &mut r);
                             logits.load(pos, &mut x_buffer[..1]);
                             let x = &mut x_buffer[..chunk_len::<T::Real, S>()];
-                            grad_of_slice(simd, grad.row_coeffs(row), x, &[r[0]; BLOCK]);
+                            grad_of_slice(simd, coeffs, x, &[r[0]; BLOCK]);
                             T::round(&x[..1], &mut rounded[..1]);
                             out.overwrite(len - i, rounded[0]);
                         }
@@ -290,7 +289,7 @@ impl<T: Element> WriteGrad<'_, '_, T> {
                     TargetBlock::Slice(r) => {
                         let x = &mut x_buffer[..padded];
                         logits.load(pos, &mut x[..len]);
-                        grad_of_slice(simd, grad.row_coeffs(row), x, r);
+                        grad_of_slice(simd, coeffs, x, r);
                         T::round(x, &mut rounded[..padded]);
                         out.write(&rounded[..len]);
                     }
