@@ -15,12 +15,7 @@ pub fn forward(loss: &LabelSmoothingLoss, logits: &Tensor, targets: &Tensor) -> 
     let (params, targets) = loss.validate(&LogitsInfo::of(logits), targets)?;
     let dtype = result_dtype(logits.dtype());
 
-    // Moves the class dimension last and merges the others: (N, K).
-    let by_row = |t: &Tensor| -> candle_core::Result<Tensor> {
-        let mut dims: Vec<usize> = (0..t.rank()).filter(|d| *d != params.class_dim).collect();
-        dims.push(params.class_dim);
-        t.permute(dims)?.contiguous()?.reshape(((), params.num_classes))?.to_dtype(dtype)
-    };
+    let by_row = |t: &Tensor| classes_last(t, params.class_dim)?.to_dtype(dtype);
     let mut x = by_row(logits)?;
 
     let (labels, counted) = labels_and_mask(&targets, params.ignore_index)?;
@@ -39,7 +34,7 @@ pub fn forward(loss: &LabelSmoothingLoss, logits: &Tensor, targets: &Tensor) -> 
         values.flatten_all()?.index_select(&labels.flatten_all()?, 0)?.unsqueeze(1)
     };
     let is_class = targets.dtype().is_int();
-    let (weighted, weights) = match &params.class_table {
+    let (weighted, mut weights) = match &params.class_table {
         ClassTable::Uniform(c) if is_class => {
             let label = (log_softmax.gather(&labels, 1)? * (c.on_value - c.off_value))?;
             ((label + (log_softmax.sum_keepdim(1)? * c.off_value)?)?, lse.ones_like()?)
@@ -65,7 +60,6 @@ pub fn forward(loss: &LabelSmoothingLoss, logits: &Tensor, targets: &Tensor) -> 
     };
 
     let mut losses = ((lse.sqr()? * params.z_loss)? - weighted)?;
-    let mut weights = weights;
     if let Some(mask) = counted {
         let mask = mask.to_dtype(dtype)?;
         losses = (losses * &mask)?;
@@ -76,6 +70,13 @@ pub fn forward(loss: &LabelSmoothingLoss, logits: &Tensor, targets: &Tensor) -> 
         Reduction::Sum => losses.sum_all()?,
         Reduction::Mean => losses.sum_all()?.div(&weights.sum_all()?)?,
     })
+}
+
+/// The tensor with the class dimension last and the others merged, (N, K).
+fn classes_last(tensor: &Tensor, class_dim: usize) -> candle_core::Result<Tensor> {
+    let mut dims: Vec<usize> = (0..tensor.rank()).filter(|dim| *dim != class_dim).collect();
+    dims.push(class_dim);
+    tensor.permute(dims)?.contiguous()?.reshape(((), tensor.dim(class_dim)?))
 }
 
 /// The targets (N, 1), and which rows count if some may be ignored. Ignored rows get label 0.
