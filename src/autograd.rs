@@ -12,7 +12,7 @@ use crate::gpu as host;
 
 use crate::cpu;
 use crate::error::{Error, Result};
-use crate::formula::{Divisor, ForwardOut, LossParams, SavedState, SoftmaxState, result_dtype};
+use crate::formula::{Divisor, ForwardOut, LossParams, SAVED_FIELDS, STATE_FIELDS, result_dtype};
 #[cfg(any(feature = "cuda", feature = "metal"))]
 use crate::gpu;
 use crate::layout::{Operand, check_layout, row_shape};
@@ -25,153 +25,142 @@ use std::sync::{Mutex, PoisonError};
 
 // ---- Forward
 
-/// The loss, and what backward needs.
-pub(crate) struct ForwardResult {
-    pub loss: FinishedLoss,
-    pub reduction: LossReduction,
-    /// The rows' [`SavedState`], if it was asked for.
+/// Runs the forward kernel.
+pub(crate) fn forward(
+    params: &LossParams,
+    logits: &Tensor,
+    targets: &Tensor,
+) -> Result<FinishedLoss> {
+    let locked = [logits, targets].map(Tensor::storage_and_layout);
+    let out = match Operands::new(&locked)? {
+        Operands::Cpu(tensors) => host::forward(params, tensors)?.map(Storage::Cpu),
+        #[cfg(feature = "cuda")]
+        Operands::Cuda(tensors) => gpu::forward(params, tensors)?.map(Storage::Cuda),
+        #[cfg(feature = "metal")]
+        Operands::Metal(tensors) => gpu::forward(params, tensors)?.map(Storage::Metal),
+    };
+    Ok(FinishedLoss::new(out, row_shape(logits.dims(), params.class_dim)))
+}
+
+/// The softmax states of `num_rows` rows, to be written by [`merge_tile`]. On the CPU they are f64 for any logits.
+pub(crate) fn new_states(num_rows: usize, logits_dtype: DType, device: &Device) -> Result<Tensor> {
+    let dtype = match runs_on_cpu(device) {
+        true => DType::F64,
+        false => result_dtype(logits_dtype),
+    };
+    Ok(Tensor::zeros((STATE_FIELDS, num_rows), dtype, device)?)
+}
+
+/// Runs the forward kernel on the logits of a range of the classes, and merges the result into the states of the
+/// ranges before it. The range that begins at class 0 overwrites the states.
+pub(crate) fn merge_tile(
+    params: &LossParams,
+    states: &Tensor,
+    logits: &Tensor,
+    targets: &Tensor,
+) -> Result<()> {
+    let locked = [logits, targets].map(Tensor::storage_and_layout);
+    in_place(states, |states, layout| match (states, Operands::new(&locked)?) {
+        (StorageMut::Cpu(states), Operands::Cpu(tensors)) => {
+            host::merge_tile(params, (states, layout), tensors)
+        }
+        #[cfg(feature = "cuda")]
+        (StorageMut::Cuda(states), Operands::Cuda(tensors)) => {
+            gpu::merge_tile(params, (states, layout), tensors)
+        }
+        #[cfg(feature = "metal")]
+        (StorageMut::Metal(states), Operands::Metal(tensors)) => {
+            gpu::merge_tile(params, (states, layout), tensors)
+        }
+        _ => Err(no_backend()),
+    })
+}
+
+/// The losses from the states over all classes.
+pub(crate) fn finish(
+    params: &LossParams,
+    logits_dtype: DType,
+    states: &Tensor,
+    row_shape: Vec<usize>,
+    targets: &Tensor,
+) -> Result<FinishedLoss> {
+    let locked = [states, targets].map(Tensor::storage_and_layout);
+    let out = match Operands::new(&locked)? {
+        Operands::Cpu(tensors) => host::finish(params, logits_dtype, tensors)?.map(Storage::Cpu),
+        #[cfg(feature = "cuda")]
+        Operands::Cuda(tensors) => gpu::finish(params, logits_dtype, tensors)?.map(Storage::Cuda),
+        #[cfg(feature = "metal")]
+        Operands::Metal(tensors) => gpu::finish(params, logits_dtype, tensors)?.map(Storage::Metal),
+    };
+    Ok(FinishedLoss::new(out, row_shape))
+}
+
+/// The computed loss, not yet a tensor, and what backward needs.
+pub(crate) struct FinishedLoss {
+    loss: Storage,
+    row_shape: Vec<usize>,
+    divisor: Option<Divisor<Tensor>>,
+    /// The rows' [`SavedState`](crate::formula::SavedState), if it was asked for.
     pub saved: Option<Tensor>,
 }
 
-/// How the losses of the rows became the result.
-#[derive(Debug)]
-pub(crate) enum LossReduction {
-    None,
-    DividedBy {
-        number: f64,
-        row_shape: Vec<usize>,
-    },
-    /// The sum is a scalar on the device.
-    DividedByWeights {
-        sum: Tensor,
-        row_shape: Vec<usize>,
-    },
-}
+impl FinishedLoss {
+    fn new(out: ForwardOut<Storage>, row_shape: Vec<usize>) -> Self {
+        let num_rows = row_shape.iter().product();
+        let divisor = out.divisor.map(|divisor| divisor.map(|sum| constant(sum, ())));
+        let saved = out.saved.map(|saved| constant(saved, (SAVED_FIELDS, num_rows)));
+        Self { loss: out.loss, row_shape, divisor, saved }
+    }
 
-impl LossReduction {
-    /// The gradient of each row's loss, from that of the result.
-    pub fn backward(&self, grad_output: &Tensor) -> candle_core::Result<Tensor> {
-        match self {
-            Self::None => Ok(grad_output.clone()),
-            Self::DividedBy { number, row_shape } => {
-                (grad_output / *number)?.broadcast_as(&row_shape[..])
-            }
-            Self::DividedByWeights { sum, row_shape } => {
-                let quotient = grad_output.to_dtype(sum.dtype())?.div(sum)?;
-                quotient.to_dtype(grad_output.dtype())?.broadcast_as(&row_shape[..])
-            }
+    fn shape(&self) -> Shape {
+        match self.divisor {
+            None => self.row_shape.as_slice().into(),
+            Some(_) => ().into(),
         }
     }
-}
 
-impl ForwardResult {
-    fn new(
-        out: ForwardOut<Storage>,
-        row_shape: Vec<usize>,
-        divisor: Option<Divisor>,
-    ) -> Result<Self> {
-        let num_rows: usize = row_shape.iter().product();
-        let shape = match divisor {
-            None => row_shape.clone().into(),
-            Some(_) => ().into(),
+    /// The loss as a tensor outside the graph.
+    pub fn detached(self) -> Tensor {
+        let shape = self.shape();
+        constant(self.loss, shape)
+    }
+
+    /// The loss as a node of the graph that depends on three tensors, the most that candle's custom ops take; or outside
+    /// the graph, if no state was saved. `backward` gets these tensors, the gradient of each row's loss, and the saved
+    /// state. It returns a gradient for each of the tensors that is tracked.
+    pub fn attach_backward(
+        self,
+        [a, b, c]: [&Tensor; 3],
+        backward: impl Fn([&Tensor; 3], &Tensor, &Tensor) -> Result<[Option<Tensor>; 3]>
+        + Send
+        + Sync
+        + 'static,
+    ) -> Result<Tensor> {
+        let shape = self.shape();
+        let Self { loss, row_shape, divisor, saved } = self;
+        let Some(saved) = saved else {
+            return Ok(constant(loss, shape));
         };
-        let saved = out.saved.map(|saved| constant(saved, (SavedState::<()>::FIELDS, num_rows)));
-        let reduction = match (divisor, out.weight_sum) {
-            (_, Some(sum)) => LossReduction::DividedByWeights { sum: constant(sum, ()), row_shape },
-            (Some(Divisor::Number(number)), None) => LossReduction::DividedBy { number, row_shape },
-            (None, None) => LossReduction::None,
-            (Some(Divisor::WeightSum), None) => {
-                let message = "a backend has returned no sum of weights".to_string();
-                return Err(candle_core::Error::Msg(message).into());
-            }
+        let backward = move |inputs: [&Tensor; 3], grad_output: &Tensor| {
+            let grad_rows = match &divisor {
+                None => grad_output.clone(),
+                Some(Divisor::Number(number)) => {
+                    (grad_output / *number)?.broadcast_as(&row_shape[..])?
+                }
+                Some(Divisor::WeightSum(sum)) => {
+                    let quotient = grad_output.to_dtype(sum.dtype())?.div(sum)?;
+                    quotient.to_dtype(grad_output.dtype())?.broadcast_as(&row_shape[..])?
+                }
+            };
+            backward(inputs, &grad_rows, &saved)
         };
-        Ok(Self { loss: FinishedLoss { storage: out.loss, shape }, reduction, saved })
+        Ok(a.apply_op3(b, c, LossNode { loss: Mutex::new(Some(loss)), shape, backward })?)
     }
 }
 
 /// A tensor outside the graph.
 fn constant(storage: Storage, shape: impl Into<Shape>) -> Tensor {
     Tensor::from_storage(storage, shape, BackpropOp::none(), false)
-}
-
-/// Runs the forward kernel. `save` says whether backward will need the rows' state.
-pub(crate) fn forward(
-    params: &LossParams,
-    logits: &Tensor,
-    targets: &Tensor,
-    divisor: Option<Divisor>,
-    save: bool,
-) -> Result<ForwardResult> {
-    let locked = [logits, targets].map(Tensor::storage_and_layout);
-    let out = match Operands::new(&locked)? {
-        Operands::Cpu([x, t]) => host::forward(params, x, t, divisor, save)?.map(Storage::Cpu),
-        #[cfg(feature = "cuda")]
-        Operands::Cuda([x, t]) => gpu::forward(params, x, t, divisor, save)?.map(Storage::Cuda),
-        #[cfg(feature = "metal")]
-        Operands::Metal([x, t]) => gpu::forward(params, x, t, divisor, save)?.map(Storage::Metal),
-    };
-    ForwardResult::new(out, row_shape(logits.dims(), params.class_dim), divisor)
-}
-
-/// The [`SoftmaxState`] of `num_rows` rows, to be written by [`merge_tile`]. On the CPU it is f64 for any logits.
-pub(crate) fn new_state(num_rows: usize, logits_dtype: DType, device: &Device) -> Result<Tensor> {
-    let dtype = match device.is_cpu() && !cfg!(emulator) {
-        true => DType::F64,
-        false => result_dtype(logits_dtype),
-    };
-    Ok(Tensor::zeros((SoftmaxState::<()>::FIELDS, num_rows), dtype, device)?)
-}
-
-/// Runs the forward kernel on the logits of a range of the classes, and merges the result into the state of the
-/// ranges before it. The range that begins at class 0 overwrites the state.
-pub(crate) fn merge_tile(
-    params: &LossParams,
-    state: &Tensor,
-    logits: &Tensor,
-    targets: &Tensor,
-) -> Result<()> {
-    let locked = [logits, targets].map(Tensor::storage_and_layout);
-    in_place(state, |state, layout| match (state, Operands::new(&locked)?) {
-        (StorageMut::Cpu(state), Operands::Cpu([x, t])) => {
-            host::merge_tile(params, (state, layout), x, t)
-        }
-        #[cfg(feature = "cuda")]
-        (StorageMut::Cuda(state), Operands::Cuda([x, t])) => {
-            gpu::merge_tile(params, (state, layout), x, t)
-        }
-        #[cfg(feature = "metal")]
-        (StorageMut::Metal(state), Operands::Metal([x, t])) => {
-            gpu::merge_tile(params, (state, layout), x, t)
-        }
-        _ => Err(no_backend()),
-    })
-}
-
-/// The losses from the state over all classes.
-pub(crate) fn finish(
-    params: &LossParams,
-    logits_dtype: DType,
-    state: &Tensor,
-    row_shape: Vec<usize>,
-    targets: &Tensor,
-    divisor: Option<Divisor>,
-    save: bool,
-) -> Result<ForwardResult> {
-    let locked = [state, targets].map(Tensor::storage_and_layout);
-    let out = match Operands::new(&locked)? {
-        Operands::Cpu([s, t]) => {
-            host::finish(params, logits_dtype, s, t, divisor, save)?.map(Storage::Cpu)
-        }
-        #[cfg(feature = "cuda")]
-        Operands::Cuda([s, t]) => {
-            gpu::finish(params, logits_dtype, s, t, divisor, save)?.map(Storage::Cuda)
-        }
-        #[cfg(feature = "metal")]
-        Operands::Metal([s, t]) => {
-            gpu::finish(params, logits_dtype, s, t, divisor, save)?.map(Storage::Metal)
-        }
-    };
-    ForwardResult::new(out, row_shape, divisor)
 }
 
 // ---- Backward
@@ -181,16 +170,16 @@ pub(crate) fn backward(
     params: &LossParams,
     logits: &Tensor,
     targets: &Tensor,
-    grad_output: &Tensor,
+    grad_rows: &Tensor,
     saved: &Tensor,
 ) -> Result<Tensor> {
-    let locked = [logits, targets, grad_output, saved].map(Tensor::storage_and_layout);
+    let locked = [logits, targets, grad_rows, saved].map(Tensor::storage_and_layout);
     let gradient = match Operands::new(&locked)? {
-        Operands::Cpu([x, t, g, s]) => Storage::Cpu(host::backward(params, x, t, g, s)?),
+        Operands::Cpu(tensors) => Storage::Cpu(host::backward(params, tensors)?),
         #[cfg(feature = "cuda")]
-        Operands::Cuda([x, t, g, s]) => Storage::Cuda(gpu::backward(params, x, t, g, s)?),
+        Operands::Cuda(tensors) => Storage::Cuda(gpu::backward(params, tensors)?),
         #[cfg(feature = "metal")]
-        Operands::Metal([x, t, g, s]) => Storage::Metal(gpu::backward(params, x, t, g, s)?),
+        Operands::Metal(tensors) => Storage::Metal(gpu::backward(params, tensors)?),
     };
     Ok(constant(gradient, logits.shape()))
 }
@@ -201,21 +190,21 @@ pub(crate) fn backward_in_place(
     params: &LossParams,
     logits: &Tensor,
     targets: &Tensor,
-    grad_output: &Tensor,
+    grad_rows: &Tensor,
     saved: &Tensor,
 ) -> Result<()> {
-    let locked = [targets, grad_output, saved].map(Tensor::storage_and_layout);
+    let locked = [targets, grad_rows, saved].map(Tensor::storage_and_layout);
     in_place(logits, |logits, layout| match (logits, Operands::new(&locked)?) {
-        (StorageMut::Cpu(x), Operands::Cpu([t, g, s])) => {
-            host::backward_in_place(params, (x, layout), t, g, s)
+        (StorageMut::Cpu(logits), Operands::Cpu(tensors)) => {
+            host::backward_in_place(params, (logits, layout), tensors)
         }
         #[cfg(feature = "cuda")]
-        (StorageMut::Cuda(x), Operands::Cuda([t, g, s])) => {
-            gpu::backward_in_place(params, (x, layout), t, g, s)
+        (StorageMut::Cuda(logits), Operands::Cuda(tensors)) => {
+            gpu::backward_in_place(params, (logits, layout), tensors)
         }
         #[cfg(feature = "metal")]
-        (StorageMut::Metal(x), Operands::Metal([t, g, s])) => {
-            gpu::backward_in_place(params, (x, layout), t, g, s)
+        (StorageMut::Metal(logits), Operands::Metal(tensors)) => {
+            gpu::backward_in_place(params, (logits, layout), tensors)
         }
         _ => Err(no_backend()),
     })
@@ -252,6 +241,11 @@ pub(crate) fn check_class_targets(
         }
         _ => Ok(()),
     }
+}
+
+/// Whether the kernels of the CPU compute with tensors on the device.
+pub(crate) fn runs_on_cpu(device: &Device) -> bool {
+    device.is_cpu() && !cfg!(emulator)
 }
 
 // ---- Storages
@@ -358,30 +352,6 @@ impl<F: Fn(StorageMut, &Layout) -> Result<()>> InplaceOp1 for InPlace<F> {
 
     fn metal_fwd(&self, storage: &mut MetalStorage, layout: &Layout) -> candle_core::Result<()> {
         Ok(self.0(StorageMut::Metal(storage), layout)?)
-    }
-}
-
-/// The computed loss, not yet a tensor.
-pub(crate) struct FinishedLoss {
-    storage: Storage,
-    shape: Shape,
-}
-
-impl FinishedLoss {
-    /// The loss as a tensor outside the graph.
-    pub fn detached(self) -> Tensor {
-        constant(self.storage, self.shape)
-    }
-
-    /// The loss as a node of the graph that depends on three tensors, the most that candle's custom ops take. `backward`
-    /// gets these and the loss's gradient, and returns a gradient for each of them that is tracked.
-    pub fn attach_backward(
-        self,
-        [a, b, c]: [&Tensor; 3],
-        backward: impl Fn([&Tensor; 3], &Tensor) -> Result<[Option<Tensor>; 3]> + Send + Sync + 'static,
-    ) -> Result<Tensor> {
-        let (loss, shape) = (Mutex::new(Some(self.storage)), self.shape);
-        Ok(a.apply_op3(b, c, LossNode { loss, shape, backward })?)
     }
 }
 

@@ -24,7 +24,7 @@ use candle_core::{DType, Device, Tensor};
 
 /// The params of one class. `T` is a number, or a collection with one for each class.
 ///
-/// A tensor (FIELDS, K) of them has a row for each field, in the order of the fields.
+/// A tensor (CLASS_FIELDS, K) of them has a row for each field, in the order of the fields.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ClassParams<T> {
     /// The factor of a probability p_k.
@@ -37,18 +37,14 @@ pub(crate) struct ClassParams<T> {
     pub weight: T,
 }
 
-impl ClassParams<()> {
-    pub const FIELDS: usize = 4;
-}
+pub(crate) const CLASS_FIELDS: usize = 4;
 
 impl<T> ClassParams<T> {
-    pub fn from_fields(
-        [prob_scale, off_value, on_value, weight]: [T; ClassParams::<()>::FIELDS],
-    ) -> Self {
+    pub fn from_fields([prob_scale, off_value, on_value, weight]: [T; CLASS_FIELDS]) -> Self {
         Self { prob_scale, off_value, on_value, weight }
     }
 
-    pub fn into_fields(self) -> [T; ClassParams::<()>::FIELDS] {
+    pub fn into_fields(self) -> [T; CLASS_FIELDS] {
         [self.prob_scale, self.off_value, self.on_value, self.weight]
     }
 
@@ -62,7 +58,7 @@ impl<T> ClassParams<T> {
 pub(crate) enum ClassTable {
     /// The same for every class.
     Uniform(ClassParams<f64>),
-    /// A tensor ([`ClassParams::FIELDS`], K) on the logits' device, in the dtype of the arithmetic.
+    /// A tensor ([`CLASS_FIELDS`], K) on the logits' device, in the dtype of the arithmetic.
     PerClass(Tensor),
 }
 
@@ -77,12 +73,33 @@ pub(crate) struct LossParams {
     pub class_table: ClassTable,
     pub ignore_index: Option<i64>,
     pub z_loss: f64,
+    /// The divisor of the sum of the rows' losses. `None` means that they are not summed.
+    pub divisor: Option<Divisor>,
+    /// Whether backward will need the rows' [`SavedState`].
+    pub saves_state: bool,
+}
+
+/// A divisor of the sum of the rows' losses. `S` is the type of a sum that is known.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Divisor<S = ()> {
+    Number(f64),
+    /// The sum of the labels' class weights over the rows that count, a scalar. Only the kernels know it.
+    WeightSum(S),
+}
+
+impl<S> Divisor<S> {
+    pub fn map<U>(self, f: impl FnOnce(S) -> U) -> Divisor<U> {
+        match self {
+            Self::Number(number) => Divisor::Number(number),
+            Self::WeightSum(sum) => Divisor::WeightSum(f(sum)),
+        }
+    }
 }
 
 /// Online-softmax state of one row over a range of classes. `T` is a number, or a collection with one for each row.
 ///
-/// The states of two ranges of a row merge. A tensor (FIELDS, N) of them has a row for each field, in the
-/// order of the fields.
+/// The states of two ranges of a row merge. A tensor (STATE_FIELDS, N) of them has a row for each field, in the order of
+/// the fields.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct SoftmaxState<T> {
     /// The largest logit x; −inf over no classes.
@@ -96,24 +113,20 @@ pub(crate) struct SoftmaxState<T> {
     pub target_dot: T,
 }
 
-impl SoftmaxState<()> {
-    pub const FIELDS: usize = 4;
-}
+pub(crate) const STATE_FIELDS: usize = 4;
 
 impl<T> SoftmaxState<T> {
-    pub fn from_fields(
-        [max, sum_exp, target_sum, target_dot]: [T; SoftmaxState::<()>::FIELDS],
-    ) -> Self {
+    pub fn from_fields([max, sum_exp, target_sum, target_dot]: [T; STATE_FIELDS]) -> Self {
         Self { max, sum_exp, target_sum, target_dot }
     }
 
-    pub fn into_fields(self) -> [T; SoftmaxState::<()>::FIELDS] {
+    pub fn into_fields(self) -> [T; STATE_FIELDS] {
         [self.max, self.sum_exp, self.target_sum, self.target_dot]
     }
 }
 
-/// The fields of a row's [`SoftmaxState`] over all classes that backward reads. A tensor (FIELDS, N) stores them for all
-/// rows.
+/// The fields of a row's [`SoftmaxState`] over all classes that backward reads. A tensor (SAVED_FIELDS, N) stores them
+/// for all rows.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct SavedState<T> {
     pub max: T,
@@ -121,41 +134,22 @@ pub(crate) struct SavedState<T> {
     pub target_sum: T,
 }
 
-impl SavedState<()> {
-    pub const FIELDS: usize = 3;
-}
-
-impl<T> SavedState<T> {
-    pub fn from_fields([max, sum_exp, target_sum]: [T; SavedState::<()>::FIELDS]) -> Self {
-        Self { max, sum_exp, target_sum }
-    }
-}
-
-/// The divisor of the sum of the rows' losses.
-#[derive(Clone, Copy, Debug)]
-pub(crate) enum Divisor {
-    Number(f64),
-    /// The sum of the labels' class weights over the rows that count. Only the kernels know it.
-    WeightSum,
-}
+pub(crate) const SAVED_FIELDS: usize = 3;
 
 /// What a backend's forward returns, in storages of type `S`.
 pub(crate) struct ForwardOut<S> {
-    /// The losses of the rows, or a scalar if they were reduced.
+    /// The losses of the rows, or a scalar if they were summed.
     pub loss: S,
-    /// A scalar: the sum of weights, if the losses were divided by it.
-    pub weight_sum: Option<S>,
-    /// ([`SavedState::FIELDS`], N), if backward will need it.
+    /// What the sum was divided by.
+    pub divisor: Option<Divisor<S>>,
+    /// ([`SAVED_FIELDS`], N), if backward will need it.
     pub saved: Option<S>,
 }
 
 impl<S> ForwardOut<S> {
     pub fn map<U>(self, f: impl Fn(S) -> U) -> ForwardOut<U> {
-        ForwardOut {
-            loss: f(self.loss),
-            weight_sum: self.weight_sum.map(&f),
-            saved: self.saved.map(&f),
-        }
+        let divisor = self.divisor.map(|divisor| divisor.map(&f));
+        ForwardOut { loss: f(self.loss), divisor, saved: self.saved.map(f) }
     }
 }
 

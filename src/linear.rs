@@ -4,9 +4,9 @@
 //! merges each tile into the softmax state of its rows. Backward computes each tile again, overwrites it with its
 //! gradient, and multiplies that into the gradients of the hidden states and the weight.
 
-use crate::autograd::{self, ForwardResult, check_storage};
+use crate::autograd::{self, check_storage};
 use crate::error::{Error, Result};
-use crate::formula::{LossParams, SavedState, SoftmaxState, is_logits_dtype, result_dtype};
+use crate::formula::{LossParams, SAVED_FIELDS, STATE_FIELDS, is_logits_dtype, result_dtype};
 use crate::layout::{check_memory, row_shape};
 use crate::loss::{LabelSmoothingLoss, LogitsInfo};
 use candle_core::{D, DType, Device, Tensor};
@@ -97,7 +97,7 @@ impl TileSize {
 
 /// Numbers kept for a row at most: its saved state, loss and weight, and its softmax state twice while the row tiles are
 /// concatenated.
-const MAX_FLOATS_PER_ROW: usize = 2 * SoftmaxState::<()>::FIELDS + SavedState::<()>::FIELDS + 2;
+const MAX_FLOATS_PER_ROW: usize = 2 * STATE_FIELDS + SAVED_FIELDS + 2;
 
 /// [`LabelSmoothingLoss::forward_linear`], with tiles of any size.
 pub(crate) fn forward_linear(
@@ -109,18 +109,19 @@ pub(crate) fn forward_linear(
     tile: Option<TileSize>,
 ) -> Result<Tensor> {
     let dims = logits_shape(loss, hidden, weight, bias)?;
-    let logits = LogitsInfo { dims: &dims, dtype: hidden.dtype(), device: hidden.device() };
+    let is_tracked = [Some(hidden), Some(weight), bias].iter().flatten().any(|t| t.track_op());
+    let (dtype, device) = (hidden.dtype(), hidden.device());
+    let logits = LogitsInfo { dims: &dims, dtype, device, is_tracked };
     let (params, targets) = loss.validate(&logits, targets)?;
-    let divisor = loss.divisor(&dims, params.class_dim, &targets);
     let rows = row_shape(&dims, params.class_dim);
 
     let num_rows: usize = rows.iter().product();
     let hidden_size = weight.dims()[1];
-    let tile = tile.unwrap_or_else(|| TileSize::new(num_rows, hidden_size, hidden.device()));
+    let tile = tile.unwrap_or_else(|| TileSize::new(num_rows, hidden_size, device));
     let tile = TileSize { rows: tile.rows.max(1), classes: tile.classes.max(1) };
     check_memory("what is kept of rows", &rows, num_rows.saturating_mul(MAX_FLOATS_PER_ROW))?;
     // A GPU reports itself that its memory is too small.
-    if hidden.device().is_cpu() {
+    if device.is_cpu() {
         let len = num_rows.min(tile.rows).saturating_mul(hidden_size);
         check_memory("a tile of the hidden states", hidden.dims(), len)?;
         let len = params.num_classes.min(tile.classes).saturating_mul(hidden_size);
@@ -129,22 +130,15 @@ pub(crate) fn forward_linear(
     let row_tiles = RowTile::all(&rows, tile.rows);
     let head = LinearHead { params, targets, row_tiles, classes_per_tile: tile.classes };
     let (h, w, b) = (hidden.detach(), weight.detach(), bias.map(Tensor::detach));
-    let state = head.forward_state(&h, &w, b.as_ref())?;
-    let is_tracked = [Some(hidden), Some(weight), bias].iter().flatten().any(|t| t.track_op());
-    let (params, dtype) = (&head.params, matmul_dtype(hidden));
-    let ForwardResult { loss, reduction, saved } =
-        autograd::finish(params, dtype, &state, rows, &head.targets, divisor, is_tracked)?;
-    let Some(saved) = saved else {
-        return Ok(loss.detached());
-    };
+    let states = head.forward_states(&h, &w, b.as_ref())?;
+    let dtype = matmul_dtype(hidden);
+    let finished = autograd::finish(&head.params, dtype, &states, rows, &head.targets)?;
     let has_bias = bias.is_some();
     // Without a bias, a constant takes its place.
     let constant = head.targets.clone();
     let inputs = [hidden, weight, bias.unwrap_or(&constant)];
-    loss.attach_backward(inputs, move |[hidden, weight, bias], grad_output| {
-        let grad_output = reduction.backward(grad_output)?;
-        let bias = has_bias.then_some(bias);
-        head.backward(hidden, weight, bias, &saved, &grad_output)
+    finished.attach_backward(inputs, move |[hidden, weight, bias], grad_rows, saved| {
+        head.backward(hidden, weight, has_bias.then_some(bias), grad_rows, saved)
     })
 }
 
@@ -187,8 +181,12 @@ fn logits_shape(
     }
 }
 
-/// A tile of the rows: the start and the length in each of their dimensions.
-struct RowTile(Vec<(usize, usize)>);
+/// A tile of the rows.
+struct RowTile {
+    first_row: usize,
+    /// The start and the length in each dimension of the rows.
+    ranges: Vec<(usize, usize)>,
+}
 
 impl RowTile {
     /// All rows of these dimensions in their order, at most `max_rows` a tile.
@@ -197,24 +195,24 @@ impl RowTile {
             return Vec::new();
         }
         // The last dimensions stay whole while they fit, the one before them is cut, and the others have length 1.
-        let mut tiles = vec![Vec::new()];
+        let mut tiles = vec![Self { first_row: 0, ranges: Vec::new() }];
         for (dim, &len) in dims.iter().enumerate() {
-            let inner = dims[dim + 1..].iter().product::<usize>();
+            let inner: usize = dims[dim + 1..].iter().product();
             let step = (max_rows / inner).clamp(1, len);
-            let ranges = (0..len).step_by(step).map(|start| (start, step.min(len - start)));
-            tiles = tiles
-                .into_iter()
-                .flat_map(|tile: Vec<_>| {
-                    ranges.clone().map(move |range| [&tile[..], &[range]].concat())
+            let cut = |tile: Self| {
+                (0..len).step_by(step).map(move |start| Self {
+                    first_row: tile.first_row + start * inner,
+                    ranges: [&tile.ranges[..], &[(start, step.min(len - start))]].concat(),
                 })
-                .collect();
+            };
+            tiles = tiles.into_iter().flat_map(cut).collect();
         }
-        tiles.into_iter().map(Self).collect()
+        tiles
     }
 
     fn narrow(&self, tensor: &Tensor) -> candle_core::Result<Tensor> {
         let mut tile = tensor.clone();
-        for (dim, &(start, len)) in self.0.iter().enumerate() {
+        for (dim, &(start, len)) in self.ranges.iter().enumerate() {
             tile = tile.narrow(dim, start, len)?;
         }
         Ok(tile)
@@ -227,7 +225,7 @@ impl RowTile {
     }
 
     fn dims(&self) -> Vec<usize> {
-        self.0.iter().map(|(_, len)| *len).collect()
+        self.ranges.iter().map(|(_, len)| *len).collect()
     }
 
     fn num_rows(&self) -> usize {
@@ -243,10 +241,6 @@ struct WeightTile {
 }
 
 impl WeightTile {
-    fn num_classes(&self) -> Result<usize> {
-        Ok(self.weight.dim(0)?)
-    }
-
     /// The logits of these hidden states, in the shape of their tile.
     fn logits(&self, hidden: &Tensor, tile: &RowTile) -> Result<Tensor> {
         let mut logits = hidden.matmul(&self.weight.t()?)?;
@@ -254,7 +248,7 @@ impl WeightTile {
             logits = logits.broadcast_add(bias)?;
         }
         let mut dims = tile.dims();
-        dims.push(self.num_classes()?);
+        dims.push(self.weight.dim(0)?);
         Ok(logits.reshape(dims)?)
     }
 }
@@ -268,8 +262,8 @@ struct LinearHead {
 }
 
 impl LinearHead {
-    /// The softmax state of each row over all classes.
-    fn forward_state(
+    /// The softmax states of the rows over all classes.
+    fn forward_states(
         &self,
         hidden: &Tensor,
         weight: &Tensor,
@@ -280,94 +274,82 @@ impl LinearHead {
         let mut states = Vec::with_capacity(self.row_tiles.len());
         for tile in &self.row_tiles {
             let (hidden, targets) = (tile.hidden(hidden)?, tile.narrow(&self.targets)?);
-            let state = autograd::new_state(tile.num_rows(), dtype, device)?;
+            let tile_states = autograd::new_states(tile.num_rows(), dtype, device)?;
             for first_class in self.class_starts() {
                 let weight_tile = self.weight_tile(weight, bias, first_class)?;
                 let logits = weight_tile.logits(&hidden, tile)?;
-                autograd::merge_tile(&weight_tile.params, &state, &logits, &targets)?;
+                autograd::merge_tile(&weight_tile.params, &tile_states, &logits, &targets)?;
             }
-            states.push(state);
+            states.push(tile_states);
         }
         match &states[..] {
-            [] => autograd::new_state(0, dtype, device),
+            [] => autograd::new_states(0, dtype, device),
             _ => Ok(Tensor::cat(&states, 1)?),
         }
     }
 
-    /// The gradients of the hidden states, the weight and the bias, each if it is tracked. `grad_output` is the gradient
-    /// of each row's loss.
+    /// The gradients of the hidden states, the weight and the bias, each if it is tracked. `grad_rows` is the gradient of
+    /// each row's loss.
     fn backward(
         &self,
         hidden: &Tensor,
         weight: &Tensor,
         bias: Option<&Tensor>,
+        grad_rows: &Tensor,
         saved: &Tensor,
-        grad_output: &Tensor,
     ) -> Result<[Option<Tensor>; 3]> {
         self.check_targets()?;
         let (wants_hidden, wants_weight) = (hidden.track_op(), weight.track_op());
         let wants_bias = bias.is_some_and(Tensor::track_op);
         let (hidden, weight, bias) = (hidden.detach(), weight.detach(), bias.map(Tensor::detach));
-        let row_inputs = self.row_inputs(saved, grad_output)?;
+        let narrow = |tile: &RowTile| {
+            let saved = saved.narrow(1, tile.first_row, tile.num_rows())?.contiguous()?;
+            Ok([tile.narrow(&self.targets)?, tile.narrow(grad_rows)?, saved])
+        };
+        let row_inputs = self.row_tiles.iter().map(narrow).collect::<Result<Vec<_>>>()?;
 
-        let mut grad_rows: Vec<_> = row_inputs.iter().map(|_| GradAccumulator::default()).collect();
+        let mut grad_hidden = vec![None; self.row_tiles.len()];
         let grad_weight = wants_weight.then(|| weight.zeros_like()).transpose()?;
         let grad_bias = bias.as_ref().filter(|_| wants_bias).map(Tensor::zeros_like).transpose()?;
         for first_class in self.class_starts() {
             let weight_tile = self.weight_tile(&weight, bias.as_ref(), first_class)?;
-            let mut grad_weight_tile = GradAccumulator::default();
-            let mut grad_bias_tile = GradAccumulator::default();
-            for (rows, grad_rows) in row_inputs.iter().zip(&mut grad_rows) {
-                let hidden = rows.tile.hidden(&hidden)?;
-                let grad_logits = rows.grad_logits(&weight_tile, &hidden)?;
+            let (mut grad_weight_tile, mut grad_bias_tile) = (None, None);
+            let row_tiles = self.row_tiles.iter().zip(&row_inputs).zip(&mut grad_hidden);
+            for ((tile, [targets, grad_rows, saved]), grad_hidden) in row_tiles {
+                let hidden = tile.hidden(&hidden)?;
+                let logits = weight_tile.logits(&hidden, tile)?;
+                let params = &weight_tile.params;
+                autograd::backward_in_place(params, &logits, targets, grad_rows, saved)?;
+                let grad_logits = logits.reshape((tile.num_rows(), ()))?;
                 if wants_hidden {
-                    grad_rows.add(grad_logits.matmul(&weight_tile.weight)?)?;
+                    add_to(grad_hidden, grad_logits.matmul(&weight_tile.weight)?)?;
                 }
                 if wants_weight {
-                    grad_weight_tile.add(grad_logits.t()?.matmul(&hidden)?)?;
+                    add_to(&mut grad_weight_tile, grad_logits.t()?.matmul(&hidden)?)?;
                 }
                 if wants_bias {
                     // candle's sum over rows adds number by number. A multiplication is faster.
                     let (dtype, device) = (grad_logits.dtype(), grad_logits.device());
-                    let ones = Tensor::ones((1, hidden.dim(0)?), dtype, device)?;
-                    grad_bias_tile.add(ones.matmul(&grad_logits)?)?;
+                    let ones = Tensor::ones((1, tile.num_rows()), dtype, device)?;
+                    add_to(&mut grad_bias_tile, ones.matmul(&grad_logits)?.squeeze(0)?)?;
                 }
             }
-            let num_classes = weight_tile.num_classes()?;
             for (gradient, tile) in [(&grad_weight, grad_weight_tile), (&grad_bias, grad_bias_tile)]
             {
-                if let (Some(gradient), Some(tile)) = (gradient, tile.0) {
-                    let dims = [&[num_classes], &gradient.dims()[1..]].concat();
-                    let tile = tile.to_dtype(gradient.dtype())?.reshape(dims)?;
-                    gradient.slice_set(&tile, 0, first_class)?;
+                if let (Some(gradient), Some(tile)) = (gradient, tile) {
+                    gradient.slice_set(&tile.to_dtype(gradient.dtype())?, 0, first_class)?;
                 }
             }
         }
-        let grad_rows = grad_rows.into_iter().filter_map(|sum| sum.0).collect();
-        let grad_hidden = wants_hidden.then(|| concat_rows(grad_rows, &hidden)).transpose()?;
+        let grad_hidden = wants_hidden.then(|| concat_rows(grad_hidden, &hidden)).transpose()?;
         Ok([grad_hidden, grad_weight, grad_bias])
-    }
-
-    fn row_inputs(&self, saved: &Tensor, grad_output: &Tensor) -> Result<Vec<RowInputs<'_>>> {
-        let mut first_row = 0;
-        let mut row_inputs = Vec::with_capacity(self.row_tiles.len());
-        for tile in &self.row_tiles {
-            row_inputs.push(RowInputs {
-                tile,
-                targets: tile.narrow(&self.targets)?,
-                grad_output: tile.narrow(grad_output)?,
-                saved: saved.narrow(1, first_row, tile.num_rows())?.contiguous()?,
-            });
-            first_row += tile.num_rows();
-        }
-        Ok(row_inputs)
     }
 
     /// Checks class targets on the CPU. The kernels check each tile again, but their error would count rows from the start
     /// of the tile. Backward calls this function too, because the targets may have changed since forward.
     fn check_targets(&self) -> Result<()> {
         let LossParams { num_classes, ignore_index, .. } = self.params;
-        match self.targets.dtype().is_int() && !cfg!(emulator) {
+        match self.targets.dtype().is_int() && autograd::runs_on_cpu(self.targets.device()) {
             true => autograd::check_class_targets(&self.targets, num_classes, ignore_index),
             false => Ok(()),
         }
@@ -395,24 +377,6 @@ impl LinearHead {
     }
 }
 
-/// The inputs of backward for a tile of the rows, apart from the hidden states.
-struct RowInputs<'a> {
-    tile: &'a RowTile,
-    targets: Tensor,
-    grad_output: Tensor,
-    saved: Tensor,
-}
-
-impl RowInputs<'_> {
-    /// The gradient of the logits of a range of the classes, (rows, classes).
-    fn grad_logits(&self, weight_tile: &WeightTile, hidden: &Tensor) -> Result<Tensor> {
-        let Self { tile, targets, grad_output, saved } = self;
-        let logits = weight_tile.logits(hidden, tile)?;
-        autograd::backward_in_place(&weight_tile.params, &logits, targets, grad_output, saved)?;
-        Ok(logits.reshape((hidden.dim(0)?, ()))?)
-    }
-}
-
 /// The dtype of the multiplications. On the CPU candle converts half types at every call, and for bf16 the whole storage.
 fn matmul_dtype(tensor: &Tensor) -> DType {
     match (tensor.device(), tensor.dtype()) {
@@ -422,39 +386,30 @@ fn matmul_dtype(tensor: &Tensor) -> DType {
 }
 
 /// The gradient of the hidden states from those of all row tiles. Each of these is freed once it is copied.
-fn concat_rows(tiles: Vec<Tensor>, hidden: &Tensor) -> candle_core::Result<Tensor> {
+fn concat_rows(tiles: Vec<Option<Tensor>>, hidden: &Tensor) -> candle_core::Result<Tensor> {
     let dtype = hidden.dtype();
-    let tiles = match <[Tensor; 1]>::try_from(tiles) {
-        Ok([only]) => return only.to_dtype(dtype)?.reshape(hidden.shape()),
-        Err(tiles) => tiles,
-    };
+    if let [Some(only)] = &tiles[..] {
+        return only.to_dtype(dtype)?.reshape(hidden.shape());
+    }
     let gradient = hidden.zeros_like()?;
-    let rows = match gradient.elem_count() {
-        // The number of rows of an empty tensor cannot be inferred.
-        0 => return Ok(gradient),
-        _ => gradient.reshape(((), gradient.dim(D::Minus1)?))?,
-    };
     let mut first_row = 0;
-    for tile in tiles {
+    let num_rows: usize = tiles.iter().flatten().map(|tile| tile.dims()[0]).sum();
+    let rows = gradient.reshape((num_rows, hidden.dim(D::Minus1)?))?;
+    for tile in tiles.into_iter().flatten() {
         rows.slice_set(&tile.to_dtype(dtype)?, 0, first_row)?;
         first_row += tile.dim(0)?;
     }
     Ok(gradient)
 }
 
-/// A sum of gradients, in the dtype of the arithmetic.
-#[derive(Default)]
-struct GradAccumulator(Option<Tensor>);
-
-impl GradAccumulator {
-    fn add(&mut self, term: Tensor) -> Result<()> {
-        self.0 = Some(match self.0.take() {
-            None => term,
-            Some(sum) => {
-                let dtype = result_dtype(term.dtype());
-                (sum.to_dtype(dtype)? + term.to_dtype(dtype)?)?
-            }
-        });
-        Ok(())
-    }
+/// Adds a term to a sum of gradients, in the dtype of the arithmetic.
+fn add_to(sum: &mut Option<Tensor>, term: Tensor) -> Result<()> {
+    *sum = Some(match sum.take() {
+        None => term,
+        Some(sum) => {
+            let dtype = result_dtype(term.dtype());
+            (sum.to_dtype(dtype)? + term.to_dtype(dtype)?)?
+        }
+    });
+    Ok(())
 }

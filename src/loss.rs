@@ -1,6 +1,6 @@
 //! The loss: its options, their validation, and the call of the kernels.
 
-use crate::autograd::{self, ForwardResult};
+use crate::autograd;
 use crate::error::{Error, Result};
 use crate::formula::{
     ClassTable, Divisor, LossParams, check_device_dtype, check_target_dtype, is_logits_dtype,
@@ -172,35 +172,25 @@ impl LabelSmoothingLoss {
     /// [`check_targets`]. Errors of the device and its compiler are candle's own.
     pub fn forward(&self, logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
         let (params, targets) = self.validate(&LogitsInfo::of(logits), targets)?;
-        let divisor = self.divisor(logits.dims(), params.class_dim, &targets);
-        let ForwardResult { loss, reduction, saved } =
-            autograd::forward(&params, logits, &targets, divisor, logits.track_op())?;
-        let Some(saved) = saved else {
-            return Ok(loss.detached());
-        };
+        let finished = autograd::forward(&params, logits, &targets)?;
         // The targets are constants. They only fill the places of an op with three inputs.
         let constants = targets.clone();
-        loss.attach_backward([logits, &constants, &constants], move |[logits, ..], grad_output| {
-            let grad_output = reduction.backward(grad_output)?;
-            let gradient = autograd::backward(&params, logits, &targets, &grad_output, &saved)?;
+        let inputs = [logits, &constants, &constants];
+        finished.attach_backward(inputs, move |[logits, ..], grad_rows, saved| {
+            let gradient = autograd::backward(&params, logits, &targets, grad_rows, saved)?;
             Ok([Some(gradient), None, None])
         })
     }
 
-    /// The divisor of the sum of the losses of logits with these dimensions, unless they are not summed.
-    pub(crate) fn divisor(
-        &self,
-        logits: &[usize],
-        class_dim: usize,
-        targets: &Tensor,
-    ) -> Option<Divisor> {
+    /// The divisor of the sum of the losses, unless they are not summed.
+    fn divisor(&self, num_rows: usize, targets: &Tensor) -> Option<Divisor> {
         let is_weighted = targets.dtype().is_int()
             && (self.class_weights.is_some() || self.ignore_index.is_some());
         match self.reduction {
             Reduction::None => None,
             Reduction::Sum => Some(Divisor::Number(1.)),
-            Reduction::Mean if is_weighted => Some(Divisor::WeightSum),
-            Reduction::Mean => Some(Divisor::Number(num_rows(logits, class_dim) as f64)),
+            Reduction::Mean if is_weighted => Some(Divisor::WeightSum(())),
+            Reduction::Mean => Some(Divisor::Number(num_rows as f64)),
         }
     }
 
@@ -210,7 +200,7 @@ impl LabelSmoothingLoss {
         logits: &LogitsInfo,
         targets: &Tensor,
     ) -> Result<(LossParams, Tensor)> {
-        let LogitsInfo { dims, dtype, device } = *logits;
+        let LogitsInfo { dims, dtype, device, is_tracked } = *logits;
         let class_dim = self.class_dim(dims)?;
         let num_classes = dims[class_dim];
         if num_classes == 0 {
@@ -240,6 +230,8 @@ impl LabelSmoothingLoss {
             class_table: self.class_table(num_classes, result_dtype(dtype), device)?,
             ignore_index: self.ignore_index,
             z_loss: self.z_loss,
+            divisor: self.divisor(num_rows(dims, class_dim), targets),
+            saves_state: is_tracked,
         };
         check_target_dtype(targets.dtype())?;
         Ok((params, targets.detach()))
@@ -320,11 +312,17 @@ pub(crate) struct LogitsInfo<'a> {
     pub dims: &'a [usize],
     pub dtype: DType,
     pub device: &'a Device,
+    pub is_tracked: bool,
 }
 
 impl<'a> LogitsInfo<'a> {
     pub fn of(tensor: &'a Tensor) -> Self {
-        Self { dims: tensor.dims(), dtype: tensor.dtype(), device: tensor.device() }
+        Self {
+            dims: tensor.dims(),
+            dtype: tensor.dtype(),
+            device: tensor.device(),
+            is_tracked: tensor.track_op(),
+        }
     }
 }
 

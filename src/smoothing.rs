@@ -2,7 +2,9 @@
 
 use crate::autograd;
 use crate::error::{Error, Result};
-use crate::formula::{ClassParams, ClassTable, LossParams, check_device_dtype, check_target_dtype};
+use crate::formula::{
+    CLASS_FIELDS, ClassParams, ClassTable, LossParams, check_device_dtype, check_target_dtype,
+};
 use crate::layout::{check_memory, check_size};
 use candle_core::{D, DType, Device, Tensor};
 use std::sync::Arc;
@@ -10,16 +12,7 @@ use std::sync::Arc;
 /// A convention of label smoothing and its ε: how the smoothed targets q follow from the given targets p.
 ///
 /// p is the one-hot vector of a class label, or a row of probabilities. Libraries call several formulas label smoothing,
-/// so this type has no default and no conversion from a number. The call names the formula.
-///
-/// - [`over_all`](Self::over_all): q = (1−ε)·p + ε/K. [Szegedy et al. 2016](https://arxiv.org/abs/1512.00567),
-///   PyTorch, Keras, optax. With ε = 0.1 the second of three classes becomes [0.0333, 0.9333, 0.0333].
-/// - [`over_others`](Self::over_others): q = (1−ε)·p + ε·(1−p)/(K−1). tensor2tensor, newer fairseq. The same class
-///   becomes [0.05, 0.9, 0.05].
-/// - [`toward`](Self::toward): q = (1−ε)·p + ε·prior. [Pereyra et al. 2017](https://arxiv.org/abs/1701.06548).
-/// - [`none`](Self::none): q = p.
-///
-/// `over_others(ε)` equals `over_all(ε·K/(K−1))` if that is at most 1, for labels and for probabilities.
+/// so this type has no default and no conversion from a number. The constructor's name says which formula it is.
 /// [The guide](crate::guide::epsilon) lists the conventions of other libraries, and says how to choose ε.
 ///
 /// ```
@@ -46,15 +39,16 @@ enum Spread {
 }
 
 impl Smoothing {
-    /// No smoothing: plain cross-entropy.
+    /// No smoothing, q = p: plain cross-entropy.
     pub fn none() -> Self {
         Self { epsilon: 0., spread: Spread::All }
     }
 
     /// Spreads ε evenly over all K classes, the label included: q = (1−ε)·p + ε/K.
     ///
-    /// This is the formula of [Szegedy et al. 2016](https://arxiv.org/abs/1512.00567) and of the
-    /// `label_smoothing` argument of PyTorch's `CrossEntropyLoss`, of Keras and of optax.
+    /// This is the formula of [Szegedy et al. 2016](https://arxiv.org/abs/1512.00567), of the `label_smoothing` argument
+    /// of PyTorch's `CrossEntropyLoss`, of Keras and of optax. With three classes and ε = 0.1 the label 1 becomes
+    /// [0.0333, 0.9333, 0.0333].
     ///
     /// # Errors
     /// ε must lie in 0 to 1, ends included.
@@ -64,8 +58,8 @@ impl Smoothing {
 
     /// Spreads ε evenly over the K−1 classes other than the label: q = (1−ε)·p + ε·(1−p)/(K−1).
     ///
-    /// This is the formula of tensor2tensor and newer fairseq; with three classes and ε = 0.1 the label
-    /// `1` becomes `[0.05, 0.9, 0.05]`. It equals `over_all(ε·K/(K−1))` if that is at most 1.
+    /// This is the formula of tensor2tensor and newer fairseq. With three classes and ε = 0.1 the label 1 becomes
+    /// [0.05, 0.9, 0.05]. It equals `over_all(ε·K/(K−1))` if that is at most 1, for labels and for probabilities.
     ///
     /// # Errors
     /// ε must lie in 0 to 1, ends included. With one class (K = 1), using the smoothing is an error.
@@ -122,24 +116,21 @@ impl Smoothing {
             return Ok(ClassTable::Uniform(self.class_params(num_classes, 0, 1.)));
         }
         let (least, most) = match dtype {
-            DType::F64 => (f64::MIN_POSITIVE * WEIGHT_HEADROOM, f64::MAX / WEIGHT_HEADROOM),
-            _ => (
-                f64::from(f32::MIN_POSITIVE) * WEIGHT_HEADROOM,
-                f64::from(f32::MAX) / WEIGHT_HEADROOM,
-            ),
+            DType::F64 => (f64::MIN_POSITIVE, f64::MAX),
+            _ => (f32::MIN_POSITIVE.into(), f32::MAX.into()),
         };
+        let (least, most) = (least * WEIGHT_HEADROOM, most / WEIGHT_HEADROOM);
         let is_possible = |weight: f64| weight == 0. || (least..=most).contains(&weight);
         let mut class_weights = weights.into_iter().flatten().enumerate();
         if let Some((class, &value)) = class_weights.find(|(_, weight)| !is_possible(**weight)) {
             return Err(Error::WeightRange { class, value, least, most });
         }
         let weight = |class| weights.map_or(1., |w: &[f64]| w.get(class).copied().unwrap_or(0.));
-        const FIELDS: usize = ClassParams::<()>::FIELDS;
         let fields: Vec<f64> = (0..num_classes)
             .flat_map(|class| self.class_params(num_classes, class, weight(class)).into_fields())
             .collect();
         // Metal has no f64, so the device comes last.
-        let table = Tensor::from_vec(fields, (num_classes, FIELDS), &Device::Cpu)?
+        let table = Tensor::from_vec(fields, (num_classes, CLASS_FIELDS), &Device::Cpu)?
             .t()?
             .contiguous()?
             .to_dtype(dtype)?
@@ -267,6 +258,8 @@ pub fn smooth_targets(
         class_table: smoothing.class_table(None, num_classes, DType::F32, labels.device())?,
         ignore_index: None,
         z_loss: 0.,
+        divisor: None,
+        saves_state: false,
     };
     autograd::smooth_targets(&params, labels, shape)
 }

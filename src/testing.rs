@@ -26,11 +26,12 @@ pub fn forward_rows(
     logits: &Tensor,
     targets: &Tensor,
 ) -> Result<(Tensor, Option<Saved>)> {
-    let (params, targets) = loss.validate(&LogitsInfo::of(logits), targets)?;
-    let losses = autograd::forward(&params, logits, &targets, None, true)?;
+    let (mut params, targets) = loss.validate(&LogitsInfo::of(logits), targets)?;
+    (params.divisor, params.saves_state) = (None, true);
+    let mut finished = autograd::forward(&params, logits, &targets)?;
     let shape = logits.shape().clone();
-    let saved = losses.saved.map(|saved| Saved { params, shape, targets, saved });
-    Ok((losses.loss.detached(), saved))
+    let saved = finished.saved.take().map(|saved| Saved { params, shape, targets, saved });
+    Ok((finished.detached(), saved))
 }
 
 /// Runs the backward kernel: the gradient of the logits, from that of each row's loss.

@@ -4,7 +4,7 @@
 
 use super::simd::has_fma;
 use candle_core::{CpuStorage, WithDType};
-use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use pulp::{Simd, bytemuck};
 use std::slice;
@@ -50,29 +50,8 @@ impl<'a> FloatSlice<'a> {
 pub(crate) trait Element: WithDType + Default {
     /// The dtype of the arithmetic.
     type Real: Real;
-    /// The elements of [`UNROLL`] vectors of the arithmetic.
-    type Chunk<S: Simd>: Copy;
-    /// Whether [`to_vectors`](Self::to_vectors) is so slow that a loop with two passes converts a block only once.
-    const SLOW_TO_VECTORS: bool;
-
-    /// The values, if they are of this dtype.
-    fn as_slice<'a>(values: &FloatSlice<'a>) -> Option<&'a [Self]>;
-    /// Rounds to the nearest.
-    fn round(values: &[Self::Real], out: &mut [Self]);
-
-    /// The whole chunks among the values.
-    fn as_chunks<S: Simd>(values: &[Self]) -> &[Self::Chunk<S>];
-    fn chunk_values<S: Simd>(chunk: &Self::Chunk<S>) -> &[Self];
-    /// The values in the arithmetic, in an order that [`from_vectors`](Self::from_vectors) undoes.
-    fn to_vectors<S: Simd>(
-        simd: S,
-        chunk: Self::Chunk<S>,
-    ) -> [<Self::Real as Real>::Vector<S>; UNROLL];
-    /// Rounds to the nearest.
-    fn from_vectors<S: Simd>(
-        simd: S,
-        vectors: [<Self::Real as Real>::Vector<S>; UNROLL],
-    ) -> Self::Chunk<S>;
+    /// The values rounded to the nearest: in `buffer`, or where they are if they have this dtype.
+    fn round<'a>(values: &'a [Self::Real], buffer: &'a mut [Self]) -> &'a [Self];
 }
 
 /// A dtype of the arithmetic, its vectors, and the constants of [`exp`](super::exp).
@@ -94,9 +73,16 @@ pub(crate) trait Real: Element<Real = Self> {
     const EXP_MIN: Self;
 
     fn from_f32(value: f32) -> Self;
-    fn to_float_slice(values: &[Self]) -> FloatSlice<'_>;
+    /// A bf16 is the upper half of an f32.
+    #[inline(always)]
+    fn from_bf16(value: bf16) -> Self {
+        Self::from_f32(f32::from_bits(u32::from(value.to_bits()) << 16))
+    }
+    /// The values, if they are of this dtype.
+    fn as_slice<'a>(values: &FloatSlice<'a>) -> Option<&'a [Self]>;
     /// The values of a storage, if they are of this dtype.
     fn as_slice_mut(storage: &mut CpuStorage) -> Option<&mut [Self]>;
+    /// The whole vectors among the values.
     fn as_vectors<S: Simd>(values: &[Self]) -> &[Self::Vector<S>];
     fn as_vectors_mut<S: Simd>(values: &mut [Self]) -> &mut [Self::Vector<S>];
     fn splat<S: Simd>(simd: S, value: Self) -> Self::Vector<S>;
@@ -104,6 +90,8 @@ pub(crate) trait Real: Element<Real = Self> {
     fn vadd<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>) -> Self::Vector<S>;
     fn vsub<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>) -> Self::Vector<S>;
     fn vmul<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>) -> Self::Vector<S>;
+    /// The maximum of each pair. If one of them is NaN, either.
+    fn vmax<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>) -> Self::Vector<S>;
     /// a·b + c, rounded once where that is one instruction, else twice.
     fn vmul_add<S: Simd>(
         simd: S,
@@ -111,55 +99,76 @@ pub(crate) trait Real: Element<Real = Self> {
         b: Self::Vector<S>,
         c: Self::Vector<S>,
     ) -> Self::Vector<S>;
-    /// The maximum of each pair. If one of them is NaN, either.
-    fn vmax<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>) -> Self::Vector<S>;
-    /// The maximum of `value` and `min`. NaN where `value` is NaN.
-    fn clamp_min<S: Simd>(simd: S, value: Self::Vector<S>, min: Self::Vector<S>)
-    -> Self::Vector<S>;
-    /// a·b, but 0 where a is 0, even if b is infinite.
-    fn mul_or_zero<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>) -> Self::Vector<S>;
-    /// `value`, but 0 where it is −∞. The loops subtract this number from the logits.
-    fn vfinite_base<S: Simd>(simd: S, value: Self::Vector<S>) -> Self::Vector<S>;
+    /// `then` where a = b, else `otherwise`.
+    fn select_equal<S: Simd>(
+        simd: S,
+        a: Self::Vector<S>,
+        b: Self::Vector<S>,
+        then: Self::Vector<S>,
+        otherwise: Self::Vector<S>,
+    ) -> Self::Vector<S>;
     /// 2^(n − bias), where n is the integer in the lowest bits of `bits`.
     fn exp2_from_bits<S: Simd>(simd: S, bits: Self::Vector<S>) -> Self::Vector<S>;
-
     fn reduce_sum<S: Simd>(simd: S, vector: Self::Vector<S>) -> Self;
     fn reduce_max<S: Simd>(simd: S, vector: Self::Vector<S>) -> Self;
+
+    /// The maximum of `value` and `min`. NaN where `value` is NaN.
+    #[inline(always)]
+    fn clamp_min<S: Simd>(
+        simd: S,
+        value: Self::Vector<S>,
+        min: Self::Vector<S>,
+    ) -> Self::Vector<S> {
+        let max = Self::vmax(simd, min, value);
+        match has_fma::<S>() {
+            // For a NaN the instruction returns its second operand (x86) or the NaN (Arm).
+            true => max,
+            false => Self::select_equal(simd, value, value, max, value),
+        }
+    }
+
+    /// a·b, but 0 where a is 0, even if b is infinite.
+    #[inline(always)]
+    fn mul_or_zero<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>) -> Self::Vector<S> {
+        let zero = Self::splat(simd, Self::ZERO);
+        Self::select_equal(simd, a, zero, zero, Self::vmul(simd, a, b))
+    }
+
+    /// `value`, but 0 where it is −∞. The loops subtract this number from the logits.
+    #[inline(always)]
+    fn vfinite_base<S: Simd>(simd: S, value: Self::Vector<S>) -> Self::Vector<S> {
+        let neg_infinity = Self::splat(simd, Self::NEG_INFINITY);
+        Self::select_equal(simd, value, neg_infinity, Self::splat(simd, Self::ZERO), value)
+    }
 }
 
 /// Implements both traits for a dtype of the arithmetic. The arguments are pulp's names of each operation.
 macro_rules! real {
     (
         $real:ident, $storage:ident,
-        consts: { $($consts:tt)* },
         vector: $vector:ident,
         as_vectors: $as_vectors:ident,
         as_vectors_mut: $as_vectors_mut:ident,
         splat: $splat:ident,
-        add: $add:ident,
-        sub: $sub:ident,
-        mul: $mul:ident,
         mul_add: $mul_add:ident,
-        max: $max:ident,
-        less_than: $less_than:ident,
         equal: $equal:ident,
         select: $select:ident,
-        reduce_sum: $reduce_sum:ident,
-        reduce_max: $reduce_max:ident,
-        exp2_from_bits: $exp2_from_bits:expr,
+        binary: { $($binary:ident: $binary_op:ident,)* },
+        reduce: { $($reduce:ident: $reduce_op:ident,)* },
+        $($items:tt)*
     ) => {
         impl Real for $real {
             type Vector<S: Simd> = S::$vector;
             const ZERO: Self = 0.;
             const NEG_INFINITY: Self = $real::NEG_INFINITY;
-            $($consts)*
 
             #[inline(always)]
             fn from_f32(value: f32) -> Self {
                 value.into()
             }
-            fn to_float_slice(values: &[Self]) -> FloatSlice<'_> {
-                FloatSlice::$storage(values)
+            #[inline(always)]
+            fn as_slice<'a>(values: &FloatSlice<'a>) -> Option<&'a [Self]> {
+                if let FloatSlice::$storage(values) = values { Some(values) } else { None }
             }
             fn as_slice_mut(storage: &mut CpuStorage) -> Option<&mut [Self]> {
                 if let CpuStorage::$storage(values) = storage { Some(values) } else { None }
@@ -177,18 +186,6 @@ macro_rules! real {
                 simd.$splat(value)
             }
             #[inline(always)]
-            fn vadd<S: Simd>(simd: S, a: S::$vector, b: S::$vector) -> S::$vector {
-                simd.$add(a, b)
-            }
-            #[inline(always)]
-            fn vsub<S: Simd>(simd: S, a: S::$vector, b: S::$vector) -> S::$vector {
-                simd.$sub(a, b)
-            }
-            #[inline(always)]
-            fn vmul<S: Simd>(simd: S, a: S::$vector, b: S::$vector) -> S::$vector {
-                simd.$mul(a, b)
-            }
-            #[inline(always)]
             fn vmul_add<S: Simd>(
                 simd: S,
                 a: S::$vector,
@@ -197,73 +194,40 @@ macro_rules! real {
             ) -> S::$vector {
                 match has_fma::<S>() {
                     true => simd.$mul_add(a, b, c),
-                    false => simd.$add(simd.$mul(a, b), c),
+                    false => Self::vadd(simd, Self::vmul(simd, a, b), c),
                 }
             }
             #[inline(always)]
-            fn vmax<S: Simd>(simd: S, a: S::$vector, b: S::$vector) -> S::$vector {
-                simd.$max(a, b)
+            fn select_equal<S: Simd>(
+                simd: S,
+                a: S::$vector,
+                b: S::$vector,
+                then: S::$vector,
+                otherwise: S::$vector,
+            ) -> S::$vector {
+                simd.$select(simd.$equal(a, b), then, otherwise)
             }
-            #[inline(always)]
-            fn clamp_min<S: Simd>(simd: S, value: S::$vector, min: S::$vector) -> S::$vector {
-                match has_fma::<S>() {
-                    // One instruction. For a NaN it returns its second operand (x86) or the NaN (Arm).
-                    true => simd.$max(min, value),
-                    false => simd.$select(simd.$less_than(value, min), min, value),
+            $(
+                #[inline(always)]
+                fn $binary<S: Simd>(simd: S, a: S::$vector, b: S::$vector) -> S::$vector {
+                    simd.$binary_op(a, b)
                 }
-            }
-            #[inline(always)]
-            fn mul_or_zero<S: Simd>(simd: S, a: S::$vector, b: S::$vector) -> S::$vector {
-                let zero = simd.$splat(0.);
-                simd.$select(simd.$equal(a, zero), zero, simd.$mul(a, b))
-            }
-            #[inline(always)]
-            fn vfinite_base<S: Simd>(simd: S, value: S::$vector) -> S::$vector {
-                let is_neg_infinity = simd.$equal(value, simd.$splat(Self::NEG_INFINITY));
-                simd.$select(is_neg_infinity, simd.$splat(0.), value)
-            }
-            #[inline(always)]
-            fn exp2_from_bits<S: Simd>(simd: S, bits: S::$vector) -> S::$vector {
-                $exp2_from_bits(simd, bits)
-            }
-            #[inline(always)]
-            fn reduce_sum<S: Simd>(simd: S, vector: S::$vector) -> Self {
-                simd.$reduce_sum(vector)
-            }
-            #[inline(always)]
-            fn reduce_max<S: Simd>(simd: S, vector: S::$vector) -> Self {
-                simd.$reduce_max(vector)
-            }
+            )*
+            $(
+                #[inline(always)]
+                fn $reduce<S: Simd>(simd: S, vector: S::$vector) -> Self {
+                    simd.$reduce_op(vector)
+                }
+            )*
+            $($items)*
         }
 
         impl Element for $real {
             type Real = Self;
-            type Chunk<S: Simd> = [S::$vector; UNROLL];
-            const SLOW_TO_VECTORS: bool = false;
 
             #[inline(always)]
-            fn as_slice<'a>(values: &FloatSlice<'a>) -> Option<&'a [Self]> {
-                if let FloatSlice::$storage(values) = values { Some(values) } else { None }
-            }
-            #[inline(always)]
-            fn round(values: &[Self], out: &mut [Self]) {
-                out.copy_from_slice(values);
-            }
-            #[inline(always)]
-            fn as_chunks<S: Simd>(values: &[Self]) -> &[[S::$vector; UNROLL]] {
-                Self::as_vectors::<S>(values).as_chunks().0
-            }
-            #[inline(always)]
-            fn chunk_values<S: Simd>(chunk: &[S::$vector; UNROLL]) -> &[Self] {
-                bytemuck::cast_slice(chunk)
-            }
-            #[inline(always)]
-            fn to_vectors<S: Simd>(_: S, chunk: [S::$vector; UNROLL]) -> [S::$vector; UNROLL] {
-                chunk
-            }
-            #[inline(always)]
-            fn from_vectors<S: Simd>(_: S, vectors: [S::$vector; UNROLL]) -> [S::$vector; UNROLL] {
-                vectors
+            fn round<'a>(values: &'a [Self], _: &'a mut [Self]) -> &'a [Self] {
+                values
             }
         }
     };
@@ -271,177 +235,100 @@ macro_rules! real {
 
 real! {
     f32, F32,
-    consts: {
-        const LOG2_E: Self = std::f32::consts::LOG2_E;
-        const ROUND_MAGIC: Self = 12_582_912. + 127.;
-        const MINUS_LN_2_FMA: &[Self] = &[-std::f32::consts::LN_2];
-        const MINUS_LN_2_SPLIT: &[Self] = &[-355. / 512., 2.121_944_4e-4];
-        const EXP_POLYNOMIAL: &[Self] =
-            &[1.381_458_4e-3, 8.368_724e-3, 4.166_839e-2, 1.666_652_1e-1, 4.999_999_4e-1, 1., 1.];
-        const EXP_MIN: Self = -127. * std::f32::consts::LN_2;
-    },
     vector: f32s,
     as_vectors: as_simd_f32s,
     as_vectors_mut: as_mut_simd_f32s,
     splat: splat_f32s,
-    add: add_f32s,
-    sub: sub_f32s,
-    mul: mul_f32s,
     mul_add: mul_add_e_f32s,
-    max: max_f32s,
-    less_than: less_than_f32s,
     equal: equal_f32s,
     select: select_f32s,
-    reduce_sum: reduce_sum_f32s,
-    reduce_max: reduce_max_f32s,
-    exp2_from_bits: |simd: S, bits| {
+    binary: { vadd: add_f32s, vsub: sub_f32s, vmul: mul_f32s, vmax: max_f32s, },
+    reduce: { reduce_sum: reduce_sum_f32s, reduce_max: reduce_max_f32s, },
+
+    const LOG2_E: Self = std::f32::consts::LOG2_E;
+    const ROUND_MAGIC: Self = 12_582_912. + 127.;
+    const MINUS_LN_2_FMA: &[Self] = &[-std::f32::consts::LN_2];
+    const MINUS_LN_2_SPLIT: &[Self] = &[-355. / 512., 2.121_944_4e-4];
+    const EXP_POLYNOMIAL: &[Self] =
+        &[1.381_458_4e-3, 8.368_724e-3, 4.166_839e-2, 1.666_652_1e-1, 4.999_999_4e-1, 1., 1.];
+    const EXP_MIN: Self = -127. * std::f32::consts::LN_2;
+
+    #[inline(always)]
+    fn exp2_from_bits<S: Simd>(simd: S, bits: S::f32s) -> S::f32s {
         let bits = simd.transmute_u32s_f32s(bits);
         simd.transmute_f32s_u32s(simd.wrapping_dyn_shl_u32s(bits, simd.splat_u32s(23)))
-    },
+    }
 }
 
 real! {
     f64, F64,
-    consts: {
-        const LOG2_E: Self = std::f64::consts::LOG2_E;
-        const ROUND_MAGIC: Self = 6_755_399_441_055_744. + 1023.;
-        const MINUS_LN_2_FMA: &[Self] = Self::MINUS_LN_2_SPLIT;
-        const MINUS_LN_2_SPLIT: &[Self] =
-            &[-0.693_147_180_369_123_8, -1.908_214_929_270_587_7e-10];
-        const EXP_POLYNOMIAL: &[Self] = &[
-            1. / 6_227_020_800.,
-            1. / 479_001_600.,
-            1. / 39_916_800.,
-            1. / 3_628_800.,
-            1. / 362_880.,
-            1. / 40_320.,
-            1. / 5040.,
-            1. / 720.,
-            1. / 120.,
-            1. / 24.,
-            1. / 6.,
-            0.5,
-            1.,
-            1.,
-        ];
-        const EXP_MIN: Self = -1023. * std::f64::consts::LN_2;
-    },
     vector: f64s,
     as_vectors: as_simd_f64s,
     as_vectors_mut: as_mut_simd_f64s,
     splat: splat_f64s,
-    add: add_f64s,
-    sub: sub_f64s,
-    mul: mul_f64s,
     mul_add: mul_add_e_f64s,
-    max: max_f64s,
-    less_than: less_than_f64s,
     equal: equal_f64s,
     select: select_f64s,
-    reduce_sum: reduce_sum_f64s,
-    reduce_max: reduce_max_f64s,
-    exp2_from_bits: |_: S, mut bits: S::f64s| {
+    binary: { vadd: add_f64s, vsub: sub_f64s, vmul: mul_f64s, vmax: max_f64s, },
+    reduce: { reduce_sum: reduce_sum_f64s, reduce_max: reduce_max_f64s, },
+
+    const LOG2_E: Self = std::f64::consts::LOG2_E;
+    const ROUND_MAGIC: Self = 6_755_399_441_055_744. + 1023.;
+    const MINUS_LN_2_FMA: &[Self] = Self::MINUS_LN_2_SPLIT;
+    const MINUS_LN_2_SPLIT: &[Self] = &[-0.693_147_180_369_123_8, -1.908_214_929_270_587_7e-10];
+    const EXP_POLYNOMIAL: &[Self] = &inverse_factorials::<14>();
+    const EXP_MIN: Self = -1023. * std::f64::consts::LN_2;
+
+    #[inline(always)]
+    fn exp2_from_bits<S: Simd>(_: S, mut bits: S::f64s) -> S::f64s {
         // pulp has no shift of 64 bits.
         for bits in bytemuck::cast_slice_mut::<_, u64>(slice::from_mut(&mut bits)) {
             *bits <<= 52;
         }
         bits
-    },
+    }
 }
 
-/// Implements the methods of [`Element`] that the half types share: a chunk is two vectors of 16-bit integers.
-macro_rules! half_element {
-    ($storage:ident) => {
-        type Real = f32;
-        type Chunk<S: Simd> = [S::u16s; 2];
-
-        #[inline(always)]
-        fn as_slice<'a>(values: &FloatSlice<'a>) -> Option<&'a [Self]> {
-            if let FloatSlice::$storage(values) = values { Some(values) } else { None }
-        }
-        #[inline(always)]
-        fn as_chunks<S: Simd>(values: &[Self]) -> &[[S::u16s; 2]] {
-            S::as_simd_u16s(values.reinterpret_cast()).0.as_chunks().0
-        }
-        #[inline(always)]
-        fn chunk_values<S: Simd>(chunk: &[S::u16s; 2]) -> &[Self] {
-            bytemuck::cast_slice::<_, u16>(chunk).reinterpret_cast()
-        }
-    };
+/// 1/(N − 1)! down to 1/0!.
+const fn inverse_factorials<const N: usize>() -> [f64; N] {
+    let mut inverses = [1.; N];
+    let (mut i, mut factorial) = (1, 1.);
+    while i < N {
+        factorial *= i as f64;
+        inverses[N - 1 - i] = 1. / factorial;
+        i += 1;
+    }
+    inverses
 }
 
-/// A bf16 is the upper half of an f32. So a 32-bit lane holds two bf16. A shift and a mask turn a vector of such pairs into
-/// two vectors of f32, and no number moves to another lane.
 impl Element for bf16 {
-    half_element!(BF16);
-    const SLOW_TO_VECTORS: bool = false;
+    type Real = f32;
 
     #[inline(always)]
-    fn round(values: &[f32], out: &mut [Self]) {
-        out.iter_mut().zip(values).for_each(|(out, &value)| *out = bf16::from_f32(value));
+    fn round<'a>(values: &'a [f32], buffer: &'a mut [Self]) -> &'a [Self] {
+        let rounded = &mut buffer[..values.len()];
+        rounded.iter_mut().zip(values).for_each(|(out, &value)| *out = round_to_bf16(value));
+        rounded
     }
-    #[inline(always)]
-    fn to_vectors<S: Simd>(simd: S, [a, b]: [S::u16s; 2]) -> [S::f32s; UNROLL] {
-        let ([a, b], [c, d]) = (unpack_bf16(simd, a), unpack_bf16(simd, b));
-        [a, b, c, d]
-    }
-    #[inline(always)]
-    fn from_vectors<S: Simd>(simd: S, [a, b, c, d]: [S::f32s; UNROLL]) -> [S::u16s; 2] {
-        [pack_bf16(simd, a, b), pack_bf16(simd, c, d)]
-    }
+}
+
+/// The nearest bf16. The function of `half` has branches, which a loop in vectors pays for.
+#[inline(always)]
+fn round_to_bf16(value: f32) -> bf16 {
+    let bits = value.to_bits();
+    // Half a unit of the last place kept, less one bit if that place is even: ties go to even.
+    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+    if value.is_nan() { bf16::NAN } else { bf16::from_bits(rounded as u16) }
 }
 
 /// Processors convert f16 eight at a time, by instructions that pulp does not have. `half` chooses them at run time.
 impl Element for f16 {
-    half_element!(F16);
-    const SLOW_TO_VECTORS: bool = true;
+    type Real = f32;
 
     #[inline(always)]
-    fn round(values: &[f32], out: &mut [Self]) {
-        out.convert_from_f32_slice(values);
+    fn round<'a>(values: &'a [f32], buffer: &'a mut [Self]) -> &'a [Self] {
+        let rounded = &mut buffer[..values.len()];
+        rounded.convert_from_f32_slice(values);
+        rounded
     }
-    #[inline(always)]
-    fn to_vectors<S: Simd>(simd: S, chunk: [S::u16s; 2]) -> [S::f32s; UNROLL] {
-        let mut vectors = [simd.splat_f32s(0.); UNROLL];
-        let floats = bytemuck::cast_slice_mut::<_, f32>(&mut vectors);
-        Self::chunk_values::<S>(&chunk).convert_to_f32_slice(floats);
-        vectors
-    }
-    #[inline(always)]
-    fn from_vectors<S: Simd>(simd: S, vectors: [S::f32s; UNROLL]) -> [S::u16s; 2] {
-        let mut chunk = [simd.splat_u16s(0); 2];
-        let halves = bytemuck::cast_slice_mut::<_, u16>(&mut chunk);
-        halves.reinterpret_cast_mut::<f16>().convert_from_f32_slice(bytemuck::cast_slice(&vectors));
-        chunk
-    }
-}
-
-/// The bf16 in the lower and in the upper half of each 32-bit lane, as f32.
-#[inline(always)]
-fn unpack_bf16<S: Simd>(simd: S, pairs: S::u16s) -> [S::f32s; 2] {
-    let pairs: S::u32s = bytemuck::cast(pairs);
-    let lower = simd.wrapping_dyn_shl_u32s(pairs, simd.splat_u32s(16));
-    let upper = simd.and_u32s(pairs, simd.splat_u32s(0xffff_0000));
-    [simd.transmute_f32s_u32s(lower), simd.transmute_f32s_u32s(upper)]
-}
-
-/// Undoes [`unpack_bf16`], rounding to the nearest.
-#[inline(always)]
-fn pack_bf16<S: Simd>(simd: S, lower: S::f32s, upper: S::f32s) -> S::u16s {
-    let (lower, upper) = (round_to_bf16(simd, lower), round_to_bf16(simd, upper));
-    let lower = simd.wrapping_dyn_shr_u32s(lower, simd.splat_u32s(16));
-    let upper = simd.and_u32s(upper, simd.splat_u32s(0xffff_0000));
-    bytemuck::cast(simd.or_u32s(lower, upper))
-}
-
-/// The nearest bf16 of each number, in the upper half of its lane. The lower half is arbitrary.
-#[inline(always)]
-fn round_to_bf16<S: Simd>(simd: S, value: S::f32s) -> S::u32s {
-    let bits = simd.transmute_u32s_f32s(value);
-    // Half a unit of the last place kept, less one bit if that place is even: ties go to even.
-    let last = simd.wrapping_dyn_shr_u32s(bits, simd.splat_u32s(16));
-    let odd = simd.and_u32s(last, simd.splat_u32s(1));
-    let rounded = simd.add_u32s(bits, simd.add_u32s(odd, simd.splat_u32s(0x7fff)));
-    let is_number = simd.equal_f32s(value, value);
-    simd.select_u32s(is_number, rounded, simd.splat_u32s(0x7fc0_0000))
 }

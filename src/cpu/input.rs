@@ -1,14 +1,15 @@
 //! Tensors that the loops read by row and class, of any floating-point dtype and layout.
 
-use super::dtype::{Element, FloatSlice, Real};
+use super::dtype::{FloatSlice, Real};
 use super::parallel::BLOCK;
 use crate::error::{Error, Result};
 use crate::formula::LossParams;
 use crate::layout::{Operand, RowOffsets, check_layout, inner_size, num_rows};
+use candle_core::CpuStorage;
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, Layout};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
+use std::ops::Range;
 
 /// Up to so many classes, a loop works on several rows side by side.
 pub(super) const FEW_CLASSES: usize = 32;
@@ -50,10 +51,6 @@ pub(super) struct BlockPos {
 }
 
 impl BlockPos {
-    pub(super) fn at_class(self, class: usize) -> Self {
-        Self { class, ..self }
-    }
-
     /// The row of the block's element `i`.
     fn row_of(self, i: usize) -> usize {
         match self.axis {
@@ -74,8 +71,6 @@ impl BlockPos {
 /// The numbers of a tensor by row and class.
 pub(super) struct StridedRows<'a> {
     values: FloatSlice<'a>,
-    /// The position of the first of `values` in the tensor's storage.
-    origin: usize,
     offsets: RowOffsets,
     pub num_rows: usize,
     first_class: usize,
@@ -95,33 +90,13 @@ impl<'a> StridedRows<'a> {
             });
         };
         check_layout(layout, values.len())?;
-        Ok(Self::with_values(values, 0, layout, class_dim))
-    }
-
-    /// A piece of a contiguous tensor of these dimensions: its elements from `origin` on.
-    pub(super) fn piece<A: Real>(
-        values: &'a [A],
-        origin: usize,
-        dims: &[usize],
-        class_dim: usize,
-    ) -> Self {
-        Self::with_values(A::to_float_slice(values), origin, &Layout::contiguous(dims), class_dim)
-    }
-
-    fn with_values(
-        values: FloatSlice<'a>,
-        origin: usize,
-        layout: &Layout,
-        class_dim: usize,
-    ) -> Self {
-        Self {
+        Ok(Self {
             values,
-            origin,
             offsets: RowOffsets::new(layout, Some(class_dim)),
             num_rows: num_rows(layout.dims(), class_dim),
             first_class: 0,
             class_stride: layout.stride().get(class_dim).copied().unwrap_or(0),
-        }
+        })
     }
 
     /// Numbers the classes from `first_class` on.
@@ -133,55 +108,55 @@ impl<'a> StridedRows<'a> {
     /// The index in `values` of a class of the row at `row_offset`.
     #[inline(always)]
     fn index(&self, row_offset: usize, class: usize) -> usize {
-        row_offset + (class - self.first_class) * self.class_stride - self.origin
+        row_offset + (class - self.first_class) * self.class_stride
     }
 
-    /// The block, if it is contiguous and of this dtype.
+    /// The range of a block in `values`, if it is contiguous.
     #[inline(always)]
-    pub(super) fn as_contiguous<T: Element>(&self, pos: BlockPos, len: usize) -> Option<&[T]> {
-        let values = T::as_slice(&self.values)?;
+    fn contiguous_range(&self, pos: BlockPos, len: usize) -> Option<Range<usize>> {
         let run = self.offsets.run(pos.row);
         let is_contiguous = match pos.axis {
             InnerAxis::Class => self.class_stride == 1,
             InnerAxis::Row => run.stride == 1 && run.len >= len,
         };
         let start = self.index(run.offset, pos.class);
-        if is_contiguous { values.get(start..start + len) } else { None }
+        is_contiguous.then(|| start..start + len)
     }
 
-    /// Classes of one row in the tensor's own dtype: where they are if contiguous, else copied to `buffer`.
+    /// The first `len` classes of a block, padded with −∞ to the length of `buffer`. They are copied to `buffer`, unless
+    /// they are contiguous, in the dtype of the arithmetic, and need no padding.
     #[inline(always)]
-    pub(super) fn classes<'b, T: Element>(
+    pub(super) fn block<'b, A: Real>(
         &'b self,
         pos: BlockPos,
         len: usize,
-        buffer: &'b mut [T],
-    ) -> &'b [T] {
-        match self.as_contiguous(pos, len) {
-            Some(values) => values,
-            None => {
-                let buffer = &mut buffer[..len];
-                self.copy_classes(pos, buffer);
-                buffer
-            }
+        buffer: &'b mut [A],
+    ) -> &'b [A] {
+        if len == buffer.len()
+            && let Some(values) = A::as_slice(&self.values)
+            && let Some(range) = self.contiguous_range(pos, len)
+        {
+            return &values[range];
         }
-    }
-
-    #[inline(never)]
-    fn copy_classes<T: Element>(&self, pos: BlockPos, out: &mut [T]) {
-        let start = self.index(self.offsets.run(pos.row).offset, pos.class);
-        if let Some(values) = T::as_slice(&self.values) {
-            copy_strided(values, start, self.class_stride, out, |value| value);
-        }
+        let (out, padding) = buffer.split_at_mut(len);
+        self.load(pos, out);
+        padding.fill(A::NEG_INFINITY);
+        buffer
     }
 
     /// Fills `out`, at most [`BLOCK`] long, with the block in the dtype of the arithmetic.
     #[inline(always)]
     pub(super) fn load<A: Real>(&self, pos: BlockPos, out: &mut [A]) {
-        match self.as_contiguous(pos, out.len()) {
-            Some(values) => out.copy_from_slice(values),
-            None => self.load_strided(pos, out),
+        if let Some(range) = self.contiguous_range(pos, out.len()) {
+            if let Some(values) = A::as_slice(&self.values) {
+                return out.copy_from_slice(&values[range]);
+            }
+            if let FloatSlice::BF16(values) = &self.values {
+                let values = &values[range];
+                return out.iter_mut().zip(values).for_each(|(out, v)| *out = A::from_bf16(*v));
+            }
         }
+        self.load_strided(pos, out);
     }
 
     /// Like [`load`](Self::load), for any dtype and layout. Compiled once and not for each instruction set: that would be
@@ -203,9 +178,7 @@ impl<'a> StridedRows<'a> {
                         *out = A::from_f32(value_at(start + i * stride));
                     }
                 }
-                FloatSlice::BF16(values) => {
-                    copy_strided(values, start, stride, out, |v| A::from_f32(v.to_f32()))
-                }
+                FloatSlice::BF16(values) => copy_strided(values, start, stride, out, A::from_bf16),
                 FloatSlice::F16(values) => copy_f16(values, start, stride, out),
                 FloatSlice::F32(values) => copy_strided(values, start, stride, out, A::from_f32),
                 FloatSlice::F64(values) => copy_strided(values, start, stride, out, A::from_f64),
@@ -246,9 +219,5 @@ fn copy_f16<A: Real>(values: &[f16], start: usize, stride: usize, out: &mut [A])
 
 /// The fields of a tensor (N, len), a slice for each.
 pub(super) fn field_slices<T, const N: usize>(mut values: &[T], len: usize) -> [&[T]; N] {
-    [(); N].map(|()| {
-        let (field, rest) = values.split_at(len);
-        values = rest;
-        field
-    })
+    [(); N].map(|()| values.split_off(..len).unwrap_or_default())
 }

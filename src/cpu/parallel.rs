@@ -74,30 +74,7 @@ pub(super) fn par_build<T: Copy + Default + Send>(
     unit: usize,
     f: impl Fn(usize, &mut SliceWriter<T>) + Sync,
 ) -> Result<Vec<T>> {
-    Ok(build_in(reserve(len)?, len, unit, f))
-}
-
-/// Replaces values: `f(start, piece, writer)` writes the new values of a piece, while it is in the cache. Each `start` is a
-/// multiple of `unit`.
-pub(super) fn par_rewrite<T: Copy + Default + Send + Sync>(
-    values: &mut [T],
-    unit: usize,
-    f: impl Fn(usize, &[T], &mut SliceWriter<T>) + Sync,
-) {
-    par_split([values], unit, 1, &|start, [values]| {
-        let len = values.len();
-        let new = Vec::with_capacity(len);
-        values.copy_from_slice(&build_in(new, len, len, |_, writer| f(start, values, writer)));
-    });
-}
-
-/// Like [`par_build`], in an empty vector that has capacity for `len` elements.
-fn build_in<T: Copy + Default + Send>(
-    mut out: Vec<T>,
-    len: usize,
-    unit: usize,
-    f: impl Fn(usize, &mut SliceWriter<T>) + Sync,
-) -> Vec<T> {
+    let mut out = reserve(len)?;
     let spare: &mut [MaybeUninit<T>] = &mut out.spare_capacity_mut()[..len];
     advise_huge_pages(spare);
     par_split([spare], unit, 1, &|start, [slice]| {
@@ -105,12 +82,11 @@ fn build_in<T: Copy + Default + Send>(
         f(start, &mut writer);
         writer.slice[writer.written..].fill(MaybeUninit::new(T::default()));
     });
-    // SAFETY: the vector is empty. It has capacity for `len` elements, or the slice above would have failed. `par_split`
-    // covers each of them with one piece. The writer counts only elements that it has written, and the closure
-    // above fills the rest of its piece. Zeroing the whole vector first would write the largest allocation of
-    // a training step twice.
+    // SAFETY: the vector is empty and has capacity for `len` elements. `par_split` covers each of them with one piece. The
+    // writer counts only elements that it has written, and the closure above fills the rest of its piece. Zeroing
+    // the whole vector first would write the largest allocation of a training step twice.
     unsafe { out.set_len(len) };
-    out
+    Ok(out)
 }
 
 /// Asks for huge pages under memory that will be written as a whole. Fresh memory is mapped page by page, at the first
@@ -155,14 +131,6 @@ impl<T: Copy> SliceWriter<'_, T> {
         });
         self.written += len;
     }
-
-    /// Overwrites a written value, `back` values before the next one to write.
-    pub(super) fn overwrite(&mut self, back: usize, value: T) {
-        let written = &mut self.slice[..self.written];
-        if let Some(last) = written.iter_mut().nth_back(back.wrapping_sub(1)) {
-            last.write(value);
-        }
-    }
 }
 
 #[cfg(test)]
@@ -187,22 +155,14 @@ mod tests {
     }
 
     #[test]
-    fn par_build_and_par_rewrite_several_pieces() -> Result<()> {
+    fn par_build_writes_several_pieces() -> Result<()> {
         let len = 3 * MIN_TASK + 200;
-        let mut values = par_build::<f32>(len, 64, |start, writer| {
+        let values = par_build::<f32>(len, 64, |start, writer| {
             assert!(start % 64 == 0);
             let piece: Vec<_> = (start + 1..).take(writer.remaining()).map(|i| i as f32).collect();
             writer.write(&piece);
         })?;
         assert!(values.iter().enumerate().all(|(i, &value)| value == (i + 1) as f32));
-        par_rewrite(&mut values, 64, |start, piece, writer| {
-            assert_eq!(
-                (piece.len(), piece.first()),
-                (writer.remaining(), Some(&((start + 1) as f32)))
-            );
-            piece.iter().for_each(|value| writer.write(&[-value]));
-        });
-        assert!(values.iter().enumerate().all(|(i, &value)| value == -((i + 1) as f32)));
         Ok(())
     }
 
@@ -217,13 +177,8 @@ mod tests {
         assert_eq!(built[..30], [1.; 30]);
         assert_eq!(built[30..40], [2.; 10]);
         assert_eq!(built[40..], [0.; 60]);
-        let built = par_build::<f32>(3, 3, |_, writer| {
-            writer.write(&[1.; 5]);
-            writer.overwrite(1, 2.);
-            writer.overwrite(0, 3.);
-            writer.overwrite(4, 3.);
-        })?;
-        assert_eq!(built, [1., 1., 2.]);
+        let built = par_build::<f32>(3, 3, |_, writer| writer.write(&[1.; 5]))?;
+        assert_eq!(built, [1.; 3]);
         Ok(())
     }
 }

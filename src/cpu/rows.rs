@@ -1,27 +1,30 @@
 //! The loops over rows: forward reads logits into softmax states, backward writes gradients.
 
-use super::dtype::{Element, Real};
+use super::dtype::{Element, Real, UNROLL};
 use super::input::{BlockPos, FEW_CLASSES, InnerAxis, StridedRows};
 use super::parallel::{BLOCK, SEGMENT, SliceWriter, default_vec, par_split};
 use super::simd::dispatch;
 use super::softmax::{
-    GradCoeffs, ROWS_AT_ONCE, block_max, chunk_len, grad_of_constant, grad_of_rows, grad_of_slice,
-    state_of_constant, state_of_slice,
+    GradCoeffs, ROWS_AT_ONCE, block_max, state_of_constant, state_of_slice, vector_len, write_grad,
 };
 use super::targets::{TargetBlock, Targets};
 use crate::error::Result;
 use crate::formula::SoftmaxState;
-use candle_core::WithDType;
 use pulp::{Simd, WithSimd};
+use std::iter;
 use std::ops::Range;
+
+/// A buffer whose vectors do not cross cache lines.
+#[repr(align(64))]
+struct Aligned<T>(T);
 
 // ---- Forward
 
 /// Reads the logits of all rows once, and calls `write_row(row, i, state, out)` with the state of each. `write_row` writes its
 /// results to index `i` of each slice of `out`, which hold an element for each of some rows.
-pub(super) fn for_each_row<T: Element, O: Send, const N: usize>(
+pub(super) fn for_each_row<A: Real, O: Send, const N: usize>(
     logits: &StridedRows,
-    targets: &Targets<T::Real>,
+    targets: &Targets<A>,
     axis: InnerAxis,
     classes: Range<usize>,
     out: [&mut [O]; N],
@@ -42,7 +45,7 @@ pub(super) fn for_each_row<T: Element, O: Send, const N: usize>(
             let rows = first..first + out[0].len();
             let emit = |row, state| write_row(row, row - first, state, &mut out);
             let classes = classes.clone();
-            dispatch(ForwardRows::<T, _> { logits, targets, axis, rows, classes, emit });
+            dispatch(ForwardRows { logits, targets, axis, rows, classes, emit });
         });
         return Ok(());
     }
@@ -57,7 +60,7 @@ pub(super) fn for_each_row<T: Element, O: Send, const N: usize>(
             let rows = row..num_rows.min(row + rows_at_once);
             let classes = class..classes.end.min(class + segment);
             let emit = |at: usize, state| states[at - row] = state;
-            dispatch(ForwardRows::<T, _> { logits, targets, axis, rows, classes, emit });
+            dispatch(ForwardRows { logits, targets, axis, rows, classes, emit });
         }
     });
     par_split(out, 1, segments, &|first, mut out| {
@@ -73,16 +76,16 @@ pub(super) fn for_each_row<T: Element, O: Send, const N: usize>(
 }
 
 /// Reads a range of the classes of some rows once, and emits the state of each row.
-struct ForwardRows<'a, T: Element, F> {
+struct ForwardRows<'a, A, F> {
     logits: &'a StridedRows<'a>,
-    targets: &'a Targets<'a, T::Real>,
+    targets: &'a Targets<'a, A>,
     axis: InnerAxis,
     rows: Range<usize>,
     classes: Range<usize>,
     emit: F,
 }
 
-impl<T: Element, F: FnMut(usize, SoftmaxState<f64>)> WithSimd for ForwardRows<'_, T, F> {
+impl<A: Real, F: FnMut(usize, SoftmaxState<f64>)> WithSimd for ForwardRows<'_, A, F> {
     type Output = ();
 
     #[inline(always)]
@@ -94,53 +97,27 @@ impl<T: Element, F: FnMut(usize, SoftmaxState<f64>)> WithSimd for ForwardRows<'_
     }
 }
 
-impl<T: Element, F: FnMut(usize, SoftmaxState<f64>)> ForwardRows<'_, T, F> {
+impl<A: Real, F: FnMut(usize, SoftmaxState<f64>)> ForwardRows<'_, A, F> {
     #[inline(always)]
     fn row_by_row<S: Simd>(&mut self, simd: S) {
-        let mut x_buffer = [T::Real::ZERO; BLOCK];
-        let mut r_buffer = [T::Real::ZERO; BLOCK];
-        let mut copy = [T::default(); BLOCK];
+        let mut buffers = Aligned([[A::ZERO; BLOCK]; 2]);
+        let [x_buffer, r_buffer] = &mut buffers.0;
         for row in self.rows.clone() {
             let mut state = SoftmaxState::default();
-            if self.targets.is_ignored(row) {
-                (self.emit)(row, state);
-                continue;
-            }
             let mut class = self.classes.start;
-            while class < self.classes.end {
-                let (len, padded) = block_len::<T::Real, S>(self.classes.end - class);
+            while class < self.classes.end && !self.targets.is_ignored(row) {
+                let (len, padded) = block_len::<A, S>(self.classes.end - class);
                 let pos = BlockPos { row, class, axis: InnerAxis::Class };
-                let max_with = |block: T::Real| T::Real::from_f64(state.max.max(block.to_f64()));
+                let x = self.logits.block(pos, len, &mut x_buffer[..padded]);
+                let max = A::from_f64(state.max.max(block_max(simd, x).to_f64()));
                 let block = match self.targets.block(row, class, len, &mut r_buffer[..padded]) {
-                    TargetBlock::Constant(r, label) => {
-                        let block = if T::SLOW_TO_VECTORS {
-                            let x = &mut x_buffer[..len];
-                            self.logits.load(pos, x);
-                            state_of_constant(simd, max_with(block_max(simd, x)), x, r)
-                        } else {
-                            let x = self.logits.classes::<T>(pos, len, &mut copy);
-                            state_of_constant(simd, max_with(block_max(simd, x)), x, r)
-                        };
-                        match label {
-                            Some((i, label_delta)) => {
-                                let mut logit = [T::Real::ZERO];
-                                self.logits.load(pos.at_class(class + i), &mut logit);
-                                block.add_to_target(label_delta, logit[0].to_f64())
-                            }
-                            None => block,
-                        }
+                    TargetBlock::Constant(r, None) => state_of_constant(simd, max, x, r),
+                    TargetBlock::Constant(r, Some((i, on_value))) => {
+                        let label_delta = on_value.to_f64() - r.to_f64();
+                        let state = state_of_constant(simd, max, x, r);
+                        state.add_to_target(label_delta, x[i].to_f64())
                     }
-                    TargetBlock::Slice(r) => {
-                        let x = match self.logits.as_contiguous(pos, len) {
-                            Some(x) if len == padded => x,
-                            _ => {
-                                self.logits.load(pos, &mut x_buffer[..len]);
-                                x_buffer[len..padded].fill(T::Real::NEG_INFINITY);
-                                &x_buffer[..padded]
-                            }
-                        };
-                        state_of_slice(simd, max_with(block_max(simd, x)), x, r)
-                    }
+                    TargetBlock::Slice(r) => state_of_slice(simd, max, x, r),
                 };
                 state = state.merge(block);
                 class += len;
@@ -152,15 +129,15 @@ impl<T: Element, F: FnMut(usize, SoftmaxState<f64>)> ForwardRows<'_, T, F> {
     /// Reads ignored rows too, without effect.
     #[inline(always)]
     fn side_by_side<S: Simd>(&mut self, simd: S) {
-        let mut x = [[T::Real::ZERO; ROWS_AT_ONCE]; FEW_CLASSES];
-        let mut r = [[T::Real::ZERO; ROWS_AT_ONCE]; FEW_CLASSES];
+        let mut buffers = Aligned([[[A::ZERO; ROWS_AT_ONCE]; FEW_CLASSES]; 2]);
+        let [x, r] = &mut buffers.0;
         for row in self.rows.clone().step_by(ROWS_AT_ONCE) {
             let len = ROWS_AT_ONCE.min(self.rows.end - row);
-            let mut states = SoftmaxState::<[T::Real; ROWS_AT_ONCE]>::EMPTY_ROWS;
+            let mut states = SoftmaxState::<[A; ROWS_AT_ONCE]>::EMPTY_ROWS;
             for first in self.classes.clone().step_by(FEW_CLASSES) {
                 let classes = first..self.classes.end.min(first + FEW_CLASSES);
                 let count = classes.len();
-                for (class, (x, r)) in classes.zip(x.iter_mut().zip(&mut r)) {
+                for (class, (x, r)) in classes.zip(x.iter_mut().zip(&mut *r)) {
                     let pos = BlockPos { row, class, axis: InnerAxis::Row };
                     self.logits.load(pos, &mut x[..len]);
                     self.targets.write(pos, &mut r[..len]);
@@ -178,7 +155,7 @@ impl<T: Element, F: FnMut(usize, SoftmaxState<f64>)> ForwardRows<'_, T, F> {
 /// whole chunks, else the rest, padded to one chunk.
 #[inline(always)]
 fn block_len<A: Real, S: Simd>(remaining: usize) -> (usize, usize) {
-    let chunk = chunk_len::<A, S>();
+    let chunk = UNROLL * vector_len::<A, S>();
     match remaining {
         BLOCK.. => (BLOCK, BLOCK),
         _ if remaining >= chunk => (remaining / chunk * chunk, remaining / chunk * chunk),
@@ -199,19 +176,21 @@ pub(super) enum GradOrder {
     ClassByClass,
 }
 
-/// The inputs of the gradient, apart from the logits.
-pub(super) struct GradInputs<'a, T: Element> {
-    pub targets: &'a Targets<'a, T::Real>,
+/// The inputs of the gradient.
+pub(super) struct GradInputs<'a, A> {
+    pub logits: &'a StridedRows<'a>,
+    pub targets: &'a Targets<'a, A>,
     pub order: GradOrder,
     pub first_class: usize,
     /// The number of classes of these logits.
     pub num_classes: usize,
     /// The number of elements between one class and the next of the contiguous gradient.
     pub inner_size: usize,
-    pub coeffs: GradCoeffs<&'a [T::Real]>,
+    /// The numbers of each row, followed by [`ROWS_AT_ONCE`] others, so that vectors may begin at any row.
+    pub coeffs: GradCoeffs<Vec<A>>,
 }
 
-impl<T: Element> GradInputs<'_, T> {
+impl<A: Real> GradInputs<'_, A> {
     /// A piece of the gradient must begin at a multiple of this.
     pub(super) fn piece_multiple(&self) -> usize {
         let multiple = match self.order {
@@ -223,19 +202,13 @@ impl<T: Element> GradInputs<'_, T> {
     }
 
     /// Writes a piece of the gradient, from its element `start` on.
-    pub(super) fn write(&self, logits: &StridedRows, start: usize, out: &mut SliceWriter<T>) {
-        dispatch(WriteGrad { grad: self, logits, start, out });
-    }
-
-    #[inline(always)]
-    fn row_coeffs(&self, row: usize) -> GradCoeffs<T::Real> {
-        self.coeffs.map(|values| values[row])
+    pub(super) fn write<T: Element<Real = A>>(&self, start: usize, out: &mut SliceWriter<T>) {
+        dispatch(WriteGrad { grad: self, start, out });
     }
 }
 
 struct WriteGrad<'a, 'b, T: Element> {
-    grad: &'a GradInputs<'a, T>,
-    logits: &'a StridedRows<'a>,
+    grad: &'a GradInputs<'a, T::Real>,
     start: usize,
     out: &'a mut SliceWriter<'b, T>,
 }
@@ -256,45 +229,40 @@ impl<T: Element> WithSimd for WriteGrad<'_, '_, T> {
 impl<T: Element> WriteGrad<'_, '_, T> {
     #[inline(always)]
     fn row_by_row<S: Simd>(self, simd: S) {
-        let Self { grad, logits, start, out } = self;
-        let GradInputs { targets, first_class, num_classes, .. } = *grad;
+        let Self { grad, start, out } = self;
+        let GradInputs { logits, targets, first_class, num_classes, .. } = *grad;
         let end = first_class + num_classes;
-        let mut x_buffer = [T::Real::ZERO; BLOCK];
-        let mut r_buffer = [T::Real::ZERO; BLOCK];
+        let mut buffers = Aligned([[T::Real::ZERO; BLOCK]; 3]);
+        let [x_buffer, r_buffer, gradient] = &mut buffers.0;
         let mut rounded = [T::default(); BLOCK];
         let (mut row, mut class) = (start / num_classes, first_class + start % num_classes);
         while out.remaining() > 0 {
             let remaining = (end - class).min(out.remaining());
             let (len, padded) = block_len::<T::Real, S>(remaining);
-            let pos = BlockPos { row, class, axis: InnerAxis::Class };
             if targets.is_ignored(row) {
-                out.write(&[T::default(); BLOCK][..len]);
+                gradient[..len].fill(T::Real::ZERO);
             } else {
-                let coeffs = grad.row_coeffs(row);
+                let pos = BlockPos { row, class, axis: InnerAxis::Class };
+                let x = logits.block(pos, len, &mut x_buffer[..padded]);
+                let coeffs = iter::repeat(grad.coeffs.splat(simd, row));
                 match targets.block(row, class, len, &mut r_buffer[..padded]) {
                     TargetBlock::Constant(r, label) => {
-                        let x = logits.classes::<T>(pos, len, &mut rounded);
-                        grad_of_constant(simd, coeffs, x, r, |chunk| out.write(chunk));
-                        if let Some((i, _)) = label {
-                            let pos = pos.at_class(class + i);
-                            let mut r = [T::Real::ZERO];
-                            targets.write(pos, &mut r);
-                            logits.load(pos, &mut x_buffer[..1]);
-                            let x = &mut x_buffer[..chunk_len::<T::Real, S>()];
-                            grad_of_slice(simd, coeffs, x, &[r[0]; BLOCK]);
-                            T::round(&x[..1], &mut rounded[..1]);
-                            out.overwrite(len - i, rounded[0]);
+                        let r = iter::repeat(T::Real::splat(simd, r));
+                        write_grad(simd, coeffs.clone(), x, r, gradient);
+                        if let Some((i, on_value)) = label {
+                            let x = [x[i]; ROWS_AT_ONCE];
+                            let r = iter::once(T::Real::splat(simd, on_value));
+                            write_grad(simd, coeffs, &x, r, r_buffer);
+                            gradient[i] = r_buffer[0];
                         }
                     }
                     TargetBlock::Slice(r) => {
-                        let x = &mut x_buffer[..padded];
-                        logits.load(pos, &mut x[..len]);
-                        grad_of_slice(simd, coeffs, x, r);
-                        T::round(x, &mut rounded[..padded]);
-                        out.write(&rounded[..len]);
+                        let r = T::Real::as_vectors::<S>(r).iter().copied();
+                        write_grad(simd, coeffs, x, r, gradient);
                     }
                 }
             }
+            out.write(T::round(&gradient[..len], &mut rounded));
             class += len;
             if class == end {
                 (row, class) = (row + 1, first_class);
@@ -312,7 +280,7 @@ impl<T: Element> WriteGrad<'_, '_, T> {
             let len = ROWS_AT_ONCE.min(self.out.remaining() / num_classes);
             for i in 0..num_classes {
                 let pos = BlockPos { row, class: first_class + i, axis: InnerAxis::Row };
-                let gradient = scratch.grad(simd, self.grad, self.logits, pos, len);
+                let gradient = scratch.grad(simd, self.grad, pos, len);
                 let column = tile.iter_mut().skip(i).step_by(num_classes);
                 column.zip(gradient).for_each(|(out, &value)| *out = value);
             }
@@ -330,7 +298,7 @@ impl<T: Element> WriteGrad<'_, '_, T> {
         while self.out.remaining() > 0 {
             let len = ROWS_AT_ONCE.min(inner_size - inner).min(self.out.remaining());
             let pos = BlockPos { row: outer * inner_size + inner, class, axis: InnerAxis::Row };
-            self.out.write(scratch.grad(simd, self.grad, self.logits, pos, len));
+            self.out.write(scratch.grad(simd, self.grad, pos, len));
             inner += len;
             if inner == inner_size {
                 (inner, class) = (0, class + 1);
@@ -343,11 +311,11 @@ impl<T: Element> WriteGrad<'_, '_, T> {
 }
 
 /// Buffers for one class of several rows.
+#[repr(align(64))]
 struct Scratch<T: Element> {
     x: [T::Real; ROWS_AT_ONCE],
     r: [T::Real; ROWS_AT_ONCE],
-    /// Copies of the rows' numbers, padded to whole vectors.
-    rows: GradCoeffs<[T::Real; ROWS_AT_ONCE]>,
+    gradient: [T::Real; ROWS_AT_ONCE],
     rounded: [T; ROWS_AT_ONCE],
 }
 
@@ -355,8 +323,7 @@ impl<T: Element> Scratch<T> {
     #[inline(always)]
     fn new() -> Self {
         let zeros = [T::Real::ZERO; ROWS_AT_ONCE];
-        let rows = GradCoeffs { max: zeros, exp_scale: zeros, neg_grad_output: zeros };
-        Self { x: zeros, r: zeros, rows, rounded: [T::default(); ROWS_AT_ONCE] }
+        Self { x: zeros, r: zeros, gradient: zeros, rounded: [T::default(); ROWS_AT_ONCE] }
     }
 
     /// The gradient of one class in `len` rows.
@@ -364,29 +331,17 @@ impl<T: Element> Scratch<T> {
     fn grad<S: Simd>(
         &mut self,
         simd: S,
-        grad: &GradInputs<T>,
-        logits: &StridedRows,
+        grad: &GradInputs<T::Real>,
         pos: BlockPos,
         len: usize,
     ) -> &[T] {
-        logits.load(pos, &mut self.x[..len]);
+        grad.logits.load(pos, &mut self.x[..len]);
         grad.targets.write(pos, &mut self.r[..len]);
-        let rows = grad.coeffs.map(|values| &values[pos.row..pos.row + len]);
-        let padded = len.next_multiple_of(chunk_len::<T::Real, S>());
-        let (x, r) = (&mut self.x[..padded], &self.r[..padded]);
-        if len == padded {
-            grad_of_rows(simd, rows, x, r);
-        } else {
-            self.rows.max[..len].copy_from_slice(rows.max);
-            self.rows.exp_scale[..len].copy_from_slice(rows.exp_scale);
-            self.rows.neg_grad_output[..len].copy_from_slice(rows.neg_grad_output);
-            let GradCoeffs { max, exp_scale, neg_grad_output } = &self.rows;
-            let rows = GradCoeffs { max: &max[..], exp_scale, neg_grad_output };
-            grad_of_rows(simd, rows.map(|values| &values[..padded]), x, r);
-        }
-        let rounded = &mut self.rounded[..padded];
-        T::round(x, rounded);
-        grad.targets.zero_ignored(pos.row, &mut rounded[..len]);
-        &self.rounded[..len]
+        let vectors = len.div_ceil(vector_len::<T::Real, S>());
+        let r = T::Real::as_vectors::<S>(&self.r).iter().copied().take(vectors);
+        write_grad(simd, grad.coeffs.vectors(pos.row), &self.x, r, &mut self.gradient);
+        let gradient = &mut self.gradient[..len];
+        grad.targets.zero_ignored(pos.row, gradient);
+        T::round(gradient, &mut self.rounded)
     }
 }

@@ -1,18 +1,17 @@
 //! The arithmetic of a block: online softmax forward, the gradient backward.
 
-use super::dtype::{Element, Real, UNROLL};
+use super::dtype::{Real, UNROLL};
 use super::exp::{add_exp, exp};
 use crate::formula::SoftmaxState;
-use candle_core::WithDType;
 use pulp::Simd;
 
 /// The most rows that a loop works on side by side.
 pub(super) const ROWS_AT_ONCE: usize = 128;
 
-/// The elements of [`UNROLL`] vectors.
+/// The elements of a vector.
 #[inline(always)]
-pub(super) fn chunk_len<A: Real, S: Simd>() -> usize {
-    UNROLL * size_of::<A::Vector<S>>() / size_of::<A>()
+pub(super) fn vector_len<A: Real, S: Simd>() -> usize {
+    size_of::<A::Vector<S>>() / size_of::<A>()
 }
 
 impl Default for SoftmaxState<f64> {
@@ -62,53 +61,57 @@ impl SoftmaxState<f64> {
 }
 
 /// The number that is subtracted from logits: their maximum, but 0 if that is −∞, since −∞ − −∞ is NaN.
-fn finite_base<A: Element>(max: A) -> A {
-    if max.to_f64() == f64::NEG_INFINITY { A::default() } else { max }
+fn finite_base<A: Real>(max: A) -> A {
+    if max == A::NEG_INFINITY { A::ZERO } else { max }
+}
+
+/// The whole chunks of [`UNROLL`] vectors among the values.
+#[inline(always)]
+fn chunks<A: Real, S: Simd>(values: &[A]) -> &[[A::Vector<S>; UNROLL]] {
+    A::as_vectors::<S>(values).as_chunks().0
 }
 
 /// The largest logit of a block of whole chunks.
 #[inline(always)]
-pub(super) fn block_max<T: Element, S: Simd>(simd: S, logits: &[T]) -> T::Real {
-    let mut max = [T::Real::splat(simd, T::Real::NEG_INFINITY); UNROLL];
-    for &chunk in T::as_chunks::<S>(logits) {
-        let x = T::to_vectors(simd, chunk);
+pub(super) fn block_max<A: Real, S: Simd>(simd: S, logits: &[A]) -> A {
+    let mut max = [A::splat(simd, A::NEG_INFINITY); UNROLL];
+    for x in chunks::<A, S>(logits) {
         for i in 0..UNROLL {
-            max[i] = T::Real::vmax(simd, x[i], max[i]);
+            max[i] = A::vmax(simd, x[i], max[i]);
         }
     }
     let [a, b, c, d] = max;
-    let (a, b) = (T::Real::vmax(simd, a, b), T::Real::vmax(simd, c, d));
-    T::Real::reduce_max(simd, T::Real::vmax(simd, a, b))
+    let (a, b) = (A::vmax(simd, a, b), A::vmax(simd, c, d));
+    A::reduce_max(simd, A::vmax(simd, a, b))
 }
 
 /// The state over a block of whole chunks with one weighted target for all classes.
 ///
 /// `max` is the largest logit so far, this block's included. Relative to it, most blocks merge without an exponential.
 #[inline(always)]
-pub(super) fn state_of_constant<T: Element, S: Simd>(
+pub(super) fn state_of_constant<A: Real, S: Simd>(
     simd: S,
-    max: T::Real,
-    logits: &[T],
-    target: T::Real,
+    max: A,
+    logits: &[A],
+    target: A,
 ) -> SoftmaxState<f64> {
-    let base = T::Real::splat(simd, finite_base(max));
-    let mut sum_exp = [T::Real::splat(simd, T::Real::ZERO); UNROLL];
-    let r = T::Real::splat(simd, target);
+    let base = A::splat(simd, finite_base(max));
+    let mut sum_exp = [A::splat(simd, A::ZERO); UNROLL];
+    let r = A::splat(simd, target);
     let mut target_dot = sum_exp;
-    for &chunk in T::as_chunks::<S>(logits) {
-        let x = T::to_vectors(simd, chunk);
+    for x in chunks::<A, S>(logits) {
         for i in 0..UNROLL {
-            let x = T::Real::vsub(simd, x[i], base);
-            sum_exp[i] = add_exp::<T::Real, S>(simd, sum_exp[i], x);
+            let x = A::vsub(simd, x[i], base);
+            sum_exp[i] = add_exp::<A, S>(simd, sum_exp[i], x);
             // Σ (x − max), multiplied by r afterwards, would overflow for logits masked with the dtype's minimum.
-            target_dot[i] = T::Real::vmul_add(simd, r, x, target_dot[i]);
+            target_dot[i] = A::vmul_add(simd, r, x, target_dot[i]);
         }
     }
     let target = target.to_f64();
-    let target_dot = sum_vectors::<T::Real, S>(simd, target_dot);
+    let target_dot = sum_vectors::<A, S>(simd, target_dot);
     SoftmaxState {
         max: max.to_f64(),
-        sum_exp: sum_vectors::<T::Real, S>(simd, sum_exp),
+        sum_exp: sum_vectors::<A, S>(simd, sum_exp),
         target_sum: target * logits.len() as f64,
         // 0·∞ counts as 0.
         target_dot: if target == 0. { 0. } else { target_dot },
@@ -126,8 +129,7 @@ pub(super) fn state_of_slice<A: Real, S: Simd>(
     let base = A::splat(simd, finite_base(max));
     let mut sum_exp = [A::splat(simd, A::ZERO); UNROLL];
     let (mut target_sum, mut target_dot) = (sum_exp, sum_exp);
-    for (&x, &r) in A::as_chunks::<S>(logits).iter().zip(A::as_chunks::<S>(targets)) {
-        let (x, r) = (A::to_vectors(simd, x), A::to_vectors(simd, r));
+    for (x, r) in chunks::<A, S>(logits).iter().zip(chunks::<A, S>(targets)) {
         for i in 0..UNROLL {
             let x = A::vsub(simd, x[i], base);
             sum_exp[i] = add_exp::<A, S>(simd, sum_exp[i], x);
@@ -173,7 +175,7 @@ impl<A: Real> SoftmaxState<[A; ROWS_AT_ONCE]> {
             .zip(A::as_vectors_mut::<S>(sum_exp))
             .zip(A::as_vectors_mut::<S>(target_sum))
             .zip(A::as_vectors_mut::<S>(target_dot));
-        let vectors = rows.div_ceil(size_of::<A::Vector<S>>() / size_of::<A>());
+        let vectors = rows.div_ceil(vector_len::<A, S>());
         for (i, (((max, sum_exp), target_sum), target_dot)) in fields.take(vectors).enumerate() {
             let mut new_max = *max;
             for x in logits {
@@ -209,8 +211,8 @@ impl<A: Real> SoftmaxState<[A; ROWS_AT_ONCE]> {
     }
 }
 
-/// The numbers of a row in its gradient, exp(x − max)·exp_scale + r·neg_grad_output. `T` is one number, or a
-/// collection with one for each row.
+/// The numbers of a row in its gradient, exp(x − max)·exp_scale + r·neg_grad_output. `T` is a number, a vector, or a
+/// collection with a number for each row.
 #[derive(Clone, Copy)]
 pub(super) struct GradCoeffs<T> {
     pub max: T,
@@ -219,85 +221,46 @@ pub(super) struct GradCoeffs<T> {
     pub neg_grad_output: T,
 }
 
-impl<T> GradCoeffs<T> {
+impl<A: Real> GradCoeffs<Vec<A>> {
+    /// The numbers of one row, for every class of a vector.
     #[inline(always)]
-    pub(super) fn map<U>(self, f: impl Fn(T) -> U) -> GradCoeffs<U> {
+    pub(super) fn splat<S: Simd>(&self, simd: S, row: usize) -> GradCoeffs<A::Vector<S>> {
         GradCoeffs {
-            max: f(self.max),
-            exp_scale: f(self.exp_scale),
-            neg_grad_output: f(self.neg_grad_output),
+            max: A::splat(simd, self.max[row]),
+            exp_scale: A::splat(simd, self.exp_scale[row]),
+            neg_grad_output: A::splat(simd, self.neg_grad_output[row]),
         }
     }
-}
 
-/// The gradient of a vector of logits x: exp(x − max)·exp_scale + target_term.
-#[inline(always)]
-fn grad_vector<A: Real, S: Simd>(
-    simd: S,
-    x: A::Vector<S>,
-    max: A::Vector<S>,
-    exp_scale: A::Vector<S>,
-    target_term: A::Vector<S>,
-) -> A::Vector<S> {
-    A::vmul_add(simd, exp::<A, S>(simd, A::vsub(simd, x, max)), exp_scale, target_term)
-}
-
-/// The gradient of a block of whole chunks with one weighted target for all classes. Calls `emit` for each chunk.
-#[inline(always)]
-pub(super) fn grad_of_constant<T: Element, S: Simd>(
-    simd: S,
-    row: GradCoeffs<T::Real>,
-    logits: &[T],
-    target: T::Real,
-    mut emit: impl FnMut(&[T]),
-) {
-    let max = T::Real::splat(simd, row.max);
-    let exp_scale = T::Real::splat(simd, row.exp_scale);
-    let target_term = T::Real::splat(simd, target * row.neg_grad_output);
-    for &chunk in T::as_chunks::<S>(logits) {
-        let mut x = T::to_vectors(simd, chunk);
-        for x in &mut x {
-            *x = grad_vector::<T::Real, S>(simd, *x, max, exp_scale, target_term);
-        }
-        emit(T::chunk_values::<S>(&T::from_vectors(simd, x)));
+    /// The numbers of the rows from `row` on, in vectors.
+    #[inline(always)]
+    pub(super) fn vectors<S: Simd>(
+        &self,
+        row: usize,
+    ) -> impl Iterator<Item = GradCoeffs<A::Vector<S>>> {
+        let max = A::as_vectors::<S>(&self.max[row..]).iter();
+        let exp_scale = A::as_vectors::<S>(&self.exp_scale[row..]);
+        let neg_grad_output = A::as_vectors::<S>(&self.neg_grad_output[row..]);
+        max.zip(exp_scale).zip(neg_grad_output).map(|((&max, &exp_scale), &neg_grad_output)| {
+            GradCoeffs { max, exp_scale, neg_grad_output }
+        })
     }
 }
 
-/// Overwrites logits of one row with their gradient: whole vectors, with a weighted target for each class.
+/// Writes the gradient of a block of whole vectors. `coeffs` and `targets` have an item for each vector of logits.
 #[inline(always)]
-pub(super) fn grad_of_slice<A: Real, S: Simd>(
+pub(super) fn write_grad<A: Real, S: Simd>(
     simd: S,
-    row: GradCoeffs<A>,
-    logits: &mut [A],
-    targets: &[A],
+    coeffs: impl Iterator<Item = GradCoeffs<A::Vector<S>>>,
+    logits: &[A],
+    targets: impl Iterator<Item = A::Vector<S>>,
+    out: &mut [A],
 ) {
-    let max = A::splat(simd, row.max);
-    let exp_scale = A::splat(simd, row.exp_scale);
-    let neg_grad_output = A::splat(simd, row.neg_grad_output);
-    let targets = A::as_vectors::<S>(targets);
-    for (x, &r) in A::as_vectors_mut::<S>(logits).iter_mut().zip(targets) {
-        let target_term = A::vmul(simd, r, neg_grad_output);
-        *x = grad_vector::<A, S>(simd, *x, max, exp_scale, target_term);
-    }
-}
-
-/// Overwrites the logits of one class in many rows with their gradient: whole vectors of rows.
-#[inline(always)]
-pub(super) fn grad_of_rows<A: Real, S: Simd>(
-    simd: S,
-    rows: GradCoeffs<&[A]>,
-    logits: &mut [A],
-    targets: &[A],
-) {
-    let rows = A::as_vectors::<S>(rows.max)
-        .iter()
-        .zip(A::as_vectors::<S>(rows.exp_scale))
-        .zip(A::as_vectors::<S>(rows.neg_grad_output));
-    let targets = A::as_vectors::<S>(targets);
-    for ((x, &r), ((&max, &exp_scale), &neg_grad_output)) in
-        A::as_vectors_mut::<S>(logits).iter_mut().zip(targets).zip(rows)
-    {
-        let target_term = A::vmul(simd, r, neg_grad_output);
-        *x = grad_vector::<A, S>(simd, *x, max, exp_scale, target_term);
+    let logits = A::as_vectors::<S>(logits).iter();
+    let out = A::as_vectors_mut::<S>(out).iter_mut();
+    for (((out, &x), r), row) in out.zip(logits).zip(targets).zip(coeffs) {
+        let target_term = A::vmul(simd, r, row.neg_grad_output);
+        let exp = exp::<A, S>(simd, A::vsub(simd, x, row.max));
+        *out = A::vmul_add(simd, exp, row.exp_scale, target_term);
     }
 }

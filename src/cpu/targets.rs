@@ -1,10 +1,10 @@
 //! The targets, and the weighted targets r that follow from them.
 
-use super::dtype::{Element, Real};
+use super::dtype::Real;
 use super::input::{BlockPos, InnerAxis, StridedRows, field_slices};
 use super::parallel::{BLOCK, default_vec, par_split};
 use crate::error::{Error, Result};
-use crate::formula::{ClassParams, ClassTable, LossParams};
+use crate::formula::{CLASS_FIELDS, ClassParams, ClassTable, LossParams};
 use crate::layout::{Operand, RowOffsets, check_layout};
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, Layout, Storage, StorageRef};
@@ -30,8 +30,8 @@ const IGNORED: u32 = u32::MAX;
 #[derive(Clone, Copy)]
 pub(super) enum TargetBlock<'a, A> {
     /// One value for all classes but the label. If the label is in this block, the second field has its index in the
-    /// block and the difference between its value and the others.
-    Constant(A, Option<(usize, f64)>),
+    /// block and its value, which is not less than that of the others.
+    Constant(A, Option<(usize, A)>),
     Slice(&'a [A]),
 }
 
@@ -61,12 +61,12 @@ impl<'a, A: Real> Targets<'a, A> {
 
     /// Sets the values of ignored rows to 0, one value for each row from `first_row` on. A product with 0 would keep NaN.
     #[inline(always)]
-    pub(super) fn zero_ignored<T: Element>(&self, first_row: usize, out: &mut [T]) {
+    pub(super) fn zero_ignored(&self, first_row: usize, out: &mut [A]) {
         if let TargetData::Labels(labels) = &self.data
             && self.has_ignore_index
         {
             for (out, &label) in out.iter_mut().zip(&labels[first_row..]) {
-                *out = if label == IGNORED { T::default() } else { *out };
+                *out = if label == IGNORED { A::ZERO } else { *out };
             }
         }
     }
@@ -103,9 +103,9 @@ impl<'a, A: Real> Targets<'a, A> {
                 }
                 (ClassValues::Uniform(r), Some(i)) => {
                     // A negative difference would cancel digits of the sum.
-                    let label_delta = self.class_params.on_value.at(label).to_f64() - r.to_f64();
-                    if label_delta >= 0. {
-                        return TargetBlock::Constant(*r, Some((i, label_delta)));
+                    let on_value = self.class_params.on_value.at(label);
+                    if on_value >= *r {
+                        return TargetBlock::Constant(*r, Some((i, on_value)));
                     }
                 }
                 (ClassValues::PerClass(_), Some(_)) => {}
@@ -187,7 +187,7 @@ impl<'a> LockedClassTable<'a> {
                     return Err(candle_core::Error::Msg(message).into());
                 };
                 let values = A::cpu_storage_as_slice(storage)?;
-                let num_classes = values.len() / ClassParams::<()>::FIELDS;
+                let num_classes = values.len() / CLASS_FIELDS;
                 let fields = ClassParams::from_fields(field_slices(values, num_classes));
                 Ok(fields.map(ClassValues::PerClass))
             }

@@ -1,13 +1,13 @@
 //! Launches on CUDA. NVRTC compiles `label_smoothing.cu` for the device's architecture when a variant is first
 //! used, and the result is kept.
 
-use super::kernel::{Buffer, GpuStorage, Grid, KernelKey, KernelVariant, Limits};
+use super::kernel::{Buffer, GpuStorage, Grid, KernelKey, KernelVariant, Limits, cached};
 use candle_core::cuda_backend::cudarc::driver::{DeviceRepr, LaunchConfig, PushKernelArg};
 use candle_core::cuda_backend::cudarc::nvrtc::{CompileOptions, compile_ptx_with_opts};
 use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
 use candle_core::{CudaDevice, CudaStorage, Result, Storage};
 use std::collections::HashMap;
-use std::sync::{Arc, LazyLock, Mutex, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex};
 
 const SOURCE: &str = include_str!("label_smoothing.cu");
 
@@ -106,24 +106,18 @@ fn compile(device: &CudaDevice, variant: KernelVariant) -> Result<Arc<Module>> {
     type Key = ((i32, i32), KernelVariant);
     static MODULES: LazyLock<Mutex<HashMap<Key, Arc<Module>>>> = LazyLock::new(Mutex::default);
 
-    let capability = device.cuda_stream().context().compute_capability().w()?;
-    let mut modules = MODULES.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(module) = modules.get(&(capability, variant)) {
-        return Ok(module.clone());
-    }
-    let (major, minor) = capability;
-    let options = CompileOptions {
-        name: Some("label_smoothing.cu".to_string()),
-        options: vec![
-            format!("--gpu-architecture=compute_{major}{minor}"),
-            "--std=c++17".to_string(),
-        ],
-        ..CompileOptions::default()
-    };
-    let definitions = variant.definitions()?;
-    let ptx = compile_ptx_with_opts(format!("{definitions}{SOURCE}"), options).w()?.to_src();
-    let name = format!("label-smoothing {definitions}");
-    let module = Arc::new(Module { name, ptx });
-    modules.insert((capability, variant), module.clone());
-    Ok(module)
+    let (major, minor) = device.cuda_stream().context().compute_capability().w()?;
+    cached(&MODULES, ((major, minor), variant), || {
+        let options = CompileOptions {
+            name: Some("label_smoothing.cu".to_string()),
+            options: vec![
+                format!("--gpu-architecture=compute_{major}{minor}"),
+                "--std=c++17".to_string(),
+            ],
+            ..CompileOptions::default()
+        };
+        let definitions = variant.definitions()?;
+        let ptx = compile_ptx_with_opts(format!("{definitions}{SOURCE}"), options).w()?.to_src();
+        Ok(Arc::new(Module { name: format!("label-smoothing {definitions}"), ptx }))
+    })
 }

@@ -1,7 +1,7 @@
 //! Launches on Metal. `label_smoothing.metal` is compiled when a device first uses a variant. The library, and a
 //! pipeline for each kernel, are kept.
 
-use super::kernel::{Buffer, GpuStorage, Grid, KernelKey, KernelVariant, Limits};
+use super::kernel::{Buffer, GpuStorage, Grid, KernelKey, KernelVariant, Limits, cached};
 use candle_core::backend::BackendStorage;
 use candle_core::{MetalDevice, MetalError, MetalStorage, Result, Storage};
 use candle_metal_kernels::MetalKernelError;
@@ -10,7 +10,7 @@ use objc2_metal::{
     MTLCompileOptions, MTLComputePipelineState, MTLMathFloatingPointFunctions, MTLMathMode, MTLSize,
 };
 use std::collections::HashMap;
-use std::sync::{LazyLock, Mutex, PoisonError};
+use std::sync::{LazyLock, Mutex};
 
 const SOURCE: &str = include_str!("label_smoothing.metal");
 
@@ -80,19 +80,13 @@ fn pipeline(device: &MetalDevice, kernel: KernelKey) -> Result<ComputePipeline> 
         LazyLock::new(Mutex::default);
 
     let metal = device.metal_device();
-    let key = (metal.registry_id(), kernel);
-    let mut pipelines = PIPELINES.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(pipeline) = pipelines.get(&key) {
-        return Ok(pipeline.clone());
-    }
-    let function = library(device, kernel.variant)?
-        .get_function(kernel.name, None)
-        .map_err(|error| compile_error(kernel.name, error))?;
-    let pipeline = metal
-        .new_compute_pipeline_state_with_function(&function)
-        .map_err(|error| compile_error(kernel.name, error))?;
-    pipelines.insert(key, pipeline.clone());
-    Ok(pipeline)
+    cached(&PIPELINES, (metal.registry_id(), kernel), || {
+        let function = library(device, kernel.variant)?
+            .get_function(kernel.name, None)
+            .map_err(|error| compile_error(kernel.name, error))?;
+        let pipeline = metal.new_compute_pipeline_state_with_function(&function);
+        Ok(pipeline.map_err(|error| compile_error(kernel.name, error))?)
+    })
 }
 
 /// Compiles all kernels of the source for a device, or finds them compiled.
@@ -101,27 +95,21 @@ fn library(device: &MetalDevice, variant: KernelVariant) -> Result<Library> {
     static LIBRARIES: LazyLock<Mutex<HashMap<Key, Library>>> = LazyLock::new(Mutex::default);
 
     let metal = device.metal_device();
-    let key = (metal.registry_id(), variant);
-    let mut libraries = LIBRARIES.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(library) = libraries.get(&key) {
-        return Ok(library.clone());
-    }
-    // The default is fast math, which assumes that no number is NaN or infinite. Since macOS 15, a second option sets
-    // the accuracy of exp and log.
-    let options = MTLCompileOptions::new();
-    if objc2::available!(macos = 15, ios = 18) {
-        options.setMathMode(MTLMathMode::Safe);
-        options.setMathFloatingPointFunctions(MTLMathFloatingPointFunctions::Precise);
-    } else {
-        #[allow(deprecated, reason = "older systems have nothing else")]
-        options.setFastMathEnabled(false);
-    }
-    let source = format!("{}{SOURCE}", variant.definitions()?);
-    let library = metal
-        .new_library_with_source(&source, Some(&options))
-        .map_err(|error| compile_error("label_smoothing.metal", error))?;
-    libraries.insert(key, library.clone());
-    Ok(library)
+    cached(&LIBRARIES, (metal.registry_id(), variant), || {
+        // The default is fast math, which assumes that no number is NaN or infinite. Since macOS 15, a second option sets
+        // the accuracy of exp and log.
+        let options = MTLCompileOptions::new();
+        if objc2::available!(macos = 15, ios = 18) {
+            options.setMathMode(MTLMathMode::Safe);
+            options.setMathFloatingPointFunctions(MTLMathFloatingPointFunctions::Precise);
+        } else {
+            #[allow(deprecated, reason = "older systems have nothing else")]
+            options.setFastMathEnabled(false);
+        }
+        let source = format!("{}{SOURCE}", variant.definitions()?);
+        let library = metal.new_library_with_source(&source, Some(&options));
+        Ok(library.map_err(|error| compile_error("label_smoothing.metal", error))?)
+    })
 }
 
 /// An error with the compiler's message. candle's own error leaves it out where a pipeline failed.

@@ -26,8 +26,8 @@ pub(crate) use kernel::GpuStorage;
 
 use crate::error::{Error, Result};
 use crate::formula::{
-    ClassParams, ClassTable, Divisor, ForwardOut, LossParams, SavedState, SoftmaxState,
-    result_dtype,
+    CLASS_FIELDS, ClassParams, ClassTable, Divisor, ForwardOut, LossParams, SAVED_FIELDS,
+    STATE_FIELDS, result_dtype,
 };
 use crate::layout::{Operand, inner_size, num_rows};
 use candle_core::{DType, Layout, StorageRef, WithDType};
@@ -41,56 +41,44 @@ const MIN_BLOCKS_BACKWARD: usize = 2048;
 /// The number of rows that a block of `reduce` sums, unless that takes too many blocks.
 const REDUCE_ROWS_PER_BLOCK: usize = 4096;
 
-/// The losses of the rows, or their sum divided by `divisor`. `save` asks for [`ForwardOut::saved`].
+/// The losses of the rows, or their sum divided.
 pub(crate) fn forward<S: GpuStorage>(
     params: &LossParams,
-    logits: Operand<S>,
-    targets: Operand<S>,
-    divisor: Option<Divisor>,
-    save: bool,
+    [logits, targets]: [Operand<S>; 2],
 ) -> Result<ForwardOut<S>> {
     let launch = Launch::over_logits(params, logits, targets)?;
-    launch.loss(divisor, save, |launch, outputs| launch.forward_rows(logits.0, outputs))
+    launch.loss(|launch, outputs| launch.forward_rows(logits.0, outputs))
 }
 
-/// Merges the softmax states of the rows over a range of the classes, whose logits are given, into `state`. The first range
-/// overwrites `state`.
+/// Merges the softmax states of the rows over a range of the classes, whose logits are given, into `states`. The first
+/// range overwrites `states`.
 pub(crate) fn merge_tile<S: GpuStorage>(
     params: &LossParams,
-    (state, state_layout): (&mut S, &Layout),
-    logits: Operand<S>,
-    targets: Operand<S>,
+    (states, layout): (&mut S, &Layout),
+    [logits, targets]: [Operand<S>; 2],
 ) -> Result<()> {
     let mut launch = Launch::over_logits(params, logits, targets)?;
-    launch.check_fields("softmax states", (state, state_layout), SoftmaxState::<()>::FIELDS)?;
+    launch.check_fields("softmax states", (states, layout), STATE_FIELDS)?;
     launch.ints.accumulates = (params.first_class > 0).into();
-    launch.forward_rows(logits.0, Outputs::States(state))
+    launch.forward_rows(logits.0, Outputs::States(states))
 }
 
 /// The result of [`forward`] from the softmax states of the rows over all classes.
 pub(crate) fn finish<S: GpuStorage>(
     params: &LossParams,
     logits_dtype: DType,
-    state: Operand<S>,
-    targets: Operand<S>,
-    divisor: Option<Divisor>,
-    save: bool,
+    [states, targets]: [Operand<S>; 2],
 ) -> Result<ForwardOut<S>> {
-    let num_rows = state.1.shape().elem_count() / SoftmaxState::<()>::FIELDS;
-    let launch = Launch::new(params, state.0.device(), logits_dtype, targets, num_rows)?;
-    launch.check_fields("softmax states", state, SoftmaxState::<()>::FIELDS)?;
-    launch.loss(divisor, save, |launch, outputs| launch.merge_states(state.0, 1, outputs))
+    let num_rows = states.1.shape().elem_count() / STATE_FIELDS;
+    let launch = Launch::new(params, states.0.device(), logits_dtype, targets, num_rows)?;
+    launch.check_fields("softmax states", states, STATE_FIELDS)?;
+    launch.loss(|launch, outputs| launch.merge_states(states.0, 1, outputs))
 }
 
 /// The gradient of the logits, in their dtype and shape, contiguous.
-pub(crate) fn backward<S: GpuStorage>(
-    params: &LossParams,
-    logits: Operand<S>,
-    targets: Operand<S>,
-    grad_output: Operand<S>,
-    saved: Operand<S>,
-) -> Result<S> {
-    let mut launch = Launch::for_backward(params, logits, targets, grad_output, saved)?;
+pub(crate) fn backward<S: GpuStorage>(params: &LossParams, tensors: [Operand<S>; 4]) -> Result<S> {
+    let [logits, targets, grad_output, saved] = tensors;
+    let mut launch = Launch::for_backward(params, logits, [targets, grad_output, saved])?;
     let len = logits.1.shape().elem_count();
     let mut grad_logits = S::alloc(&launch.device, len, logits.0.dtype())?;
     launch.write_gradient(Some(logits.0), grad_output.0, saved.0, &mut grad_logits)?;
@@ -101,12 +89,11 @@ pub(crate) fn backward<S: GpuStorage>(
 pub(crate) fn backward_in_place<S: GpuStorage>(
     params: &LossParams,
     (logits, layout): (&mut S, &Layout),
-    targets: Operand<S>,
-    grad_output: Operand<S>,
-    saved: Operand<S>,
+    tensors: [Operand<S>; 3],
 ) -> Result<()> {
     check_contiguous("logits", (logits, layout))?;
-    let mut launch = Launch::for_backward(params, (logits, layout), targets, grad_output, saved)?;
+    let mut launch = Launch::for_backward(params, (logits, layout), tensors)?;
+    let [_, grad_output, saved] = tensors;
     launch.write_gradient(None, grad_output.0, saved.0, logits)
 }
 
@@ -130,14 +117,12 @@ pub(crate) fn smooth_targets<S: GpuStorage>(params: &LossParams, labels: Operand
 
 /// The inputs and parameters that the kernels of one operation share.
 struct Launch<'a, S: GpuStorage> {
+    params: &'a LossParams,
     device: S::Device,
     variant: KernelVariant,
     targets: &'a S,
     /// The class params, if they differ between classes.
     class_params: Option<StorageRef<'a>>,
-    /// The class params, if they are the same for every class. Otherwise unused.
-    uniform_params: ClassParams<f64>,
-    z_loss: f64,
     ints: IntParams,
 }
 
@@ -162,21 +147,17 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
             ignore_index: params.ignore_index.unwrap_or(0),
             ..IntParams::default()
         };
-        let (class_params, uniform_params) = match &params.class_table {
-            ClassTable::Uniform(uniform) => (None, *uniform),
-            ClassTable::PerClass(tensor) => (
-                Some(tensor.storage_and_layout().0),
-                ClassParams::from_fields([0.; ClassParams::<()>::FIELDS]),
-            ),
+        let class_params = match &params.class_table {
+            ClassTable::Uniform(_) => None,
+            ClassTable::PerClass(tensor) => Some(tensor.storage_and_layout().0),
         };
         let per_class = class_params.is_some();
         Ok(Self {
+            params,
             device: device.clone(),
             variant: KernelVariant { logits: logits_dtype, targets: targets_dtype, per_class },
             targets: targets.0,
             class_params,
-            uniform_params,
-            z_loss: params.z_loss,
             ints,
         })
     }
@@ -197,16 +178,14 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
     fn for_backward(
         params: &'a LossParams,
         logits: Operand<S>,
-        targets: Operand<'a, S>,
-        grad_output: Operand<S>,
-        saved: Operand<S>,
+        [targets, grad_output, saved]: [Operand<'a, S>; 3],
     ) -> Result<Self> {
         let mut launch = Self::over_logits(params, logits, targets)?;
         // A broadcast gradient has one element for all rows.
         launch.check_numbers("output gradients", grad_output.0, launch.num_rows().min(1))?;
         launch.ints.grad_output = RowStrides::new(grad_output, None)?;
         launch.ints.inner_size = inner_size(logits.1.dims(), params.class_dim) as u64;
-        launch.check_fields("saved states", saved, SavedState::<()>::FIELDS)?;
+        launch.check_fields("saved states", saved, SAVED_FIELDS)?;
         Ok(launch)
     }
 
@@ -238,7 +217,7 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
                         "the class parameters are on {location:?}, not with the logits"
                     ))
                 })?;
-                let len = ClassParams::<()>::FIELDS * self.ints.num_classes as usize;
+                let len = CLASS_FIELDS * self.ints.num_classes as usize;
                 self.check_numbers("class parameters", class_params, len)?;
                 Buffer::Input(class_params)
             }
@@ -295,7 +274,12 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
     }
 
     fn kernel_params<A: WithDType>(&self) -> KernelParams<A> {
-        KernelParams::new(self.ints, self.uniform_params, self.z_loss)
+        let class_params = match self.params.class_table {
+            ClassTable::Uniform(class_params) => class_params,
+            // Unused: the kernel reads the table.
+            ClassTable::PerClass(_) => ClassParams::from_fields([0.; CLASS_FIELDS]),
+        };
+        KernelParams::new(self.ints, class_params, self.params.z_loss)
     }
 
     /// Computes the outputs of all rows from the logits. If rows are split, their splits are merged.
@@ -309,7 +293,7 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
             return self.launch_forward(grid, logits, outputs);
         }
         let num_splits = self.ints.num_splits as usize;
-        let mut states = self.alloc(SoftmaxState::<()>::FIELDS * num_splits * self.num_rows())?;
+        let mut states = self.alloc(STATE_FIELDS * num_splits * self.num_rows())?;
         let accumulates = std::mem::replace(&mut self.ints.accumulates, 0);
         self.launch_forward(grid, logits, Outputs::States(&mut states))?;
         self.ints.accumulates = accumulates;
@@ -378,39 +362,45 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
         unsafe { self.run("backward", grid, &mut buffers) }
     }
 
-    /// The losses that `compute` writes for the rows, or their sum divided by `divisor`.
+    /// The losses that `compute` writes for the rows, or their sum divided.
     fn loss(
         mut self,
-        divisor: Option<Divisor>,
-        save: bool,
         compute: impl FnOnce(&mut Self, Outputs<S>) -> Result<()>,
     ) -> Result<ForwardOut<S>> {
         let num_rows = self.num_rows();
-        let weighted = matches!(divisor, Some(Divisor::WeightSum));
-        let saved_len = SavedState::<()>::FIELDS * num_rows;
         let mut losses = self.alloc(num_rows)?;
-        let mut weights = weighted.then(|| self.alloc(num_rows)).transpose()?;
-        let mut saved = save.then(|| self.alloc(saved_len)).transpose()?;
-        let outputs =
-            Outputs::Rows { losses: &mut losses, weights: &mut weights, saved: &mut saved };
-        compute(&mut self, outputs)?;
-        let (loss, weight_sum) = match divisor {
-            None => (losses, None),
-            Some(Divisor::Number(number)) => self.reduce(losses, None, number)?,
-            // The kernel divides by the sum of the weights instead of the number.
-            Some(Divisor::WeightSum) => self.reduce(losses, weights, 1.)?,
+        let mut divisor = match self.params.divisor {
+            None => None,
+            Some(Divisor::Number(number)) => Some(Divisor::Number(number)),
+            Some(Divisor::WeightSum(())) => Some(Divisor::WeightSum(self.alloc(num_rows)?)),
         };
-        Ok(ForwardOut { loss, weight_sum, saved })
+        let mut saved = match self.params.saves_state {
+            true => Some(self.alloc(SAVED_FIELDS * num_rows)?),
+            false => None,
+        };
+        let weights = match &mut divisor {
+            Some(Divisor::WeightSum(weights)) => Some(weights),
+            _ => None,
+        };
+        let outputs = Outputs::Rows { losses: &mut losses, weights, saved: saved.as_mut() };
+        compute(&mut self, outputs)?;
+        Ok(match divisor {
+            None => ForwardOut { loss: losses, divisor: None, saved },
+            Some(divisor) => {
+                let (loss, divisor) = self.reduce(losses, divisor)?;
+                ForwardOut { loss, divisor: Some(divisor), saved }
+            }
+        })
     }
 
-    /// Sums the losses, and the weights if there are any. Divides the sum of losses by the sum of weights, or else
-    /// by `divisor`. Returns the quotient and the sum of weights.
-    fn reduce(
-        &self,
-        mut losses: S,
-        mut weights: Option<S>,
-        divisor: f64,
-    ) -> Result<(S, Option<S>)> {
+    /// Sums the losses and divides the sum by a number, or by the sum of the weights of the rows. Returns the quotient and
+    /// what it was divided by.
+    fn reduce(&self, mut losses: S, divisor: Divisor<S>) -> Result<(S, Divisor<S>)> {
+        // With weights, the kernel divides by their sum instead of the number.
+        let (mut weights, number) = match divisor {
+            Divisor::Number(number) => (None, number),
+            Divisor::WeightSum(weights) => (Some(weights), 1.),
+        };
         let kernel = self.kernel("reduce");
         let limits = S::limits(&self.device, kernel)?;
         let threads_per_block = limits.block_size();
@@ -419,7 +409,7 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
         let mut len = self.num_rows();
         // The losses of a mean are scaled down before they are summed, so that the sum overflows only if the mean
         // does. The scale is a power of two, so that multiplying by it does not round.
-        let mut scale = match weights.is_some() || divisor != 1. {
+        let mut scale = match weights.is_some() || number != 1. {
             true => 1. / len.max(1).next_power_of_two() as f64,
             false => 1.,
         };
@@ -431,7 +421,7 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
                 rows_per_block: rows_per_block as u64,
                 weighted: weights.is_some().into(),
                 divides: (blocks == 1).into(),
-                divisor,
+                divisor: number,
                 scale,
                 unscale,
             };
@@ -441,7 +431,7 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
                 Buffer::Input(&losses),
                 Buffer::optional_input(weights.as_ref()),
                 Buffer::Output(&mut loss_sums),
-                Buffer::optional_output(&mut weight_sums),
+                Buffer::optional_output(weight_sums.as_mut()),
             ];
             let grid = Grid { blocks, threads_per_block };
             // SAFETY: these are the buffers of `reduce`. There are `len` losses, as many weights if any, and
@@ -454,7 +444,7 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
             }
             (losses, weights) = (loss_sums, weight_sums);
             if blocks == 1 {
-                return Ok((losses, weights));
+                return Ok((losses, weights.map_or(Divisor::Number(number), Divisor::WeightSum)));
             }
             (len, scale) = (blocks, 1.);
         }

@@ -150,9 +150,9 @@ pub(crate) enum Outputs<'a, S> {
     Rows {
         losses: &'a mut S,
         /// The class weight of each row's label, 0 for ignored rows.
-        weights: &'a mut Option<S>,
-        /// ([`SavedState::FIELDS`](crate::formula::SavedState::FIELDS), N).
-        saved: &'a mut Option<S>,
+        weights: Option<&'a mut S>,
+        /// ([`SAVED_FIELDS`](crate::formula::SAVED_FIELDS), N).
+        saved: Option<&'a mut S>,
     },
 }
 
