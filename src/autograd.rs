@@ -60,18 +60,12 @@ pub(crate) fn merge_tile(
     targets: &Tensor,
 ) -> Result<()> {
     let locked = [logits, targets].map(Tensor::storage_and_layout);
-    in_place(states, |states, layout| match (states, Operands::new(&locked)?) {
-        (StorageMut::Cpu(states), Operands::Cpu(tensors)) => {
-            host::merge_tile(params, (states, layout), tensors)
-        }
+    in_place(states, |states| match (states, Operands::new(&locked)?) {
+        (OperandMut::Cpu(states), Operands::Cpu(t)) => host::merge_tile(params, states, t),
         #[cfg(feature = "cuda")]
-        (StorageMut::Cuda(states), Operands::Cuda(tensors)) => {
-            gpu::merge_tile(params, (states, layout), tensors)
-        }
+        (OperandMut::Cuda(states), Operands::Cuda(t)) => gpu::merge_tile(params, states, t),
         #[cfg(feature = "metal")]
-        (StorageMut::Metal(states), Operands::Metal(tensors)) => {
-            gpu::merge_tile(params, (states, layout), tensors)
-        }
+        (OperandMut::Metal(states), Operands::Metal(t)) => gpu::merge_tile(params, states, t),
         _ => Err(no_backend()),
     })
 }
@@ -126,8 +120,8 @@ impl FinishedLoss {
     }
 
     /// The loss as a node of the graph that depends on three tensors, the most that candle's custom ops take; or outside
-    /// the graph, if no state was saved. `backward` gets these tensors, the gradient of each row's loss, and the saved
-    /// state. It returns a gradient for each of the tensors that is tracked.
+    /// the graph, if no state was saved. `backward` gets these tensors, the gradient of each row's loss (`grad_output`), and
+    /// the saved state. It returns a gradient for each of the tensors that is tracked.
     pub fn attach_backward(
         self,
         [a, b, c]: [&Tensor; 3],
@@ -142,7 +136,7 @@ impl FinishedLoss {
             return Ok(constant(loss, shape));
         };
         let backward = move |inputs: [&Tensor; 3], grad_output: &Tensor| {
-            let grad_rows = match &divisor {
+            let grad_output = match &divisor {
                 None => grad_output.clone(),
                 Some(Divisor::Number(number)) => {
                     (grad_output / *number)?.broadcast_as(&row_shape[..])?
@@ -152,7 +146,7 @@ impl FinishedLoss {
                     quotient.to_dtype(grad_output.dtype())?.broadcast_as(&row_shape[..])?
                 }
             };
-            backward(inputs, &grad_rows, &saved)
+            backward(inputs, &grad_output, &saved)
         };
         Ok(a.apply_op3(b, c, LossNode { loss: Mutex::new(Some(loss)), shape, backward })?)
     }
@@ -165,15 +159,15 @@ fn constant(storage: Storage, shape: impl Into<Shape>) -> Tensor {
 
 // ---- Backward
 
-/// Runs the backward kernel: the logits' gradient, from the gradient of each row's loss.
+/// Runs the backward kernel: the logits' gradient. `grad_output` is the gradient of each row's loss.
 pub(crate) fn backward(
     params: &LossParams,
     logits: &Tensor,
     targets: &Tensor,
-    grad_rows: &Tensor,
+    grad_output: &Tensor,
     saved: &Tensor,
 ) -> Result<Tensor> {
-    let locked = [logits, targets, grad_rows, saved].map(Tensor::storage_and_layout);
+    let locked = [logits, targets, grad_output, saved].map(Tensor::storage_and_layout);
     let gradient = match Operands::new(&locked)? {
         Operands::Cpu(tensors) => Storage::Cpu(host::backward(params, tensors)?),
         #[cfg(feature = "cuda")]
@@ -184,27 +178,22 @@ pub(crate) fn backward(
     Ok(constant(gradient, logits.shape()))
 }
 
-/// Overwrites the logits with their gradient. The logits must be contiguous, and no other tensor may share their
-/// storage. On the CPU their dtype must be f32 or f64.
+/// Replaces the logits by their gradient. The logits must be contiguous, and no other tensor may share their storage.
 pub(crate) fn backward_in_place(
     params: &LossParams,
     logits: &Tensor,
     targets: &Tensor,
-    grad_rows: &Tensor,
+    grad_output: &Tensor,
     saved: &Tensor,
 ) -> Result<()> {
-    let locked = [targets, grad_rows, saved].map(Tensor::storage_and_layout);
-    in_place(logits, |logits, layout| match (logits, Operands::new(&locked)?) {
-        (StorageMut::Cpu(logits), Operands::Cpu(tensors)) => {
-            host::backward_in_place(params, (logits, layout), tensors)
-        }
+    let locked = [targets, grad_output, saved].map(Tensor::storage_and_layout);
+    in_place(logits, |logits| match (logits, Operands::new(&locked)?) {
+        (OperandMut::Cpu(logits), Operands::Cpu(t)) => host::backward_in_place(params, logits, t),
         #[cfg(feature = "cuda")]
-        (StorageMut::Cuda(logits), Operands::Cuda(tensors)) => {
-            gpu::backward_in_place(params, (logits, layout), tensors)
-        }
+        (OperandMut::Cuda(logits), Operands::Cuda(t)) => gpu::backward_in_place(params, logits, t),
         #[cfg(feature = "metal")]
-        (StorageMut::Metal(logits), Operands::Metal(tensors)) => {
-            gpu::backward_in_place(params, (logits, layout), tensors)
+        (OperandMut::Metal(logits), Operands::Metal(t)) => {
+            gpu::backward_in_place(params, logits, t)
         }
         _ => Err(no_backend()),
     })
@@ -264,20 +253,16 @@ type Locked<'a> = (StorageRef<'a>, &'a Layout);
 
 impl<'a, const N: usize> Operands<'a, N> {
     fn new(locked: &'a [Locked<'a>; N]) -> Result<Self> {
-        let first = locked.first().map(|(storage, _)| &**storage);
-        let operands = match first {
-            Some(Storage::Cpu(_)) => {
+        let operands = match &*locked[0].0 {
+            Storage::Cpu(_) => {
                 collect(locked, |s| if let Storage::Cpu(s) = s { Some(s) } else { None })
                     .map(Self::Cpu)
             }
             #[cfg(feature = "cuda")]
-            Some(Storage::Cuda(_)) => {
-                collect(locked, gpu::GpuStorage::from_storage).map(Self::Cuda)
-            }
+            Storage::Cuda(_) => collect(locked, gpu::GpuStorage::from_storage).map(Self::Cuda),
             #[cfg(feature = "metal")]
-            Some(Storage::Metal(_)) => {
-                collect(locked, gpu::GpuStorage::from_storage).map(Self::Metal)
-            }
+            Storage::Metal(_) => collect(locked, gpu::GpuStorage::from_storage).map(Self::Metal),
+            #[cfg(not(all(feature = "cuda", feature = "metal")))]
             _ => None,
         };
         operands.ok_or_else(no_backend)
@@ -289,7 +274,7 @@ fn collect<'a, S, const N: usize>(
     locked: &'a [Locked<'a>; N],
     of_backend: impl Fn(&'a Storage) -> Option<&'a S>,
 ) -> Option<[Operand<'a, S>; N]> {
-    let (first, layout) = locked.first()?;
+    let (first, layout) = &locked[0];
     let mut operands = [(of_backend(first)?, *layout); N];
     for (operand, (storage, layout)) in operands.iter_mut().zip(locked) {
         *operand = (of_backend(storage)?, layout);
@@ -321,37 +306,37 @@ pub(crate) fn check_storage(tensor: &Tensor) -> Result<()> {
 
 // ---- candle's ops
 
-/// A storage that a kernel changes.
-enum StorageMut<'a> {
-    Cpu(&'a mut CpuStorage),
+/// A tensor that a kernel changes: its storage and its layout.
+enum OperandMut<'a> {
+    Cpu((&'a mut CpuStorage, &'a Layout)),
     #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "no backend takes it"))]
-    Cuda(&'a mut CudaStorage),
+    Cuda((&'a mut CudaStorage, &'a Layout)),
     #[cfg_attr(not(feature = "metal"), expect(dead_code, reason = "no backend takes it"))]
-    Metal(&'a mut MetalStorage),
+    Metal((&'a mut MetalStorage, &'a Layout)),
 }
 
 /// Calls `f` with the tensor's storage. candle gives mutable access to a storage only to an in-place op.
-fn in_place(tensor: &Tensor, f: impl Fn(StorageMut, &Layout) -> Result<()>) -> Result<()> {
+fn in_place(tensor: &Tensor, f: impl Fn(OperandMut) -> Result<()>) -> Result<()> {
     Ok(tensor.inplace_op1(&InPlace(f))?)
 }
 
 struct InPlace<F>(F);
 
-impl<F: Fn(StorageMut, &Layout) -> Result<()>> InplaceOp1 for InPlace<F> {
+impl<F: Fn(OperandMut) -> Result<()>> InplaceOp1 for InPlace<F> {
     fn name(&self) -> &'static str {
         "label-smoothing-loss-in-place"
     }
 
     fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
-        Ok(self.0(StorageMut::Cpu(storage), layout)?)
+        Ok(self.0(OperandMut::Cpu((storage, layout)))?)
     }
 
     fn cuda_fwd(&self, storage: &mut CudaStorage, layout: &Layout) -> candle_core::Result<()> {
-        Ok(self.0(StorageMut::Cuda(storage), layout)?)
+        Ok(self.0(OperandMut::Cuda((storage, layout)))?)
     }
 
     fn metal_fwd(&self, storage: &mut MetalStorage, layout: &Layout) -> candle_core::Result<()> {
-        Ok(self.0(StorageMut::Metal(storage), layout)?)
+        Ok(self.0(OperandMut::Metal((storage, layout)))?)
     }
 }
 

@@ -1,7 +1,7 @@
 //! The loss from hidden states, for logits too large for the memory.
 //!
 //! The logits are computed a tile at a time: some rows of the hidden states times some classes of the weight. Forward
-//! merges each tile into the softmax state of its rows. Backward computes each tile again, overwrites it with its
+//! merges each tile into the softmax state of its rows. Backward computes each tile again, replaces it by its
 //! gradient, and multiplies that into the gradients of the hidden states and the weight.
 
 use crate::autograd::{self, check_storage};
@@ -40,8 +40,8 @@ impl LabelSmoothingLoss {
     /// # When to use it
     /// Use it if the logits do not fit: many tokens, and a vocabulary that is large against the hidden size. This
     /// function never holds all logits in memory, nor their gradient, nor candle's copies of that gradient. It holds the
-    /// gradients of `hidden`, `weight` and `bias`, one tile of the logits, a piece of the weight and a piece of the hidden
-    /// states of at most that size, and about a hundred bytes a row. The cost is time: `backward` computes the logits
+    /// gradients of `hidden`, `weight` and `bias`, one tile of the logits (on the CPU also that tile's gradient), a piece of
+    /// the weight and a piece of the hidden states of at most that size, and about a hundred bytes a row. The cost is time: `backward` computes the logits
     /// again. This is a fourth matrix multiplication, where a linear layer has three.
     ///
     /// [`forward`](Self::forward) is the better choice for logits that fit easily, for few classes, for a hidden size so
@@ -137,8 +137,8 @@ pub(crate) fn forward_linear(
     // Without a bias, a constant takes its place.
     let constant = head.targets.clone();
     let inputs = [hidden, weight, bias.unwrap_or(&constant)];
-    finished.attach_backward(inputs, move |[hidden, weight, bias], grad_rows, saved| {
-        head.backward(hidden, weight, has_bias.then_some(bias), grad_rows, saved)
+    finished.attach_backward(inputs, move |[hidden, weight, bias], grad_output, saved| {
+        head.backward(hidden, weight, has_bias.then_some(bias), grad_output, saved)
     })
 }
 
@@ -288,14 +288,14 @@ impl LinearHead {
         }
     }
 
-    /// The gradients of the hidden states, the weight and the bias, each if it is tracked. `grad_rows` is the gradient of
+    /// The gradients of the hidden states, the weight and the bias, each if it is tracked. `grad_output` is the gradient of
     /// each row's loss.
     fn backward(
         &self,
         hidden: &Tensor,
         weight: &Tensor,
         bias: Option<&Tensor>,
-        grad_rows: &Tensor,
+        grad_output: &Tensor,
         saved: &Tensor,
     ) -> Result<[Option<Tensor>; 3]> {
         self.check_targets()?;
@@ -304,7 +304,7 @@ impl LinearHead {
         let (hidden, weight, bias) = (hidden.detach(), weight.detach(), bias.map(Tensor::detach));
         let narrow = |tile: &RowTile| {
             let saved = saved.narrow(1, tile.first_row, tile.num_rows())?.contiguous()?;
-            Ok([tile.narrow(&self.targets)?, tile.narrow(grad_rows)?, saved])
+            Ok([tile.narrow(&self.targets)?, tile.narrow(grad_output)?, saved])
         };
         let row_inputs = self.row_tiles.iter().map(narrow).collect::<Result<Vec<_>>>()?;
 
@@ -315,11 +315,11 @@ impl LinearHead {
             let weight_tile = self.weight_tile(&weight, bias.as_ref(), first_class)?;
             let (mut grad_weight_tile, mut grad_bias_tile) = (None, None);
             let row_tiles = self.row_tiles.iter().zip(&row_inputs).zip(&mut grad_hidden);
-            for ((tile, [targets, grad_rows, saved]), grad_hidden) in row_tiles {
+            for ((tile, [targets, grad_output, saved]), grad_hidden) in row_tiles {
                 let hidden = tile.hidden(&hidden)?;
                 let logits = weight_tile.logits(&hidden, tile)?;
                 let params = &weight_tile.params;
-                autograd::backward_in_place(params, &logits, targets, grad_rows, saved)?;
+                autograd::backward_in_place(params, &logits, targets, grad_output, saved)?;
                 let grad_logits = logits.reshape((tile.num_rows(), ()))?;
                 if wants_hidden {
                     add_to(grad_hidden, grad_logits.matmul(&weight_tile.weight)?)?;

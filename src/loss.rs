@@ -176,8 +176,8 @@ impl LabelSmoothingLoss {
         // The targets are constants. They only fill the places of an op with three inputs.
         let constants = targets.clone();
         let inputs = [logits, &constants, &constants];
-        finished.attach_backward(inputs, move |[logits, ..], grad_rows, saved| {
-            let gradient = autograd::backward(&params, logits, &targets, grad_rows, saved)?;
+        finished.attach_backward(inputs, move |[logits, ..], grad_output, saved| {
+            let gradient = autograd::backward(&params, logits, &targets, grad_output, saved)?;
             Ok([Some(gradient), None, None])
         })
     }

@@ -12,40 +12,6 @@ use std::slice;
 /// Vectors that a loop works on at a time, so that its constants are loaded once.
 pub(super) const UNROLL: usize = 4;
 
-/// The numbers of a floating-point storage.
-pub(crate) enum FloatSlice<'a> {
-    /// A function of the position, since candle does not export the type.
-    F8(Box<dyn Fn(usize) -> f32 + Sync + 'a>, usize),
-    BF16(&'a [bf16]),
-    F16(&'a [f16]),
-    F32(&'a [f32]),
-    F64(&'a [f64]),
-}
-
-impl<'a> FloatSlice<'a> {
-    /// `None` for a storage of another kind of dtype.
-    pub(super) fn new(storage: &'a CpuStorage) -> Option<Self> {
-        Some(match storage {
-            CpuStorage::F8E4M3(values) => Self::F8(Box::new(|i| values[i].to_f32()), values.len()),
-            CpuStorage::BF16(values) => Self::BF16(values),
-            CpuStorage::F16(values) => Self::F16(values),
-            CpuStorage::F32(values) => Self::F32(values),
-            CpuStorage::F64(values) => Self::F64(values),
-            _ => return None,
-        })
-    }
-
-    pub(super) fn len(&self) -> usize {
-        match self {
-            Self::F8(_, len) => *len,
-            Self::BF16(values) => values.len(),
-            Self::F16(values) => values.len(),
-            Self::F32(values) => values.len(),
-            Self::F64(values) => values.len(),
-        }
-    }
-}
-
 /// A dtype of logits.
 pub(crate) trait Element: WithDType + Default {
     /// The dtype of the arithmetic.
@@ -78,10 +44,8 @@ pub(crate) trait Real: Element<Real = Self> {
     fn from_bf16(value: bf16) -> Self {
         Self::from_f32(f32::from_bits(u32::from(value.to_bits()) << 16))
     }
-    /// The values, if they are of this dtype.
-    fn as_slice<'a>(values: &FloatSlice<'a>) -> Option<&'a [Self]>;
     /// The values of a storage, if they are of this dtype.
-    fn as_slice_mut(storage: &mut CpuStorage) -> Option<&mut [Self]>;
+    fn as_slice(storage: &CpuStorage) -> Option<&[Self]>;
     /// The whole vectors among the values.
     fn as_vectors<S: Simd>(values: &[Self]) -> &[Self::Vector<S>];
     fn as_vectors_mut<S: Simd>(values: &mut [Self]) -> &mut [Self::Vector<S>];
@@ -167,10 +131,7 @@ macro_rules! real {
                 value.into()
             }
             #[inline(always)]
-            fn as_slice<'a>(values: &FloatSlice<'a>) -> Option<&'a [Self]> {
-                if let FloatSlice::$storage(values) = values { Some(values) } else { None }
-            }
-            fn as_slice_mut(storage: &mut CpuStorage) -> Option<&mut [Self]> {
+            fn as_slice(storage: &CpuStorage) -> Option<&[Self]> {
                 if let CpuStorage::$storage(values) = storage { Some(values) } else { None }
             }
             #[inline(always)]

@@ -1,6 +1,6 @@
 //! Tensors that the loops read by row and class, of any floating-point dtype and layout.
 
-use super::dtype::{FloatSlice, Real};
+use super::dtype::Real;
 use super::parallel::BLOCK;
 use crate::error::{Error, Result};
 use crate::formula::LossParams;
@@ -70,7 +70,7 @@ impl BlockPos {
 
 /// The numbers of a tensor by row and class.
 pub(super) struct StridedRows<'a> {
-    values: FloatSlice<'a>,
+    storage: &'a CpuStorage,
     offsets: RowOffsets,
     pub num_rows: usize,
     first_class: usize,
@@ -83,15 +83,15 @@ impl<'a> StridedRows<'a> {
         (storage, layout): Operand<'a, CpuStorage>,
         class_dim: usize,
     ) -> Result<Self> {
-        let Some(values) = FloatSlice::new(storage) else {
+        let Some(len) = float_len(storage) else {
             return Err(Error::TargetsDType {
                 dtype: storage.dtype(),
                 expected: "F8E4M3, F16, BF16, F32 or F64",
             });
         };
-        check_layout(layout, values.len())?;
+        check_layout(layout, len)?;
         Ok(Self {
-            values,
+            storage,
             offsets: RowOffsets::new(layout, Some(class_dim)),
             num_rows: num_rows(layout.dims(), class_dim),
             first_class: 0,
@@ -105,13 +105,13 @@ impl<'a> StridedRows<'a> {
         self
     }
 
-    /// The index in `values` of a class of the row at `row_offset`.
+    /// The index in the storage of a class of the row at `row_offset`.
     #[inline(always)]
     fn index(&self, row_offset: usize, class: usize) -> usize {
         row_offset + (class - self.first_class) * self.class_stride
     }
 
-    /// The range of a block in `values`, if it is contiguous.
+    /// The range of a block in the storage, if it is contiguous.
     #[inline(always)]
     fn contiguous_range(&self, pos: BlockPos, len: usize) -> Option<Range<usize>> {
         let run = self.offsets.run(pos.row);
@@ -133,7 +133,7 @@ impl<'a> StridedRows<'a> {
         buffer: &'b mut [A],
     ) -> &'b [A] {
         if len == buffer.len()
-            && let Some(values) = A::as_slice(&self.values)
+            && let Some(values) = A::as_slice(self.storage)
             && let Some(range) = self.contiguous_range(pos, len)
         {
             return &values[range];
@@ -148,10 +148,10 @@ impl<'a> StridedRows<'a> {
     #[inline(always)]
     pub(super) fn load<A: Real>(&self, pos: BlockPos, out: &mut [A]) {
         if let Some(range) = self.contiguous_range(pos, out.len()) {
-            if let Some(values) = A::as_slice(&self.values) {
+            if let Some(values) = A::as_slice(self.storage) {
                 return out.copy_from_slice(&values[range]);
             }
-            if let FloatSlice::BF16(values) = &self.values {
+            if let CpuStorage::BF16(values) = self.storage {
                 let values = &values[range];
                 return out.iter_mut().zip(values).for_each(|(out, v)| *out = A::from_bf16(*v));
             }
@@ -172,16 +172,16 @@ impl<'a> StridedRows<'a> {
             };
             let start = self.index(run.offset, pos.class);
             let out = &mut out[done..done + len];
-            match &self.values {
-                FloatSlice::F8(value_at, _) => {
-                    for (i, out) in out.iter_mut().enumerate() {
-                        *out = A::from_f32(value_at(start + i * stride));
-                    }
+            match self.storage {
+                CpuStorage::F8E4M3(values) => {
+                    copy_strided(values, start, stride, out, |v| A::from_f32(v.to_f32()))
                 }
-                FloatSlice::BF16(values) => copy_strided(values, start, stride, out, A::from_bf16),
-                FloatSlice::F16(values) => copy_f16(values, start, stride, out),
-                FloatSlice::F32(values) => copy_strided(values, start, stride, out, A::from_f32),
-                FloatSlice::F64(values) => copy_strided(values, start, stride, out, A::from_f64),
+                CpuStorage::BF16(values) => copy_strided(values, start, stride, out, A::from_bf16),
+                CpuStorage::F16(values) => copy_f16(values, start, stride, out),
+                CpuStorage::F32(values) => copy_strided(values, start, stride, out, A::from_f32),
+                CpuStorage::F64(values) => copy_strided(values, start, stride, out, A::from_f64),
+                // `new` lets no other dtype pass.
+                _ => out.fill(A::ZERO),
             }
             done += len;
         }
@@ -220,4 +220,16 @@ fn copy_f16<A: Real>(values: &[f16], start: usize, stride: usize, out: &mut [A])
 /// The fields of a tensor (N, len), a slice for each.
 pub(super) fn field_slices<T, const N: usize>(mut values: &[T], len: usize) -> [&[T]; N] {
     [(); N].map(|()| values.split_off(..len).unwrap_or_default())
+}
+
+/// The number of elements of a floating-point storage.
+pub(crate) fn float_len(storage: &CpuStorage) -> Option<usize> {
+    match storage {
+        CpuStorage::F8E4M3(values) => Some(values.len()),
+        CpuStorage::BF16(values) => Some(values.len()),
+        CpuStorage::F16(values) => Some(values.len()),
+        CpuStorage::F32(values) => Some(values.len()),
+        CpuStorage::F64(values) => Some(values.len()),
+        _ => None,
+    }
 }

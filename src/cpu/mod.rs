@@ -1,8 +1,8 @@
 //! The kernels on the CPU.
 //!
-//! A loop (`rows`) works on blocks along one axis: 256 classes of a row, or some classes of 128 rows side by side. It reads
-//! contiguous logits in place where one target value holds for a block of classes. Elsewhere it copies a block of inputs to
-//! the stack (`input`, `targets`). The arithmetic of a block (`softmax`, `exp`) is written once for all dtypes (`dtype`) and
+//! A loop (`rows`) works on blocks along one axis: 256 classes of a row, or some classes of 128 rows side by side. A block of
+//! inputs is read in the dtype of the arithmetic (`input`, `targets`): in place if it has that dtype and is contiguous, else
+//! from a copy on the stack. The arithmetic of a block (`softmax`, `exp`) is written once for both dtypes (`dtype`) and
 //! compiled for each instruction set (`simd`). Blocks have a fixed size and merge in a fixed order, so the result has
 //! the same bits for every number of threads (`parallel`).
 
@@ -22,8 +22,9 @@ use crate::formula::{
 use crate::layout::{self, inner_size, num_rows};
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, DType, Layout, WithDType};
-use dtype::{Element, FloatSlice, Real};
+use dtype::{Element, Real};
 use half::{bf16, f16};
+pub(crate) use input::float_len;
 use input::{BlockPos, FEW_CLASSES, InnerAxis, StridedRows, field_slices};
 use parallel::{BLOCK, default_vec, par_build, par_split};
 use rows::{GradInputs, GradOrder, for_each_row};
@@ -90,8 +91,7 @@ fn merge_tile_in<A: Real>(
     let logits = StridedRows::new(logits, params.class_dim)?.with_first_class(first);
     let class_table = LockedClassTable::new(&params.class_table);
     let targets = Targets::<A>::new(params, &class_table, targets)?;
-    let out: [_; STATE_FIELDS] = field_slices_mut(contiguous_mut::<f64>(states)?, logits.num_rows);
-    for_each_row(&logits, &targets, axis, classes, out, &|_, i, state, out| {
+    for_each_row(&logits, &targets, axis, classes, states_mut(states)?, &|_, i, state, out| {
         let merged = match first {
             0 => state,
             _ => SoftmaxState::from_fields(out.each_ref().map(|field| field[i])).merge(state),
@@ -225,12 +225,15 @@ fn contiguous_fields<A: Real, const N: usize>(
     }
 }
 
-/// The values of a contiguous tensor that is changed in place.
-fn contiguous_mut<A: Real>((storage, layout): OperandMut<'_>) -> Result<&mut [A]> {
-    let values = layout
-        .contiguous_offsets()
-        .and_then(|(start, end)| A::as_slice_mut(storage)?.get_mut(start..end));
-    values.ok_or_else(not_contiguous)
+/// The fields of the softmax states, to be written.
+fn states_mut((storage, layout): OperandMut<'_>) -> Result<[&mut [f64]; STATE_FIELDS]> {
+    let len = layout.shape().elem_count();
+    match storage {
+        CpuStorage::F64(values) if layout.is_contiguous() && values.len() == len => {
+            Ok(field_slices_mut(values, len / STATE_FIELDS))
+        }
+        _ => Err(not_contiguous()),
+    }
 }
 
 fn not_contiguous() -> Error {
@@ -359,9 +362,4 @@ pub(crate) fn check_class_targets(
     ignore_index: Option<i64>,
 ) -> Result<()> {
     read_labels(targets, num_classes, ignore_index).map(|_| ())
-}
-
-/// The number of elements of a floating-point storage.
-pub(crate) fn float_len(storage: &CpuStorage) -> Option<usize> {
-    FloatSlice::new(storage).map(|values| values.len())
 }
