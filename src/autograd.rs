@@ -1,7 +1,7 @@
 //! The choice of the backend for some tensors, and the node of candle's autograd graph.
 //!
 //! Each function here calls the backend that its tensors' storages belong to. The forward kernels run before a node
-//! exists. Then [`FinishedLoss::attach_backward`] makes the computed loss a node of the graph. The backward of that
+//! exists. Then [`ComputedLoss::attach_backward`] makes the computed loss a node of the graph. The backward of that
 //! node calls the backend again.
 
 #[cfg(not(emulator))]
@@ -30,7 +30,7 @@ pub(crate) fn forward(
     params: &LossParams,
     logits: &Tensor,
     targets: &Tensor,
-) -> Result<FinishedLoss> {
+) -> Result<ComputedLoss> {
     let locked = [logits, targets].map(Tensor::storage_and_layout);
     let out = match Operands::new(&locked)? {
         Operands::Cpu(tensors) => host::forward(params, tensors)?.map(Storage::Cpu),
@@ -39,7 +39,7 @@ pub(crate) fn forward(
         #[cfg(feature = "metal")]
         Operands::Metal(tensors) => gpu::forward(params, tensors)?.map(Storage::Metal),
     };
-    Ok(FinishedLoss::new(out, row_shape(logits.dims(), params.class_dim)))
+    Ok(ComputedLoss::new(out, row_shape(logits.dims(), params.class_dim)))
 }
 
 /// The softmax states of `num_rows` rows, to be written by [`merge_tile`]. On the CPU they are f64 for any logits.
@@ -77,7 +77,7 @@ pub(crate) fn finish(
     states: &Tensor,
     row_shape: Vec<usize>,
     targets: &Tensor,
-) -> Result<FinishedLoss> {
+) -> Result<ComputedLoss> {
     let locked = [states, targets].map(Tensor::storage_and_layout);
     let out = match Operands::new(&locked)? {
         Operands::Cpu(tensors) => host::finish(params, logits_dtype, tensors)?.map(Storage::Cpu),
@@ -86,11 +86,11 @@ pub(crate) fn finish(
         #[cfg(feature = "metal")]
         Operands::Metal(tensors) => gpu::finish(params, logits_dtype, tensors)?.map(Storage::Metal),
     };
-    Ok(FinishedLoss::new(out, row_shape))
+    Ok(ComputedLoss::new(out, row_shape))
 }
 
 /// The computed loss, not yet a tensor, and what backward needs.
-pub(crate) struct FinishedLoss {
+pub(crate) struct ComputedLoss {
     loss: Storage,
     row_shape: Vec<usize>,
     divisor: Option<Divisor<Tensor>>,
@@ -98,11 +98,11 @@ pub(crate) struct FinishedLoss {
     pub saved: Option<Tensor>,
 }
 
-impl FinishedLoss {
+impl ComputedLoss {
     fn new(out: ForwardOut<Storage>, row_shape: Vec<usize>) -> Self {
         let num_rows = row_shape.iter().product();
-        let divisor = out.divisor.map(|divisor| divisor.map(|sum| constant(sum, ())));
-        let saved = out.saved.map(|saved| constant(saved, (SAVED_FIELDS, num_rows)));
+        let divisor = out.divisor.map(|divisor| divisor.map(|sum| untracked(sum, ())));
+        let saved = out.saved.map(|saved| untracked(saved, (SAVED_FIELDS, num_rows)));
         Self { loss: out.loss, row_shape, divisor, saved }
     }
 
@@ -116,7 +116,7 @@ impl FinishedLoss {
     /// The loss as a tensor outside the graph.
     pub fn detached(self) -> Tensor {
         let shape = self.shape();
-        constant(self.loss, shape)
+        untracked(self.loss, shape)
     }
 
     /// The loss as a node of the graph that depends on three tensors, the most that candle's custom ops take; or outside
@@ -131,19 +131,18 @@ impl FinishedLoss {
         + 'static,
     ) -> Result<Tensor> {
         let shape = self.shape();
-        let Self { loss, row_shape, divisor, saved } = self;
-        let Some(saved) = saved else {
-            return Ok(constant(loss, shape));
+        let Self { loss, row_shape, divisor, saved: Some(saved) } = self else {
+            return Ok(self.detached());
         };
-        let backward = move |inputs: [&Tensor; 3], grad_output: &Tensor| {
+        let backward = move |inputs: [&Tensor; 3], grad_result: &Tensor| {
             let grad_output = match &divisor {
-                None => grad_output.clone(),
+                None => grad_result.clone(),
                 Some(Divisor::Number(number)) => {
-                    (grad_output / *number)?.broadcast_as(&row_shape[..])?
+                    (grad_result / *number)?.broadcast_as(&row_shape[..])?
                 }
                 Some(Divisor::WeightSum(sum)) => {
-                    let quotient = grad_output.to_dtype(sum.dtype())?.div(sum)?;
-                    quotient.to_dtype(grad_output.dtype())?.broadcast_as(&row_shape[..])?
+                    let quotient = grad_result.to_dtype(sum.dtype())?.div(sum)?;
+                    quotient.to_dtype(grad_result.dtype())?.broadcast_as(&row_shape[..])?
                 }
             };
             backward(inputs, &grad_output, &saved)
@@ -153,7 +152,7 @@ impl FinishedLoss {
 }
 
 /// A tensor outside the graph.
-fn constant(storage: Storage, shape: impl Into<Shape>) -> Tensor {
+fn untracked(storage: Storage, shape: impl Into<Shape>) -> Tensor {
     Tensor::from_storage(storage, shape, BackpropOp::none(), false)
 }
 
@@ -175,7 +174,7 @@ pub(crate) fn backward(
         #[cfg(feature = "metal")]
         Operands::Metal(tensors) => Storage::Metal(gpu::backward(params, tensors)?),
     };
-    Ok(constant(gradient, logits.shape()))
+    Ok(untracked(gradient, logits.shape()))
 }
 
 /// Replaces the logits by their gradient. The logits must be contiguous, and no other tensor may share their storage.
@@ -215,7 +214,7 @@ pub(crate) fn smooth_targets(
         #[cfg(feature = "metal")]
         Operands::Metal([labels]) => Storage::Metal(gpu::smooth_targets(params, labels)?),
     };
-    Ok(constant(smoothed, shape))
+    Ok(untracked(smoothed, shape))
 }
 
 /// Checks class targets on the CPU. On a GPU this would wait for the device.
@@ -226,9 +225,9 @@ pub(crate) fn check_class_targets(
 ) -> Result<()> {
     match &*targets.storage_and_layout().0 {
         Storage::Cpu(storage) => {
-            cpu::check_class_targets((storage, targets.layout()), num_classes, ignore_index)
+            cpu::read_labels((storage, targets.layout()), num_classes, ignore_index).map(drop)
         }
-        _ => Ok(()),
+        _ => Err(no_backend()),
     }
 }
 

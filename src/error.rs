@@ -116,7 +116,7 @@ pub enum Error {
     OneClass,
 
     /// Logits of an unsupported dtype.
-    #[error("the logits have dtype {dtype:?}, expected F16, BF16, F32 or F64{}", swapped(*dtype))]
+    #[error("the logits have dtype {dtype:?}, expected F16, BF16, F32 or F64{}", dtype_hint(*dtype))]
     LogitsDType {
         /// The dtype given.
         dtype: DType,
@@ -187,7 +187,7 @@ pub enum Error {
     /// Integer targets whose shape is not the logits' without the class dimension.
     #[error(
         "class targets ({dtype:?}) have shape {targets:?}, expected {expected:?}: the shape of the logits {logits:?} without their class dimension {class_dim}{}",
-        reshaping(targets, expected, logits)
+        shape_hint(targets, expected, logits)
     )]
     ClassTargetsShape {
         /// The targets' dtype.
@@ -269,7 +269,7 @@ pub enum Error {
     },
 
     /// A class target out of range, on the CPU.
-    #[error("target {target} of row {row} is no class: expected at least 0 and less than {num_classes}{}", ignoring(*target, *num_classes))]
+    #[error("target {target} of row {row} is no class: expected at least 0 and less than {num_classes}{}", range_hint(*target, *num_classes))]
     TargetOutOfRange {
         /// The row, counted over all dimensions but the classes' in row-major order.
         row: usize,
@@ -318,7 +318,7 @@ fn or_none(value: &Option<impl fmt::Debug>) -> String {
 }
 
 /// A hint for arguments in the wrong order.
-fn swapped(logits: DType) -> &'static str {
+fn dtype_hint(logits: DType) -> &'static str {
     if logits.is_int() {
         "; class indices are the second argument: forward(&logits, &targets)"
     } else {
@@ -327,7 +327,7 @@ fn swapped(logits: DType) -> &'static str {
 }
 
 /// A hint for the commonest causes of class targets of another shape.
-fn reshaping(targets: &[usize], expected: &[usize], logits: &[usize]) -> String {
+fn shape_hint(targets: &[usize], expected: &[usize], logits: &[usize]) -> String {
     // The length of a broadcast view may overflow.
     let len = |dims: &[usize]| dims.iter().try_fold(1usize, |len, dim| len.checked_mul(*dim));
     let lens = |dims: &[usize]| dims.iter().copied().filter(|len| *len != 1).collect::<Vec<_>>();
@@ -354,18 +354,18 @@ const TWO_LOGITS: &str = "; two classes need two logits a row, not one";
 
 /// A hint for the commonest causes of a target out of range: one logit for two classes, classes counted from 1, and
 /// padding.
-fn ignoring(target: i64, num_classes: usize) -> String {
+fn range_hint(target: i64, num_classes: usize) -> String {
     // A negative i32 stored as u32.
-    let unwrapped = u32::try_from(target).map_or(target, |t| i64::from(t.cast_signed()));
+    let as_i32 = u32::try_from(target).map_or(target, |t| i64::from(t.cast_signed()));
     if num_classes == 1 && (target == 1 || target == 255) {
         TWO_LOGITS.to_string()
     } else if target > 0 && usize::try_from(target) == Ok(num_classes) {
         "; classes are counted from 0".to_string()
     } else if target < 0 || target == 255 {
         format!("; to leave such rows out of a loss, use with_ignore_index({target})")
-    } else if unwrapped < 0 {
+    } else if as_i32 < 0 {
         format!(
-            "; if it was {unwrapped} before it was a u32, keep such targets in i64 and use with_ignore_index({unwrapped})"
+            "; if it was {as_i32} before it was a u32, keep such targets in i64 and use with_ignore_index({as_i32})"
         )
     } else {
         String::new()

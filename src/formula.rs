@@ -1,7 +1,7 @@
 //! The one formula, in the terms that every backend gets.
 //!
-//! Every option is a case of it. With the logits x of a row, its label y or its probabilities p, and the params of each
-//! class ([`ClassParams`]), the weighted targets r and the loss are
+//! Smoothing, class weights and z-loss are cases of it. With the logits x of a row, its label y or its probabilities p, and
+//! the params of each class ([`ClassParams`]), the weighted targets r and the loss are
 //!
 //! ```text
 //! r_k  = on_value_k if k = y, else off_value_k      class targets
@@ -12,7 +12,7 @@
 //! ∂loss/∂x_k = softmax(x)_k·(S + 2·z·lse) − r_k
 //! ```
 //!
-//! So forward and backward have one kernel each, for all options. In terms of the [`SoftmaxState`] of a row,
+//! The loss and the gradient of an ignored row are 0. So forward and backward have one kernel each, for all options. In terms of the [`SoftmaxState`] of a row,
 //!
 //! ```text
 //! lse  = max + log sum_exp
@@ -31,7 +31,7 @@ pub(crate) struct ClassParams<T> {
     pub prob_scale: T,
     /// r_k of a class that is not the label.
     pub off_value: T,
-    /// r_k of the label: prob_scale + off_value, without the rounding of that sum.
+    /// r_k of the label, which is prob_scale + off_value. `over_others` computes it without the rounding of that sum.
     pub on_value: T,
     /// The class weight, for the divisor of a mean.
     pub weight: T,
@@ -79,7 +79,7 @@ pub(crate) struct LossParams {
     pub saves_state: bool,
 }
 
-/// A divisor of the sum of the rows' losses. `S` is the type of a sum that is known.
+/// A divisor of the sum of the rows' losses. `S` holds the sum of weights once it is computed.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Divisor<S = ()> {
     Number(f64),

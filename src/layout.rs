@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Result};
 use candle_core::Layout;
+use std::hint::black_box;
 
 /// A tensor's storage and its layout.
 pub(crate) type Operand<'a, S> = (&'a S, &'a Layout);
@@ -54,13 +55,16 @@ pub(crate) fn check_size(what: &'static str, shape: &[usize]) -> Result<()> {
     }
 }
 
-/// Checks that there is memory for `len` numbers. Where candle copies a broadcast view that is larger than the
+/// Checks that the allocator grants memory for `len` numbers. Where candle copies a broadcast view that is larger than the
 /// memory, the process would abort.
 pub(crate) fn check_memory(what: &'static str, shape: &[usize], len: usize) -> Result<()> {
-    match Vec::<f64>::new().try_reserve_exact(len) {
-        Ok(()) => Ok(()),
-        Err(_) => Err(Error::TooLarge { what, shape: shape.to_vec() }),
+    let mut numbers = Vec::<f64>::new();
+    if numbers.try_reserve_exact(len).is_err() {
+        return Err(Error::TooLarge { what, shape: shape.to_vec() });
     }
+    // Without this use the compiler may leave out the allocation.
+    black_box(&numbers);
+    Ok(())
 }
 
 /// The offset of each row: of all positions in the dimensions other than the class dimension, in row-major

@@ -132,12 +132,12 @@ pub(crate) fn forward_linear(
     let (h, w, b) = (hidden.detach(), weight.detach(), bias.map(Tensor::detach));
     let states = head.forward_states(&h, &w, b.as_ref())?;
     let dtype = matmul_dtype(hidden);
-    let finished = autograd::finish(&head.params, dtype, &states, rows, &head.targets)?;
+    let computed = autograd::finish(&head.params, dtype, &states, rows, &head.targets)?;
     let has_bias = bias.is_some();
     // Without a bias, a constant takes its place.
     let constant = head.targets.clone();
     let inputs = [hidden, weight, bias.unwrap_or(&constant)];
-    finished.attach_backward(inputs, move |[hidden, weight, bias], grad_output, saved| {
+    computed.attach_backward(inputs, move |[hidden, weight, bias], grad_output, saved| {
         head.backward(hidden, weight, has_bias.then_some(bias), grad_output, saved)
     })
 }
@@ -163,8 +163,8 @@ fn logits_shape(
         return Err(Error::LinearShapes { hidden, weight, bias });
     };
     let dtype = |tensor: &Tensor| tensor.dtype();
-    let is_one = [Some(weight), bias].iter().flatten().all(|t| dtype(t) == hidden.dtype());
-    if !is_one || !is_logits_dtype(dtype(hidden)) {
+    let same_dtype = [Some(weight), bias].iter().flatten().all(|t| dtype(t) == hidden.dtype());
+    if !same_dtype || !is_logits_dtype(dtype(hidden)) {
         let (hidden, weight, bias) = (dtype(hidden), dtype(weight), bias.map(dtype));
         return Err(Error::LinearDTypes { hidden, weight, bias });
     }

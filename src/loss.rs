@@ -160,8 +160,9 @@ impl LabelSmoothingLoss {
     /// - One logit a row, as for a sigmoid. That is one class with loss 0; two classes need two logits.
     ///
     /// The result is f64 for f64 logits and f32 otherwise: a scalar, or with [`Reduction::None`] a number a row. The
-    /// arithmetic runs in the result's dtype. The gradient has the logits' dtype. Only first-order gradients exist, as
-    /// everywhere in candle. This function reads the logits once, and `backward` reads them once more. Only the
+    /// arithmetic runs in the result's dtype. The gradient has the logits' dtype. Neither logits nor targets may change before
+    /// `backward`, which reads them again. Only first-order gradients exist, as
+    /// everywhere in candle. This function reads the logits once, and `backward` once more. Only the
     /// gradient is as large as the logits; beside it a few numbers a row are allocated.
     ///
     /// # Errors
@@ -172,17 +173,17 @@ impl LabelSmoothingLoss {
     /// [`check_targets`]. Errors of the device and its compiler are candle's own.
     pub fn forward(&self, logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
         let (params, targets) = self.validate(&LogitsInfo::of(logits), targets)?;
-        let finished = autograd::forward(&params, logits, &targets)?;
+        let computed = autograd::forward(&params, logits, &targets)?;
         // The targets are constants. They only fill the places of an op with three inputs.
         let constants = targets.clone();
         let inputs = [logits, &constants, &constants];
-        finished.attach_backward(inputs, move |[logits, ..], grad_output, saved| {
+        computed.attach_backward(inputs, move |[logits, ..], grad_output, saved| {
             let gradient = autograd::backward(&params, logits, &targets, grad_output, saved)?;
             Ok([Some(gradient), None, None])
         })
     }
 
-    /// The divisor of the sum of the losses, unless they are not summed.
+    /// The divisor of the sum of the losses; `None` if they are not summed.
     fn divisor(&self, num_rows: usize, targets: &Tensor) -> Option<Divisor> {
         let is_weighted = targets.dtype().is_int()
             && (self.class_weights.is_some() || self.ignore_index.is_some());
@@ -222,6 +223,7 @@ impl LabelSmoothingLoss {
         check_device_dtype("logits", dtype, device)?;
         check_device_dtype("targets", targets.dtype(), targets.device())?;
         self.check_target_shape(dims, targets, class_dim)?;
+        check_target_dtype(targets.dtype())?;
 
         let params = LossParams {
             class_dim,
@@ -233,7 +235,6 @@ impl LabelSmoothingLoss {
             divisor: self.divisor(num_rows(dims, class_dim), targets),
             saves_state: is_tracked,
         };
-        check_target_dtype(targets.dtype())?;
         Ok((params, targets.detach()))
     }
 
@@ -360,6 +361,5 @@ pub fn check_targets(
         });
     }
     check_size("targets", targets.dims())?;
-    check_target_dtype(targets.dtype())?;
     autograd::check_class_targets(&targets.to_device(&Device::Cpu)?, num_classes, ignore_index)
 }

@@ -28,10 +28,10 @@ pub fn forward_rows(
 ) -> Result<(Tensor, Option<Saved>)> {
     let (mut params, targets) = loss.validate(&LogitsInfo::of(logits), targets)?;
     (params.divisor, params.saves_state) = (None, true);
-    let mut finished = autograd::forward(&params, logits, &targets)?;
+    let mut computed = autograd::forward(&params, logits, &targets)?;
     let shape = logits.shape().clone();
-    let saved = finished.saved.take().map(|saved| Saved { params, shape, targets, saved });
-    Ok((finished.detached(), saved))
+    let saved = computed.saved.take().map(|saved| Saved { params, shape, targets, saved });
+    Ok((computed.detached(), saved))
 }
 
 /// Runs the backward kernel: the gradient of the logits, from that of each row's loss.

@@ -100,7 +100,7 @@ pub(crate) trait Real: Element<Real = Self> {
 
     /// `value`, but 0 where it is −∞. The loops subtract this number from the logits.
     #[inline(always)]
-    fn vfinite_base<S: Simd>(simd: S, value: Self::Vector<S>) -> Self::Vector<S> {
+    fn vfinite_max<S: Simd>(simd: S, value: Self::Vector<S>) -> Self::Vector<S> {
         let neg_infinity = Self::splat(simd, Self::NEG_INFINITY);
         Self::select_equal(simd, value, neg_infinity, Self::splat(simd, Self::ZERO), value)
     }

@@ -34,8 +34,8 @@ impl InnerAxis {
     }
 
     /// The axis along which forward reads. With few classes a row is too short for a block.
-    pub(super) fn of_forward(params: &LossParams, dims: &[usize], num_classes: usize) -> Self {
-        match num_classes {
+    pub(super) fn of_forward(params: &LossParams, dims: &[usize]) -> Self {
+        match dims[params.class_dim] {
             ..=FEW_CLASSES => Self::Row,
             _ => Self::of_memory(params, dims),
         }
@@ -73,15 +73,17 @@ pub(super) struct StridedRows<'a> {
     storage: &'a CpuStorage,
     offsets: RowOffsets,
     pub num_rows: usize,
-    first_class: usize,
+    pub first_class: usize,
+    pub num_classes: usize,
     class_stride: usize,
 }
 
 impl<'a> StridedRows<'a> {
-    /// If `class_dim` is beyond the rank, each element is a row.
+    /// The tensor's first class is `first_class`. If `class_dim` is beyond the rank, each element is a row of one class.
     pub(super) fn new(
         (storage, layout): Operand<'a, CpuStorage>,
         class_dim: usize,
+        first_class: usize,
     ) -> Result<Self> {
         let Some(len) = float_len(storage) else {
             return Err(Error::TargetsDType {
@@ -94,15 +96,10 @@ impl<'a> StridedRows<'a> {
             storage,
             offsets: RowOffsets::new(layout, Some(class_dim)),
             num_rows: num_rows(layout.dims(), class_dim),
-            first_class: 0,
+            first_class,
+            num_classes: layout.dims().get(class_dim).copied().unwrap_or(1),
             class_stride: layout.stride().get(class_dim).copied().unwrap_or(0),
         })
-    }
-
-    /// Numbers the classes from `first_class` on.
-    pub(super) fn with_first_class(mut self, first_class: usize) -> Self {
-        self.first_class = first_class;
-        self
     }
 
     /// The index in the storage of a class of the row at `row_offset`.

@@ -25,11 +25,12 @@ use candle_core::{CpuStorage, DType, Layout, WithDType};
 use dtype::{Element, Real};
 use half::{bf16, f16};
 pub(crate) use input::float_len;
-use input::{BlockPos, FEW_CLASSES, InnerAxis, StridedRows, field_slices};
+use input::{BlockPos, InnerAxis, StridedRows, field_slices};
 use parallel::{BLOCK, default_vec, par_build, par_split};
-use rows::{GradInputs, GradOrder, for_each_row};
+use rows::{GradInputs, for_each_row};
 use softmax::{GradCoeffs, ROWS_AT_ONCE};
-use targets::{LockedClassTable, Targets, read_labels};
+pub(crate) use targets::read_labels;
+use targets::{LockedClassTable, Targets};
 
 type Operand<'a> = layout::Operand<'a, CpuStorage>;
 type OperandMut<'a> = (&'a mut CpuStorage, &'a Layout);
@@ -47,20 +48,18 @@ pub(crate) fn forward(
     }
 }
 
-/// [`forward`] with arithmetic in `A`. So are the other functions named `_in`.
+/// [`forward`] with arithmetic in `A`. The other functions named `_in` also compute in `A`.
 fn forward_in<A: Real>(
     params: &LossParams,
     logits: Operand,
     targets: Operand,
 ) -> Result<ForwardOut<CpuStorage>> {
-    let num_classes = params.num_classes;
-    let axis = InnerAxis::of_forward(params, logits.1.dims(), num_classes);
-    let logits = StridedRows::new(logits, params.class_dim)?;
+    let axis = InnerAxis::of_forward(params, logits.1.dims());
+    let logits = StridedRows::new(logits, params.class_dim, 0)?;
     let class_table = LockedClassTable::new(&params.class_table);
     let targets = Targets::<A>::new(params, &class_table, targets)?;
     let mut rows = RowResults::new(logits.num_rows)?;
-    let out = rows.fields();
-    for_each_row(&logits, &targets, axis, 0..num_classes, out, &|row, i, state, out| {
+    for_each_row(&logits, &targets, axis, rows.fields(), &|row, i, state, out| {
         write_fields(out, i, row_results(params, &targets, row, state));
     })?;
     Ok(rows.reduce(params, &targets))
@@ -85,14 +84,12 @@ fn merge_tile_in<A: Real>(
     logits: Operand,
     targets: Operand,
 ) -> Result<()> {
-    let first = params.first_class;
-    let classes = first..first + logits.1.dims()[params.class_dim];
-    let axis = InnerAxis::of_forward(params, logits.1.dims(), classes.len());
-    let logits = StridedRows::new(logits, params.class_dim)?.with_first_class(first);
+    let axis = InnerAxis::of_forward(params, logits.1.dims());
+    let logits = StridedRows::new(logits, params.class_dim, params.first_class)?;
     let class_table = LockedClassTable::new(&params.class_table);
     let targets = Targets::<A>::new(params, &class_table, targets)?;
-    for_each_row(&logits, &targets, axis, classes, states_mut(states)?, &|_, i, state, out| {
-        let merged = match first {
+    for_each_row(&logits, &targets, axis, states_mut(states)?, &|_, i, state, out| {
+        let merged = match params.first_class {
             0 => state,
             _ => SoftmaxState::from_fields(out.each_ref().map(|field| field[i])).merge(state),
         };
@@ -257,32 +254,23 @@ fn backward_of<T: Element>(
     [logits, targets, grad_output, saved]: [Operand; 4],
 ) -> Result<CpuStorage> {
     let dims = logits.1.dims();
-    let num_classes = dims[params.class_dim];
-    let order = match InnerAxis::of_memory(params, dims) {
-        InnerAxis::Class if num_classes <= FEW_CLASSES => GradOrder::SideBySide,
-        InnerAxis::Class => GradOrder::RowByRow,
-        InnerAxis::Row => GradOrder::ClassByClass,
-    };
     let class_table = LockedClassTable::new(&params.class_table);
-    let logits = StridedRows::new(logits, params.class_dim)?.with_first_class(params.first_class);
+    let logits = StridedRows::new(logits, params.class_dim, params.first_class)?;
     let [max, sum_exp, target_sum] = contiguous_fields(saved, logits.num_rows)?;
     let saved = SavedState { max, sum_exp, target_sum };
-    let grad_output = StridedRows::new(grad_output, grad_output.1.shape().rank())?;
+    let grad_output = StridedRows::new(grad_output, grad_output.1.shape().rank(), 0)?;
     let grad = GradInputs::<T::Real> {
         logits: &logits,
         targets: &Targets::new(params, &class_table, targets)?,
-        order,
-        first_class: params.first_class,
-        num_classes,
         inner_size: inner_size(dims, params.class_dim).max(1),
         coeffs: grad_coeffs(params, saved, &grad_output)?,
     };
     let len = dims.iter().product();
-    let gradient = par_build(len, grad.piece_multiple(), |start, out| grad.write(start, out))?;
+    let gradient = par_build(len, grad.unit(), |start, out| grad.write(start, out))?;
     Ok(T::to_cpu_storage_owned(gradient))
 }
 
-/// Replaces contiguous logits by their gradient.
+/// Replaces contiguous logits by their gradient, which is computed in memory of its own.
 pub(crate) fn backward_in_place(
     params: &LossParams,
     (logits, layout): OperandMut,
@@ -295,7 +283,7 @@ pub(crate) fn backward_in_place(
     Ok(())
 }
 
-/// The numbers of each row in the gradient.
+/// The coefficients of each row's gradient.
 fn grad_coeffs<A: Real>(
     params: &LossParams,
     saved: SavedState<&[A]>,
@@ -332,10 +320,8 @@ fn grad_coeffs<A: Real>(
 
 /// The smoothed targets of all rows, in f32.
 pub(crate) fn smooth_targets(params: &LossParams, labels: Operand) -> Result<CpuStorage> {
-    let num_rows = match labels.0.dtype().is_int() {
-        true => labels.1.shape().elem_count(),
-        false => num_rows(labels.1.dims(), params.class_dim),
-    };
+    // Class indices have no class dimension, so each of them is a row.
+    let num_rows = num_rows(labels.1.dims(), params.class_dim);
     let class_table = LockedClassTable::new(&params.class_table);
     let targets = Targets::<f32>::new(params, &class_table, labels)?;
     let num_classes = params.num_classes;
@@ -344,7 +330,7 @@ pub(crate) fn smooth_targets(params: &LossParams, labels: Operand) -> Result<Cpu
         let (mut row, mut class) = (start / num_classes, start % num_classes);
         while out.remaining() > 0 {
             let len = BLOCK.min(num_classes - class).min(out.remaining());
-            targets.write(BlockPos { row, class, axis: InnerAxis::Class }, &mut block[..len]);
+            targets.load(BlockPos { row, class, axis: InnerAxis::Class }, &mut block[..len]);
             out.write(&block[..len]);
             class += len;
             if class == num_classes {
@@ -353,13 +339,4 @@ pub(crate) fn smooth_targets(params: &LossParams, labels: Operand) -> Result<Cpu
         }
     })?;
     Ok(f32::to_cpu_storage_owned(smoothed))
-}
-
-/// Checks that each class target is a class or the ignored index.
-pub(crate) fn check_class_targets(
-    targets: Operand,
-    num_classes: usize,
-    ignore_index: Option<i64>,
-) -> Result<()> {
-    read_labels(targets, num_classes, ignore_index).map(|_| ())
 }

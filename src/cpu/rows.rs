@@ -5,7 +5,7 @@ use super::input::{BlockPos, FEW_CLASSES, InnerAxis, StridedRows};
 use super::parallel::{BLOCK, SEGMENT, SliceWriter, default_vec, par_split};
 use super::simd::dispatch;
 use super::softmax::{
-    GradCoeffs, ROWS_AT_ONCE, block_max, state_of_constant, state_of_slice, vector_len, write_grad,
+    GradCoeffs, ROWS_AT_ONCE, block_max, state_of_slice, state_of_uniform, vector_len, write_grad,
 };
 use super::targets::{TargetBlock, Targets};
 use crate::error::Result;
@@ -20,31 +20,31 @@ struct Aligned<T>(T);
 
 // ---- Forward
 
-/// Reads the logits of all rows once, and calls `write_row(row, i, state, out)` with the state of each. `write_row` writes its
-/// results to index `i` of each slice of `out`, which hold an element for each of some rows.
+/// Reads the logits of all rows once, and calls `write_row(row, i, state, out)` for each. `write_row` gets a row, its index in
+/// the slices of `out`, which belong to some rows, and its state, and writes its results to that index of each slice.
 pub(super) fn for_each_row<A: Real, O: Send, const N: usize>(
     logits: &StridedRows,
     targets: &Targets<A>,
     axis: InnerAxis,
-    classes: Range<usize>,
     out: [&mut [O]; N],
     write_row: &(impl Fn(usize, usize, SoftmaxState<f64>, &mut [&mut [O]; N]) + Sync),
 ) -> Result<()> {
-    let (num_rows, num_classes) = (logits.num_rows, classes.len());
+    let StridedRows { num_rows, first_class, num_classes, .. } = *logits;
+    let all_classes = first_class..first_class + num_classes;
     let rows_at_once = match axis {
         InnerAxis::Class => 1,
         InnerAxis::Row => num_rows.clamp(1, ROWS_AT_ONCE),
     };
     let segment = match axis {
         InnerAxis::Class => SEGMENT,
-        // The states of the segments take about a 64th of the logits' memory.
+        // The states of the segments take at most a 64th of the logits' memory.
         InnerAxis::Row => (SEGMENT / rows_at_once).max(4 * BLOCK),
     };
     if num_classes <= segment {
         par_split(out, rows_at_once, num_classes, &|first, mut out| {
             let rows = first..first + out[0].len();
             let emit = |row, state| write_row(row, row - first, state, &mut out);
-            let classes = classes.clone();
+            let classes = all_classes.clone();
             dispatch(ForwardRows { logits, targets, axis, rows, classes, emit });
         });
         return Ok(());
@@ -56,9 +56,9 @@ pub(super) fn for_each_row<A: Real, O: Send, const N: usize>(
         for (i, states) in states.chunks_mut(rows_at_once).enumerate() {
             let i = first / rows_at_once + i;
             let row = i / segments * rows_at_once;
-            let class = classes.start + i % segments * segment;
+            let class = first_class + i % segments * segment;
             let rows = row..num_rows.min(row + rows_at_once);
-            let classes = class..classes.end.min(class + segment);
+            let classes = class..all_classes.end.min(class + segment);
             let emit = |at: usize, state| states[at - row] = state;
             dispatch(ForwardRows { logits, targets, axis, rows, classes, emit });
         }
@@ -111,10 +111,10 @@ impl<A: Real, F: FnMut(usize, SoftmaxState<f64>)> ForwardRows<'_, A, F> {
                 let x = self.logits.block(pos, len, &mut x_buffer[..padded]);
                 let max = A::from_f64(state.max.max(block_max(simd, x).to_f64()));
                 let block = match self.targets.block(row, class, len, &mut r_buffer[..padded]) {
-                    TargetBlock::Constant(r, None) => state_of_constant(simd, max, x, r),
-                    TargetBlock::Constant(r, Some((i, on_value))) => {
+                    TargetBlock::Uniform(r, None) => state_of_uniform(simd, max, x, r),
+                    TargetBlock::Uniform(r, Some((i, on_value))) => {
                         let label_delta = on_value.to_f64() - r.to_f64();
-                        let state = state_of_constant(simd, max, x, r);
+                        let state = state_of_uniform(simd, max, x, r);
                         state.add_to_target(label_delta, x[i].to_f64())
                     }
                     TargetBlock::Slice(r) => state_of_slice(simd, max, x, r),
@@ -140,7 +140,7 @@ impl<A: Real, F: FnMut(usize, SoftmaxState<f64>)> ForwardRows<'_, A, F> {
                 for (class, (x, r)) in classes.zip(x.iter_mut().zip(&mut *r)) {
                     let pos = BlockPos { row, class, axis: InnerAxis::Row };
                     self.logits.load(pos, &mut x[..len]);
-                    self.targets.write(pos, &mut r[..len]);
+                    self.targets.load(pos, &mut r[..len]);
                 }
                 states.add_classes(simd, len, &x[..count], &r[..count]);
             }
@@ -165,40 +165,25 @@ fn block_len<A: Real, S: Simd>(remaining: usize) -> (usize, usize) {
 
 // ---- Backward
 
-/// The order in which the gradient is written: that of its memory.
-#[derive(Clone, Copy)]
-pub(super) enum GradOrder {
-    /// The classes of a row are adjacent.
-    RowByRow,
-    /// The same, but with so few classes that several rows are worked on side by side.
-    SideBySide,
-    /// The rows of a class are adjacent.
-    ClassByClass,
-}
-
 /// The inputs of the gradient.
 pub(super) struct GradInputs<'a, A> {
     pub logits: &'a StridedRows<'a>,
     pub targets: &'a Targets<'a, A>,
-    pub order: GradOrder,
-    pub first_class: usize,
-    /// The number of classes of these logits.
-    pub num_classes: usize,
     /// The number of elements between one class and the next of the contiguous gradient.
     pub inner_size: usize,
-    /// The numbers of each row, followed by [`ROWS_AT_ONCE`] others, so that vectors may begin at any row.
+    /// The coefficients of each row, followed by [`ROWS_AT_ONCE`] others, so that vectors may begin at any row.
     pub coeffs: GradCoeffs<Vec<A>>,
 }
 
 impl<A: Real> GradInputs<'_, A> {
     /// A piece of the gradient must begin at a multiple of this.
-    pub(super) fn piece_multiple(&self) -> usize {
-        let multiple = match self.order {
-            GradOrder::RowByRow => self.num_classes,
-            GradOrder::SideBySide => ROWS_AT_ONCE * self.num_classes,
-            GradOrder::ClassByClass => self.inner_size,
+    pub(super) fn unit(&self) -> usize {
+        let unit = match (self.inner_size, self.logits.num_classes) {
+            (1, num_classes @ ..=FEW_CLASSES) => ROWS_AT_ONCE * num_classes,
+            (1, num_classes) => num_classes,
+            (inner_size, _) => inner_size,
         };
-        multiple.min(SEGMENT)
+        unit.min(SEGMENT)
     }
 
     /// Writes a piece of the gradient, from its element `start` on.
@@ -218,19 +203,21 @@ impl<T: Element> WithSimd for WriteGrad<'_, '_, T> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        match self.grad.order {
-            GradOrder::RowByRow => self.row_by_row(simd),
-            GradOrder::SideBySide => self.side_by_side(simd),
-            GradOrder::ClassByClass => self.class_by_class(simd),
+        match (self.grad.inner_size, self.grad.logits.num_classes) {
+            (1, ..=FEW_CLASSES) => self.side_by_side(simd),
+            (1, _) => self.row_by_row(simd),
+            _ => self.class_by_class(simd),
         }
     }
 }
 
 impl<T: Element> WriteGrad<'_, '_, T> {
+    /// For classes that are adjacent in memory.
     #[inline(always)]
     fn row_by_row<S: Simd>(self, simd: S) {
         let Self { grad, start, out } = self;
-        let GradInputs { logits, targets, first_class, num_classes, .. } = *grad;
+        let GradInputs { logits, targets, .. } = *grad;
+        let StridedRows { first_class, num_classes, .. } = *logits;
         let end = first_class + num_classes;
         let mut buffers = Aligned([[T::Real::ZERO; BLOCK]; 3]);
         let [x_buffer, r_buffer, gradient] = &mut buffers.0;
@@ -246,11 +233,11 @@ impl<T: Element> WriteGrad<'_, '_, T> {
                 let x = logits.block(pos, len, &mut x_buffer[..padded]);
                 let coeffs = iter::repeat(grad.coeffs.splat(simd, row));
                 match targets.block(row, class, len, &mut r_buffer[..padded]) {
-                    TargetBlock::Constant(r, label) => {
+                    TargetBlock::Uniform(r, label) => {
                         let r = iter::repeat(T::Real::splat(simd, r));
                         write_grad(simd, coeffs.clone(), x, r, gradient);
                         if let Some((i, on_value)) = label {
-                            let x = [x[i]; ROWS_AT_ONCE];
+                            let x = [x[i]; BLOCK];
                             let r = iter::once(T::Real::splat(simd, on_value));
                             write_grad(simd, coeffs, &x, r, r_buffer);
                             gradient[i] = r_buffer[0];
@@ -270,9 +257,10 @@ impl<T: Element> WriteGrad<'_, '_, T> {
         }
     }
 
+    /// For so few adjacent classes that vectors hold the rows instead.
     #[inline(always)]
     fn side_by_side<S: Simd>(self, simd: S) {
-        let GradInputs { first_class, num_classes, .. } = *self.grad;
+        let StridedRows { first_class, num_classes, .. } = *self.grad.logits;
         let mut scratch = Scratch::new();
         let mut tile = [T::default(); ROWS_AT_ONCE * FEW_CLASSES];
         let mut row = self.start / num_classes;
@@ -289,9 +277,11 @@ impl<T: Element> WriteGrad<'_, '_, T> {
         }
     }
 
+    /// For rows that are adjacent in memory.
     #[inline(always)]
     fn class_by_class<S: Simd>(self, simd: S) {
-        let GradInputs { first_class, num_classes, inner_size, .. } = *self.grad;
+        let StridedRows { first_class, num_classes, .. } = *self.grad.logits;
+        let inner_size = self.grad.inner_size;
         let mut scratch = Scratch::new();
         let (line, mut inner) = (self.start / inner_size, self.start % inner_size);
         let (mut outer, mut class) = (line / num_classes, first_class + line % num_classes);
@@ -336,7 +326,7 @@ impl<T: Element> Scratch<T> {
         len: usize,
     ) -> &[T] {
         grad.logits.load(pos, &mut self.x[..len]);
-        grad.targets.write(pos, &mut self.r[..len]);
+        grad.targets.load(pos, &mut self.r[..len]);
         let vectors = len.div_ceil(vector_len::<T::Real, S>());
         let r = T::Real::as_vectors::<S>(&self.r).iter().copied().take(vectors);
         write_grad(simd, grad.coeffs.vectors(pos.row), &self.x, r, &mut self.gradient);

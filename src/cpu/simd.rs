@@ -1,6 +1,6 @@
 //! The choice of an instruction set at run time, among those of [pulp](https://docs.rs/pulp).
 //!
-//! pulp compiles an operation ([`WithSimd`]) for each instruction set. A function that the operation calls must be
+//! pulp compiles an operation ([`WithSimd`]) for each instruction set. A function that handles vectors must be
 //! `#[inline(always)]`. Otherwise it is compiled once, for the baseline processor. The functions that copy strided
 //! inputs are compiled so on purpose, to keep the code small.
 

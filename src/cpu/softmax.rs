@@ -43,7 +43,7 @@ impl SoftmaxState<f64> {
         }
         Self {
             target_sum: self.target_sum + delta,
-            target_dot: self.target_dot + delta * (logit - finite_base(self.max)),
+            target_dot: self.target_dot + delta * (logit - finite_max(self.max)),
             ..self
         }
     }
@@ -61,7 +61,7 @@ impl SoftmaxState<f64> {
 }
 
 /// The number that is subtracted from logits: their maximum, but 0 if that is −∞, since −∞ − −∞ is NaN.
-fn finite_base<A: Real>(max: A) -> A {
+fn finite_max<A: Real>(max: A) -> A {
     if max == A::NEG_INFINITY { A::ZERO } else { max }
 }
 
@@ -89,13 +89,13 @@ pub(super) fn block_max<A: Real, S: Simd>(simd: S, logits: &[A]) -> A {
 ///
 /// `max` is the largest logit so far, this block's included. Relative to it, most blocks merge without an exponential.
 #[inline(always)]
-pub(super) fn state_of_constant<A: Real, S: Simd>(
+pub(super) fn state_of_uniform<A: Real, S: Simd>(
     simd: S,
     max: A,
     logits: &[A],
     target: A,
 ) -> SoftmaxState<f64> {
-    let base = A::splat(simd, finite_base(max));
+    let base = A::splat(simd, finite_max(max));
     let mut sum_exp = [A::splat(simd, A::ZERO); UNROLL];
     let r = A::splat(simd, target);
     let mut target_dot = sum_exp;
@@ -118,7 +118,7 @@ pub(super) fn state_of_constant<A: Real, S: Simd>(
     }
 }
 
-/// The state over a block of whole chunks with a weighted target for each class. `max` is as in [`state_of_constant`].
+/// The state over a block of whole chunks with a weighted target for each class. `max` is as in [`state_of_uniform`].
 #[inline(always)]
 pub(super) fn state_of_slice<A: Real, S: Simd>(
     simd: S,
@@ -126,7 +126,7 @@ pub(super) fn state_of_slice<A: Real, S: Simd>(
     logits: &[A],
     targets: &[A],
 ) -> SoftmaxState<f64> {
-    let base = A::splat(simd, finite_base(max));
+    let base = A::splat(simd, finite_max(max));
     let mut sum_exp = [A::splat(simd, A::ZERO); UNROLL];
     let (mut target_sum, mut target_dot) = (sum_exp, sum_exp);
     for (x, r) in chunks::<A, S>(logits).iter().zip(chunks::<A, S>(targets)) {
@@ -181,7 +181,7 @@ impl<A: Real> SoftmaxState<[A; ROWS_AT_ONCE]> {
             for x in logits {
                 new_max = A::vmax(simd, A::as_vectors::<S>(x)[i], new_max);
             }
-            let base = A::vfinite_base(simd, new_max);
+            let base = A::vfinite_max(simd, new_max);
             // The new classes are summed apart from the old ones: fewer roundings than one by one.
             let zero = A::splat(simd, A::ZERO);
             let (mut new_sum_exp, mut new_target_sum, mut new_target_dot) = (zero, zero, zero);
@@ -211,7 +211,7 @@ impl<A: Real> SoftmaxState<[A; ROWS_AT_ONCE]> {
     }
 }
 
-/// The numbers of a row in its gradient, exp(x − max)·exp_scale + r·neg_grad_output. `T` is a number, a vector, or a
+/// The coefficients of a row's gradient, exp(x − max)·exp_scale + r·neg_grad_output. `T` is a number, a vector, or a
 /// collection with a number for each row.
 #[derive(Clone, Copy)]
 pub(super) struct GradCoeffs<T> {
@@ -222,7 +222,7 @@ pub(super) struct GradCoeffs<T> {
 }
 
 impl<A: Real> GradCoeffs<Vec<A>> {
-    /// The numbers of one row, for every class of a vector.
+    /// The coefficients of one row, the same for every class of a vector.
     #[inline(always)]
     pub(super) fn splat<S: Simd>(&self, simd: S, row: usize) -> GradCoeffs<A::Vector<S>> {
         GradCoeffs {
@@ -232,7 +232,7 @@ impl<A: Real> GradCoeffs<Vec<A>> {
         }
     }
 
-    /// The numbers of the rows from `row` on, in vectors.
+    /// The coefficients of the rows from `row` on, in vectors.
     #[inline(always)]
     pub(super) fn vectors<S: Simd>(
         &self,

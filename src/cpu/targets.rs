@@ -31,7 +31,7 @@ const IGNORED: u32 = u32::MAX;
 pub(super) enum TargetBlock<'a, A> {
     /// One value for all classes but the label. If the label is in this block, the second field has its index in the
     /// block and its value, which is not less than that of the others.
-    Constant(A, Option<(usize, A)>),
+    Uniform(A, Option<(usize, A)>),
     Slice(&'a [A]),
 }
 
@@ -49,7 +49,7 @@ impl<'a, A: Real> Targets<'a, A> {
                 }
                 TargetData::Labels(read_labels(targets, params.num_classes, params.ignore_index)?)
             }
-            false => TargetData::Probabilities(StridedRows::new(targets, params.class_dim)?),
+            false => TargetData::Probabilities(StridedRows::new(targets, params.class_dim, 0)?),
         };
         let has_ignore_index = params.ignore_index.is_some();
         Ok(Self { class_params: class_table.class_params()?, data, has_ignore_index })
@@ -81,7 +81,7 @@ impl<'a, A: Real> Targets<'a, A> {
     }
 
     /// The weighted targets of `len` classes of a row, followed by zeros up to the length of `buffer`. If the targets are
-    /// class indices and no padding is needed, weighted targets that are constant or contiguous are not copied. All other
+    /// class indices and no padding is needed, weighted targets that are uniform or contiguous are not copied. All other
     /// weighted targets are written to `buffer`.
     #[inline(always)]
     pub(super) fn block<'b>(
@@ -97,7 +97,7 @@ impl<'a, A: Real> Targets<'a, A> {
             let label = labels[row] as usize;
             let label_index = label.checked_sub(class).filter(|i| *i < len);
             match (&self.class_params.off_value, label_index) {
-                (ClassValues::Uniform(r), None) => return TargetBlock::Constant(*r, None),
+                (ClassValues::Uniform(r), None) => return TargetBlock::Uniform(*r, None),
                 (ClassValues::PerClass(r), None) => {
                     return TargetBlock::Slice(&r[class..class + len]);
                 }
@@ -105,21 +105,21 @@ impl<'a, A: Real> Targets<'a, A> {
                     // A negative difference would cancel digits of the sum.
                     let on_value = self.class_params.on_value.at(label);
                     if on_value >= *r {
-                        return TargetBlock::Constant(*r, Some((i, on_value)));
+                        return TargetBlock::Uniform(*r, Some((i, on_value)));
                     }
                 }
                 (ClassValues::PerClass(_), Some(_)) => {}
             }
         }
         let (out, padding) = buffer.split_at_mut(len);
-        self.write(BlockPos { row, class, axis: InnerAxis::Class }, out);
+        self.load(BlockPos { row, class, axis: InnerAxis::Class }, out);
         padding.fill(A::ZERO);
         TargetBlock::Slice(buffer)
     }
 
     /// Fills `out` with the weighted targets of a block.
     #[inline(always)]
-    pub(super) fn write(&self, pos: BlockPos, out: &mut [A]) {
+    pub(super) fn load(&self, pos: BlockPos, out: &mut [A]) {
         match (&self.data, pos.axis) {
             (TargetData::Labels(labels), InnerAxis::Row) => {
                 let on_value = self.class_params.on_value.at(pos.class);
@@ -129,13 +129,13 @@ impl<'a, A: Real> Targets<'a, A> {
                     *r = if label == class { on_value } else { off_value };
                 }
             }
-            _ => self.write_slow(pos, out),
+            _ => self.load_slow(pos, out),
         }
     }
 
-    /// Like [`write`](Self::write), for the other cases. Compiled once and not for each instruction set.
+    /// Like [`load`](Self::load), for the other cases. Compiled once and not for each instruction set.
     #[inline(never)]
-    fn write_slow(&self, pos: BlockPos, out: &mut [A]) {
+    fn load_slow(&self, pos: BlockPos, out: &mut [A]) {
         let ClassParams { prob_scale, off_value, on_value, .. } = &self.class_params;
         match &self.data {
             TargetData::Labels(labels) => {
@@ -219,7 +219,7 @@ impl<A: Real> ClassValues<'_, A> {
 }
 
 /// The class targets as indices, each checked, or [`IGNORED`] where they equal `ignore_index`.
-pub(super) fn read_labels(
+pub(crate) fn read_labels(
     (targets, layout): Operand<CpuStorage>,
     num_classes: usize,
     ignore_index: Option<i64>,

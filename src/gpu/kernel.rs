@@ -83,11 +83,11 @@ impl<'a, S> Buffer<'a, S> {
 pub(crate) struct KernelVariant {
     pub logits: DType,
     pub targets: DType,
-    /// Whether the coefficients differ between classes.
+    /// Whether the class params differ between classes.
     pub per_class: bool,
 }
 
-/// A compiled kernel.
+/// The key of a compiled kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct KernelKey {
     /// The entry point.

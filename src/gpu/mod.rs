@@ -29,7 +29,7 @@ use crate::formula::{
     CLASS_FIELDS, ClassParams, ClassTable, Divisor, ForwardOut, LossParams, SAVED_FIELDS,
     STATE_FIELDS, result_dtype,
 };
-use crate::layout::{Operand, inner_size, num_rows};
+use crate::layout::{self, Operand, inner_size, num_rows};
 use candle_core::{DType, Layout, StorageRef, WithDType};
 use kernel::{Buffer, Grid, KernelKey, KernelVariant};
 use params::{IntParams, KernelParams, Outputs, ReduceParams, RowStrides};
@@ -136,6 +136,13 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
     ) -> Result<Self> {
         let targets_dtype = targets.0.dtype();
         let targets_class_dim = (!targets_dtype.is_int()).then_some(params.class_dim);
+        let target_rows = match targets_class_dim {
+            None => targets.1.shape().elem_count(),
+            Some(class_dim) => layout::num_rows(targets.1.dims(), class_dim),
+        };
+        if target_rows != num_rows {
+            return Err(internal_error(format!("{target_rows} targets for {num_rows} rows")));
+        }
         let ints = IntParams {
             targets: RowStrides::new(targets, targets_class_dim)?,
             num_rows: num_rows as u64,
@@ -206,7 +213,7 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
         KernelKey { name, variant: self.variant }
     }
 
-    /// The buffers of the targets and of the class parameters.
+    /// The buffers of the targets and of the class params.
     fn shared_buffers(&self) -> Result<[Buffer<'_, S>; 2]> {
         let class_params = match &self.class_params {
             None => Buffer::Unused,
@@ -214,11 +221,11 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
                 let class_params = S::from_storage(storage).ok_or_else(|| {
                     let location = storage.device().location();
                     internal_error(format!(
-                        "the class parameters are on {location:?}, not with the logits"
+                        "the class params are on {location:?}, not with the logits"
                     ))
                 })?;
                 let len = CLASS_FIELDS * self.ints.num_classes as usize;
-                self.check_numbers("class parameters", class_params, len)?;
+                self.check_numbers("class params", class_params, len)?;
                 Buffer::Input(class_params)
             }
         };
@@ -305,7 +312,7 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
         let (logits, [targets, class_params]) = (Buffer::Input(logits), self.shared_buffers()?);
         let mut buffers = [logits, targets, class_params, states, losses, weights, saved];
         // SAFETY: these are the buffers of `forward`. The strides were checked against the storages of the
-        // logits and the targets, and the length of the class parameters. Each output has room for every row (the
+        // logits and the targets, and the length of the class params. Each output has room for every row (the
         // states, for every split of it), and the kernel writes those that the flags name. It compares a class
         // target with the number of classes before it indexes by it.
         unsafe { self.run("forward", grid, &mut buffers) }
@@ -356,7 +363,7 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
             Buffer::Input(saved),
             Buffer::Output(grad_logits),
         ];
-        // SAFETY: these are the buffers of `backward`. The logits, targets and class parameters are in bounds as
+        // SAFETY: these are the buffers of `backward`. The logits, targets and class params are in bounds as
         // in `launch_forward`. The strides of the output gradient were checked against its storage, and the
         // length of the saved states. The gradient has an element for each logit.
         unsafe { self.run("backward", grid, &mut buffers) }
