@@ -1,6 +1,7 @@
 //! Work shared between threads, in pieces that do not depend on the number of threads.
 
 use crate::error::{Error, Result};
+use rayon::prelude::*;
 use std::mem::MaybeUninit;
 
 /// Elements that a loop works on at a time: few enough for the stack and the first-level cache.
@@ -32,40 +33,24 @@ pub(super) fn default_vec<T: Copy + Default>(len: usize) -> Result<Vec<T>> {
 /// Splits slices of equal length into pieces, and calls `f(start, pieces)` on several threads. Each `start` is a multiple
 /// of `unit`, and each piece but the last has at least `unit` elements. One index is `cost` elements of work.
 pub(super) fn par_split<T: Send, const N: usize>(
-    slices: [&mut [T]; N],
+    mut slices: [&mut [T]; N],
     unit: usize,
     cost: usize,
     f: &(impl Fn(usize, [&mut [T]; N]) + Sync),
 ) {
     let piece_len = MIN_TASK.div_ceil(cost.max(1)).next_multiple_of(unit.max(1));
-    split_from(0, slices, piece_len, f);
-}
-
-fn split_from<T: Send, const N: usize>(
-    start: usize,
-    slices: [&mut [T]; N],
-    piece_len: usize,
-    f: &(impl Fn(usize, [&mut [T]; N]) + Sync),
-) {
-    let pieces = slices.first().map_or(0, |slice| slice.len()).div_ceil(piece_len);
-    if pieces <= 1 {
-        return f(start, slices);
+    let len = slices.first().map_or(0, |slice| slice.len());
+    if len <= piece_len {
+        return f(0, slices);
     }
-    let middle = pieces / 2 * piece_len;
-    let mut right = [const { None }; N];
-    let mut right_of = right.iter_mut();
-    let left = slices.map(|slice| {
-        let (left, right) = slice.split_at_mut(middle);
-        if let Some(slot) = right_of.next() {
-            *slot = Some(right);
-        }
-        left
-    });
-    let right = right.map(Option::unwrap_or_default);
-    rayon::join(
-        || split_from(start, left, piece_len, f),
-        || split_from(start + middle, right, piece_len, f),
-    );
+    let pieces: Vec<_> = (0..len)
+        .step_by(piece_len)
+        .map(|start| {
+            let end = piece_len.min(len - start);
+            (start, slices.each_mut().map(|slice| slice.split_off_mut(..end).unwrap_or_default()))
+        })
+        .collect();
+    pieces.into_par_iter().for_each(|(start, pieces)| f(start, pieces));
 }
 
 /// A vector of `len` elements. `f(start, writer)` writes those of a piece. Each `start` is a multiple of `unit`.
