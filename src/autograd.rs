@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::formula::{Divisor, ForwardOut, LossParams, SAVED_FIELDS, STATE_FIELDS, result_dtype};
 #[cfg(any(feature = "cuda", feature = "metal"))]
 use crate::gpu;
-use crate::layout::{Operand, check_layout, row_shape};
+use crate::layout::{Operand, OperandMut, check_layout, row_shape};
 use candle_core::op::BackpropOp;
 use candle_core::{
     CpuStorage, CudaStorage, CustomOp3, DType, Device, InplaceOp1, Layout, MetalStorage, Shape,
@@ -61,11 +61,11 @@ pub(crate) fn merge_tile(
 ) -> Result<()> {
     let locked = [logits, targets].map(Tensor::storage_and_layout);
     in_place(states, |states| match (states, Operands::new(&locked)?) {
-        (OperandMut::Cpu(states), Operands::Cpu(t)) => host::merge_tile(params, states, t),
+        (AnyOperandMut::Cpu(states), Operands::Cpu(t)) => host::merge_tile(params, states, t),
         #[cfg(feature = "cuda")]
-        (OperandMut::Cuda(states), Operands::Cuda(t)) => gpu::merge_tile(params, states, t),
+        (AnyOperandMut::Cuda(states), Operands::Cuda(t)) => gpu::merge_tile(params, states, t),
         #[cfg(feature = "metal")]
-        (OperandMut::Metal(states), Operands::Metal(t)) => gpu::merge_tile(params, states, t),
+        (AnyOperandMut::Metal(states), Operands::Metal(t)) => gpu::merge_tile(params, states, t),
         _ => Err(no_backend()),
     })
 }
@@ -187,11 +187,15 @@ pub(crate) fn backward_in_place(
 ) -> Result<()> {
     let locked = [targets, grad_output, saved].map(Tensor::storage_and_layout);
     in_place(logits, |logits| match (logits, Operands::new(&locked)?) {
-        (OperandMut::Cpu(logits), Operands::Cpu(t)) => host::backward_in_place(params, logits, t),
+        (AnyOperandMut::Cpu(logits), Operands::Cpu(t)) => {
+            host::backward_in_place(params, logits, t)
+        }
         #[cfg(feature = "cuda")]
-        (OperandMut::Cuda(logits), Operands::Cuda(t)) => gpu::backward_in_place(params, logits, t),
+        (AnyOperandMut::Cuda(logits), Operands::Cuda(t)) => {
+            gpu::backward_in_place(params, logits, t)
+        }
         #[cfg(feature = "metal")]
-        (OperandMut::Metal(logits), Operands::Metal(t)) => {
+        (AnyOperandMut::Metal(logits), Operands::Metal(t)) => {
             gpu::backward_in_place(params, logits, t)
         }
         _ => Err(no_backend()),
@@ -231,7 +235,7 @@ pub(crate) fn check_class_targets(
     }
 }
 
-/// Whether the kernels of the CPU compute with tensors on the device.
+/// Whether the CPU kernels run on tensors of this device.
 pub(crate) fn runs_on_cpu(device: &Device) -> bool {
     device.is_cpu() && !cfg!(emulator)
 }
@@ -305,37 +309,37 @@ pub(crate) fn check_storage(tensor: &Tensor) -> Result<()> {
 
 // ---- candle's ops
 
-/// A tensor that a kernel changes: its storage and its layout.
-enum OperandMut<'a> {
-    Cpu((&'a mut CpuStorage, &'a Layout)),
+/// A tensor that a kernel changes, of any backend.
+enum AnyOperandMut<'a> {
+    Cpu(OperandMut<'a, CpuStorage>),
     #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "no backend takes it"))]
-    Cuda((&'a mut CudaStorage, &'a Layout)),
+    Cuda(OperandMut<'a, CudaStorage>),
     #[cfg_attr(not(feature = "metal"), expect(dead_code, reason = "no backend takes it"))]
-    Metal((&'a mut MetalStorage, &'a Layout)),
+    Metal(OperandMut<'a, MetalStorage>),
 }
 
 /// Calls `f` with the tensor's storage. candle gives mutable access to a storage only to an in-place op.
-fn in_place(tensor: &Tensor, f: impl Fn(OperandMut) -> Result<()>) -> Result<()> {
+fn in_place(tensor: &Tensor, f: impl Fn(AnyOperandMut) -> Result<()>) -> Result<()> {
     Ok(tensor.inplace_op1(&InPlace(f))?)
 }
 
 struct InPlace<F>(F);
 
-impl<F: Fn(OperandMut) -> Result<()>> InplaceOp1 for InPlace<F> {
+impl<F: Fn(AnyOperandMut) -> Result<()>> InplaceOp1 for InPlace<F> {
     fn name(&self) -> &'static str {
         "label-smoothing-loss-in-place"
     }
 
     fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
-        Ok(self.0(OperandMut::Cpu((storage, layout)))?)
+        Ok(self.0(AnyOperandMut::Cpu((storage, layout)))?)
     }
 
     fn cuda_fwd(&self, storage: &mut CudaStorage, layout: &Layout) -> candle_core::Result<()> {
-        Ok(self.0(OperandMut::Cuda((storage, layout)))?)
+        Ok(self.0(AnyOperandMut::Cuda((storage, layout)))?)
     }
 
     fn metal_fwd(&self, storage: &mut MetalStorage, layout: &Layout) -> candle_core::Result<()> {
-        Ok(self.0(OperandMut::Metal((storage, layout)))?)
+        Ok(self.0(AnyOperandMut::Metal((storage, layout)))?)
     }
 }
 

@@ -7,6 +7,9 @@ use std::hint::black_box;
 /// A tensor's storage and its layout.
 pub(crate) type Operand<'a, S> = (&'a S, &'a Layout);
 
+/// A tensor's storage, to be changed, and its layout.
+pub(crate) type OperandMut<'a, S> = (&'a mut S, &'a Layout);
+
 /// The shape of the rows: the logits' without the class dimension.
 pub(crate) fn row_shape(logits: &[usize], class_dim: usize) -> Vec<usize> {
     let mut rows = logits.to_vec();
@@ -70,8 +73,8 @@ pub(crate) fn check_memory(what: &'static str, shape: &[usize], len: usize) -> R
 /// The offset of each row: of all positions in the dimensions other than the class dimension, in row-major
 /// order, at any strides.
 ///
-/// Neighbouring dimensions whose strides follow from each other are merged. So the rows of a contiguous
-/// tensor are one dimension, and no division is needed to find one.
+/// Neighbouring dimensions whose strides follow from each other are merged. So the rows of a contiguous tensor with the
+/// class dimension first or last are one dimension, and no division is needed to find one.
 #[derive(Debug)]
 pub(crate) struct RowOffsets {
     start: usize,

@@ -17,7 +17,8 @@ impl LabelSmoothingLoss {
     /// `hidden` has shape (.., H), `weight` (K, H) and `bias` (K), as [`candle_nn::Linear`] keeps them. They have one
     /// dtype, f16, bf16, f32 or f64, and one device. `targets` are those of logits of shape (.., K). The class dimension
     /// is the last one. All options and the result are as in [`forward`](Self::forward), except that logits of a half
-    /// type are rounded at other places. Each of `hidden`, `weight` and `bias` that is tracked gets its gradient. None of
+    /// type are rounded at other places, and that the hidden states of an ignored row must be finite: the multiplication for
+    /// the weight's gradient would turn them into 0·NaN = NaN. Each of `hidden`, `weight` and `bias` that is tracked gets its gradient. None of
     /// them may change before `backward`, which computes the logits again.
     ///
     /// ```
@@ -40,9 +41,10 @@ impl LabelSmoothingLoss {
     /// # When to use it
     /// Use it if the logits do not fit: many tokens, and a vocabulary that is large against the hidden size. This
     /// function never holds all logits in memory, nor their gradient, nor candle's copies of that gradient. It holds the
-    /// gradients of `hidden`, `weight` and `bias`, one tile of the logits (on the CPU also that tile's gradient), a piece of
-    /// the weight and a piece of the hidden states of at most that size, and about a hundred bytes a row. The cost is time: `backward` computes the logits
-    /// again. This is a fourth matrix multiplication, where a linear layer has three.
+    /// gradients of `hidden`, `weight` and `bias`, a tile of the logits, a second one while it adds the bias or computes the
+    /// tile's gradient, a piece of the weight and a piece of the hidden states of at most that size, and about a hundred
+    /// bytes a row. The cost is time: `backward` computes the logits again. This is a fourth matrix multiplication, where a
+    /// linear layer has three.
     ///
     /// [`forward`](Self::forward) is the better choice for logits that fit easily, for few classes, for a hidden size so
     /// large that the multiplications take nearly all of the time, and if the logits are needed anyway.
@@ -128,17 +130,17 @@ pub(crate) fn forward_linear(
         check_memory("a tile of the weight", weight.dims(), len)?;
     }
     let row_tiles = RowTile::all(&rows, tile.rows);
-    let head = LinearHead { params, targets, row_tiles, classes_per_tile: tile.classes };
+    let tiled = TiledLoss { params, targets, row_tiles, classes_per_tile: tile.classes };
     let (h, w, b) = (hidden.detach(), weight.detach(), bias.map(Tensor::detach));
-    let states = head.forward_states(&h, &w, b.as_ref())?;
+    let states = tiled.forward_states(&h, &w, b.as_ref())?;
     let dtype = matmul_dtype(hidden);
-    let computed = autograd::finish(&head.params, dtype, &states, rows, &head.targets)?;
+    let computed = autograd::finish(&tiled.params, dtype, &states, rows, &tiled.targets)?;
     let has_bias = bias.is_some();
     // Without a bias, a constant takes its place.
-    let constant = head.targets.clone();
+    let constant = tiled.targets.clone();
     let inputs = [hidden, weight, bias.unwrap_or(&constant)];
     computed.attach_backward(inputs, move |[hidden, weight, bias], grad_output, saved| {
-        head.backward(hidden, weight, has_bias.then_some(bias), grad_output, saved)
+        tiled.backward(hidden, weight, has_bias.then_some(bias), grad_output, saved)
     })
 }
 
@@ -253,15 +255,15 @@ impl WeightTile {
     }
 }
 
-/// A linear classifier, and the loss of its logits.
-struct LinearHead {
+/// The loss of logits that are computed in tiles.
+struct TiledLoss {
     params: LossParams,
     targets: Tensor,
     row_tiles: Vec<RowTile>,
     classes_per_tile: usize,
 }
 
-impl LinearHead {
+impl TiledLoss {
     /// The softmax states of the rows over all classes.
     fn forward_states(
         &self,

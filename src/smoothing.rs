@@ -163,8 +163,8 @@ impl Smoothing {
     }
 }
 
-/// The factor between class weights and the limits of the dtype's normal numbers. Sums of this many weights, and this
-/// fraction of one, stay normal: a mean divides by such sums.
+/// The factor between class weights and the limits of the dtype's normal numbers. A sum of this many weights, by which a mean
+/// divides, does not overflow. This fraction of a weight stays normal.
 const WEIGHT_HEADROOM: f64 = (1u64 << 24) as f64;
 
 /// Copies class weights or a prior to the host and checks each value.

@@ -24,9 +24,9 @@ pub(super) enum InnerAxis {
 }
 
 impl InnerAxis {
-    /// The axis along which contiguous logits are adjacent in memory. It depends on the shape alone, so that a view
-    /// gives the bits of its contiguous copy.
-    pub(super) fn of_memory(params: &LossParams, dims: &[usize]) -> Self {
+    /// The axis along which the elements of contiguous logits of this shape are adjacent in memory. A view has the axis of
+    /// its contiguous copy, and so the same bits.
+    pub(super) fn of_shape(params: &LossParams, dims: &[usize]) -> Self {
         match inner_size(dims, params.class_dim) {
             1 => Self::Class,
             _ => Self::Row,
@@ -37,7 +37,7 @@ impl InnerAxis {
     pub(super) fn of_forward(params: &LossParams, dims: &[usize]) -> Self {
         match dims[params.class_dim] {
             ..=FEW_CLASSES => Self::Row,
-            _ => Self::of_memory(params, dims),
+            _ => Self::of_shape(params, dims),
         }
     }
 }
@@ -74,7 +74,7 @@ pub(super) struct StridedRows<'a> {
     offsets: RowOffsets,
     pub num_rows: usize,
     pub first_class: usize,
-    pub num_classes: usize,
+    pub tile_classes: usize,
     class_stride: usize,
 }
 
@@ -97,7 +97,7 @@ impl<'a> StridedRows<'a> {
             offsets: RowOffsets::new(layout, Some(class_dim)),
             num_rows: num_rows(layout.dims(), class_dim),
             first_class,
-            num_classes: layout.dims().get(class_dim).copied().unwrap_or(1),
+            tile_classes: layout.dims().get(class_dim).copied().unwrap_or(1),
             class_stride: layout.stride().get(class_dim).copied().unwrap_or(0),
         })
     }

@@ -1,10 +1,10 @@
 //! The kernels on the CPU.
 //!
-//! A loop (`rows`) works on blocks along one axis: 256 classes of a row, or some classes of 128 rows side by side. A block of
-//! inputs is read in the dtype of the arithmetic (`input`, `targets`): in place if it has that dtype and is contiguous, else
-//! from a copy on the stack. The arithmetic of a block (`softmax`, `exp`) is written once for both dtypes (`dtype`) and
-//! compiled for each instruction set (`simd`). Blocks have a fixed size and merge in a fixed order, so the result has
-//! the same bits for every number of threads (`parallel`).
+//! A loop (`rows`) works on blocks along one axis: 256 classes of a row, or some classes of up to 128 rows side by side. A
+//! block of inputs is copied to the stack in the dtype of the arithmetic (`input`, `targets`), unless it can be used where
+//! it is. The arithmetic of a block (`softmax`, `exp`) is written once for both dtypes (`dtype`) and compiled for each
+//! instruction set (`simd`). Blocks have a fixed size and merge in a fixed order, so the result has the same bits for
+//! every number of threads (`parallel`).
 
 mod dtype;
 mod exp;
@@ -21,19 +21,19 @@ use crate::formula::{
 };
 use crate::layout::{self, inner_size, num_rows};
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, DType, Layout, WithDType};
+use candle_core::{CpuStorage, DType, WithDType};
 use dtype::{Element, Real};
 use half::{bf16, f16};
 pub(crate) use input::float_len;
 use input::{BlockPos, InnerAxis, StridedRows, field_slices};
-use parallel::{BLOCK, default_vec, par_build, par_split};
+use parallel::{BLOCK, SEGMENT, default_vec, par_build, par_split};
 use rows::{GradInputs, for_each_row};
 use softmax::{GradCoeffs, ROWS_AT_ONCE};
 pub(crate) use targets::read_labels;
 use targets::{LockedClassTable, Targets};
 
 type Operand<'a> = layout::Operand<'a, CpuStorage>;
-type OperandMut<'a> = (&'a mut CpuStorage, &'a Layout);
+type OperandMut<'a> = layout::OperandMut<'a, CpuStorage>;
 
 // ---- Forward
 
@@ -325,7 +325,8 @@ pub(crate) fn smooth_targets(params: &LossParams, labels: Operand) -> Result<Cpu
     let class_table = LockedClassTable::new(&params.class_table);
     let targets = Targets::<f32>::new(params, &class_table, labels)?;
     let num_classes = params.num_classes;
-    let smoothed = par_build(num_rows * num_classes, num_classes, |start, out| {
+    let unit = num_classes.min(SEGMENT);
+    let smoothed = par_build(num_rows * num_classes, unit, |start, out| {
         let mut block = [0.; BLOCK];
         let (mut row, mut class) = (start / num_classes, start % num_classes);
         while out.remaining() > 0 {

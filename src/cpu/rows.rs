@@ -20,8 +20,8 @@ struct Aligned<T>(T);
 
 // ---- Forward
 
-/// Reads the logits of all rows once, and calls `write_row(row, i, state, out)` for each. `write_row` gets a row, its index in
-/// the slices of `out`, which belong to some rows, and its state, and writes its results to that index of each slice.
+/// Reads the logits of all rows once, and calls `write_row(row, i, state, out)` for each row. There `out` has the outputs of
+/// some of the rows, and `i` is the row's index in each of its slices.
 pub(super) fn for_each_row<A: Real, O: Send, const N: usize>(
     logits: &StridedRows,
     targets: &Targets<A>,
@@ -29,19 +29,19 @@ pub(super) fn for_each_row<A: Real, O: Send, const N: usize>(
     out: [&mut [O]; N],
     write_row: &(impl Fn(usize, usize, SoftmaxState<f64>, &mut [&mut [O]; N]) + Sync),
 ) -> Result<()> {
-    let StridedRows { num_rows, first_class, num_classes, .. } = *logits;
-    let all_classes = first_class..first_class + num_classes;
+    let StridedRows { num_rows, first_class, tile_classes, .. } = *logits;
+    let all_classes = first_class..first_class + tile_classes;
     let rows_at_once = match axis {
         InnerAxis::Class => 1,
         InnerAxis::Row => num_rows.clamp(1, ROWS_AT_ONCE),
     };
     let segment = match axis {
         InnerAxis::Class => SEGMENT,
-        // The states of the segments take at most a 64th of the logits' memory.
+        // The states of the segments take at most a 32nd of the logits' memory.
         InnerAxis::Row => (SEGMENT / rows_at_once).max(4 * BLOCK),
     };
-    if num_classes <= segment {
-        par_split(out, rows_at_once, num_classes, &|first, mut out| {
+    if tile_classes <= segment {
+        par_split(out, rows_at_once, tile_classes, &|first, mut out| {
             let rows = first..first + out[0].len();
             let emit = |row, state| write_row(row, row - first, state, &mut out);
             let classes = all_classes.clone();
@@ -50,7 +50,7 @@ pub(super) fn for_each_row<A: Real, O: Send, const N: usize>(
         return Ok(());
     }
     // Several threads share a long row. The states of the segments of the same rows are adjacent.
-    let segments = num_classes.div_ceil(segment);
+    let segments = tile_classes.div_ceil(segment);
     let mut states = default_vec(num_rows.div_ceil(rows_at_once) * segments * rows_at_once)?;
     par_split([&mut states], rows_at_once, segment, &|first, [states]| {
         for (i, states) in states.chunks_mut(rows_at_once).enumerate() {
@@ -111,11 +111,12 @@ impl<A: Real, F: FnMut(usize, SoftmaxState<f64>)> ForwardRows<'_, A, F> {
                 let x = self.logits.block(pos, len, &mut x_buffer[..padded]);
                 let max = A::from_f64(state.max.max(block_max(simd, x).to_f64()));
                 let block = match self.targets.block(row, class, len, &mut r_buffer[..padded]) {
-                    TargetBlock::Uniform(r, None) => state_of_uniform(simd, max, x, r),
-                    TargetBlock::Uniform(r, Some((i, on_value))) => {
-                        let label_delta = on_value.to_f64() - r.to_f64();
+                    TargetBlock::Uniform(r, label) => {
                         let state = state_of_uniform(simd, max, x, r);
-                        state.add_to_target(label_delta, x[i].to_f64())
+                        label.map_or(state, |(i, on_value)| {
+                            let label_delta = on_value.to_f64() - r.to_f64();
+                            state.add_to_target(label_delta, x[i].to_f64())
+                        })
                     }
                     TargetBlock::Slice(r) => state_of_slice(simd, max, x, r),
                 };
@@ -178,9 +179,9 @@ pub(super) struct GradInputs<'a, A> {
 impl<A: Real> GradInputs<'_, A> {
     /// A piece of the gradient must begin at a multiple of this.
     pub(super) fn unit(&self) -> usize {
-        let unit = match (self.inner_size, self.logits.num_classes) {
-            (1, num_classes @ ..=FEW_CLASSES) => ROWS_AT_ONCE * num_classes,
-            (1, num_classes) => num_classes,
+        let unit = match (self.inner_size, self.logits.tile_classes) {
+            (1, tile_classes @ ..=FEW_CLASSES) => ROWS_AT_ONCE * tile_classes,
+            (1, tile_classes) => tile_classes,
             (inner_size, _) => inner_size,
         };
         unit.min(SEGMENT)
@@ -203,7 +204,7 @@ impl<T: Element> WithSimd for WriteGrad<'_, '_, T> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        match (self.grad.inner_size, self.grad.logits.num_classes) {
+        match (self.grad.inner_size, self.grad.logits.tile_classes) {
             (1, ..=FEW_CLASSES) => self.side_by_side(simd),
             (1, _) => self.row_by_row(simd),
             _ => self.class_by_class(simd),
@@ -217,12 +218,12 @@ impl<T: Element> WriteGrad<'_, '_, T> {
     fn row_by_row<S: Simd>(self, simd: S) {
         let Self { grad, start, out } = self;
         let GradInputs { logits, targets, .. } = *grad;
-        let StridedRows { first_class, num_classes, .. } = *logits;
-        let end = first_class + num_classes;
+        let StridedRows { first_class, tile_classes, .. } = *logits;
+        let end = first_class + tile_classes;
         let mut buffers = Aligned([[T::Real::ZERO; BLOCK]; 3]);
         let [x_buffer, r_buffer, gradient] = &mut buffers.0;
         let mut rounded = [T::default(); BLOCK];
-        let (mut row, mut class) = (start / num_classes, first_class + start % num_classes);
+        let (mut row, mut class) = (start / tile_classes, first_class + start % tile_classes);
         while out.remaining() > 0 {
             let remaining = (end - class).min(out.remaining());
             let (len, padded) = block_len::<T::Real, S>(remaining);
@@ -260,19 +261,19 @@ impl<T: Element> WriteGrad<'_, '_, T> {
     /// For so few adjacent classes that vectors hold the rows instead.
     #[inline(always)]
     fn side_by_side<S: Simd>(self, simd: S) {
-        let StridedRows { first_class, num_classes, .. } = *self.grad.logits;
+        let StridedRows { first_class, tile_classes, .. } = *self.grad.logits;
         let mut scratch = Scratch::new();
         let mut tile = [T::default(); ROWS_AT_ONCE * FEW_CLASSES];
-        let mut row = self.start / num_classes;
+        let mut row = self.start / tile_classes;
         while self.out.remaining() > 0 {
-            let len = ROWS_AT_ONCE.min(self.out.remaining() / num_classes);
-            for i in 0..num_classes {
+            let len = ROWS_AT_ONCE.min(self.out.remaining() / tile_classes);
+            for i in 0..tile_classes {
                 let pos = BlockPos { row, class: first_class + i, axis: InnerAxis::Row };
                 let gradient = scratch.grad(simd, self.grad, pos, len);
-                let column = tile.iter_mut().skip(i).step_by(num_classes);
+                let column = tile.iter_mut().skip(i).step_by(tile_classes);
                 column.zip(gradient).for_each(|(out, &value)| *out = value);
             }
-            self.out.write(&tile[..len * num_classes]);
+            self.out.write(&tile[..len * tile_classes]);
             row += len;
         }
     }
@@ -280,11 +281,11 @@ impl<T: Element> WriteGrad<'_, '_, T> {
     /// For rows that are adjacent in memory.
     #[inline(always)]
     fn class_by_class<S: Simd>(self, simd: S) {
-        let StridedRows { first_class, num_classes, .. } = *self.grad.logits;
+        let StridedRows { first_class, tile_classes, .. } = *self.grad.logits;
         let inner_size = self.grad.inner_size;
         let mut scratch = Scratch::new();
         let (line, mut inner) = (self.start / inner_size, self.start % inner_size);
-        let (mut outer, mut class) = (line / num_classes, first_class + line % num_classes);
+        let (mut outer, mut class) = (line / tile_classes, first_class + line % tile_classes);
         while self.out.remaining() > 0 {
             let len = ROWS_AT_ONCE.min(inner_size - inner).min(self.out.remaining());
             let pos = BlockPos { row: outer * inner_size + inner, class, axis: InnerAxis::Row };
@@ -293,7 +294,7 @@ impl<T: Element> WriteGrad<'_, '_, T> {
             if inner == inner_size {
                 (inner, class) = (0, class + 1);
             }
-            if class == first_class + num_classes {
+            if class == first_class + tile_classes {
                 (class, outer) = (first_class, outer + 1);
             }
         }

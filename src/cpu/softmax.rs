@@ -87,7 +87,8 @@ pub(super) fn block_max<A: Real, S: Simd>(simd: S, logits: &[A]) -> A {
 
 /// The state over a block of whole chunks with one weighted target for all classes.
 ///
-/// `max` is the largest logit so far, this block's included. Relative to it, most blocks merge without an exponential.
+/// `max` is the largest logit of this and the earlier blocks of the row. A block that does not raise it is merged without
+/// an exponential.
 #[inline(always)]
 pub(super) fn state_of_uniform<A: Real, S: Simd>(
     simd: S,

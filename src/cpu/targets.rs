@@ -80,9 +80,9 @@ impl<'a, A: Real> Targets<'a, A> {
         }
     }
 
-    /// The weighted targets of `len` classes of a row, followed by zeros up to the length of `buffer`. If the targets are
-    /// class indices and no padding is needed, weighted targets that are uniform or contiguous are not copied. All other
-    /// weighted targets are written to `buffer`.
+    /// The weighted targets of `len` classes of a row, followed by zeros up to the length of `buffer`. They are written to
+    /// `buffer`, except for class indices without padding: there a uniform block is not copied unless its label's value is
+    /// smaller than the others', and a block of values for each class is not copied unless it has the label.
     #[inline(always)]
     pub(super) fn block<'b>(
         &'b self,

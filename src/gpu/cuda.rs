@@ -57,7 +57,7 @@ impl GpuStorage for CudaStorage {
         buffers: &mut [Buffer<Self>],
         params: &P,
     ) -> Result<()> {
-        let Module { name, ptx } = &*compile(device, kernel.variant)?;
+        let CompiledPtx { name, ptx } = &*compile(device, kernel.variant)?;
         let function = device.get_or_load_custom_func(kernel.name, name, ptx)?;
         let mut launch = function.builder();
         for buffer in buffers {
@@ -94,7 +94,7 @@ struct ByValue<P>(P);
 unsafe impl<P: Copy> DeviceRepr for ByValue<P> {}
 
 /// The compiled source.
-struct Module {
+struct CompiledPtx {
     /// The key in candle's cache of a device's modules.
     name: String,
     ptx: String,
@@ -102,9 +102,9 @@ struct Module {
 
 /// Compiles the source for a device's architecture, or finds it compiled. The devices of a process may have
 /// different architectures.
-fn compile(device: &CudaDevice, variant: KernelVariant) -> Result<Arc<Module>> {
+fn compile(device: &CudaDevice, variant: KernelVariant) -> Result<Arc<CompiledPtx>> {
     type Key = ((i32, i32), KernelVariant);
-    static MODULES: LazyLock<Mutex<HashMap<Key, Arc<Module>>>> = LazyLock::new(Mutex::default);
+    static MODULES: LazyLock<Mutex<HashMap<Key, Arc<CompiledPtx>>>> = LazyLock::new(Mutex::default);
 
     let (major, minor) = device.cuda_stream().context().compute_capability().w()?;
     cached(&MODULES, ((major, minor), variant), || {
@@ -118,6 +118,6 @@ fn compile(device: &CudaDevice, variant: KernelVariant) -> Result<Arc<Module>> {
         };
         let definitions = variant.definitions()?;
         let ptx = compile_ptx_with_opts(format!("{definitions}{SOURCE}"), options).w()?.to_src();
-        Ok(Arc::new(Module { name: format!("label-smoothing {definitions}"), ptx }))
+        Ok(Arc::new(CompiledPtx { name: format!("label-smoothing {definitions}"), ptx }))
     })
 }

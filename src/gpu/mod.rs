@@ -29,13 +29,13 @@ use crate::formula::{
     CLASS_FIELDS, ClassParams, ClassTable, Divisor, ForwardOut, LossParams, SAVED_FIELDS,
     STATE_FIELDS, result_dtype,
 };
-use crate::layout::{self, Operand, inner_size, num_rows};
-use candle_core::{DType, Layout, StorageRef, WithDType};
+use crate::layout::{self, Operand, OperandMut, inner_size, num_rows};
+use candle_core::{DType, StorageRef, WithDType};
 use kernel::{Buffer, Grid, KernelKey, KernelVariant};
 use params::{IntParams, KernelParams, Outputs, ReduceParams, RowStrides};
 
-/// The numbers of blocks that keep a large GPU busy. `forward` has fewer, so it splits rows only if there are few: a
-/// second kernel must merge the splits.
+/// The numbers of blocks that keep a large GPU busy. `forward` aims at fewer, because a second kernel must merge the splits
+/// of a row.
 const MIN_BLOCKS_FORWARD: usize = 512;
 const MIN_BLOCKS_BACKWARD: usize = 2048;
 /// The number of rows that a block of `reduce` sums, unless that takes too many blocks.
@@ -54,7 +54,7 @@ pub(crate) fn forward<S: GpuStorage>(
 /// range overwrites `states`.
 pub(crate) fn merge_tile<S: GpuStorage>(
     params: &LossParams,
-    (states, layout): (&mut S, &Layout),
+    (states, layout): OperandMut<S>,
     [logits, targets]: [Operand<S>; 2],
 ) -> Result<()> {
     let mut launch = Launch::over_logits(params, logits, targets)?;
@@ -88,7 +88,7 @@ pub(crate) fn backward<S: GpuStorage>(params: &LossParams, tensors: [Operand<S>;
 /// Overwrites contiguous logits with their gradient.
 pub(crate) fn backward_in_place<S: GpuStorage>(
     params: &LossParams,
-    (logits, layout): (&mut S, &Layout),
+    (logits, layout): OperandMut<S>,
     tensors: [Operand<S>; 3],
 ) -> Result<()> {
     check_contiguous("logits", (logits, layout))?;
@@ -140,9 +140,7 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
             None => targets.1.shape().elem_count(),
             Some(class_dim) => layout::num_rows(targets.1.dims(), class_dim),
         };
-        if target_rows != num_rows {
-            return Err(internal_error(format!("{target_rows} targets for {num_rows} rows")));
-        }
+        check_num_rows("targets", target_rows, num_rows)?;
         let ints = IntParams {
             targets: RowStrides::new(targets, targets_class_dim)?,
             num_rows: num_rows as u64,
@@ -188,6 +186,7 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
         [targets, grad_output, saved]: [Operand<'a, S>; 3],
     ) -> Result<Self> {
         let mut launch = Self::over_logits(params, logits, targets)?;
+        check_num_rows("output gradients", grad_output.1.shape().elem_count(), launch.num_rows())?;
         // A broadcast gradient has one element for all rows.
         launch.check_numbers("output gradients", grad_output.0, launch.num_rows().min(1))?;
         launch.ints.grad_output = RowStrides::new(grad_output, None)?;
@@ -455,6 +454,14 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
             }
             (len, scale) = (blocks, 1.);
         }
+    }
+}
+
+/// Checks that a tensor has the rows of the logits: the kernels index it by them.
+fn check_num_rows(what: &str, found: usize, num_rows: usize) -> Result<()> {
+    match found == num_rows {
+        true => Ok(()),
+        false => Err(internal_error(format!("{found} {what} were given for {num_rows} rows"))),
     }
 }
 
