@@ -12,7 +12,8 @@
 //! ∂loss/∂x_k = softmax(x)_k·(S + 2·z·lse) − r_k
 //! ```
 //!
-//! The loss and the gradient of an ignored row are 0. Forward and backward have one kernel each, for all options. In terms of the [`SoftmaxState`] of a row,
+//! The loss and the gradient of an ignored row are 0. Forward and backward have one kernel each, for all options. In terms
+//! of the [`SoftmaxState`] of a row,
 //!
 //! ```text
 //! lse  = max + log sum_exp

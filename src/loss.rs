@@ -42,7 +42,8 @@ pub enum Reduction {
 /// each option agrees with the same option of PyTorch's `CrossEntropyLoss`.
 ///
 /// The loss is a builder: each `with_` method takes it and returns it. Build it once and use it at every step. It keeps no
-/// state of a call, but class weights and priors on each device where it was used. It can be cloned and shared between threads.
+/// state of a call, but class weights and priors on each device where it was used. It can be cloned and shared between
+/// threads.
 ///
 /// ```
 /// use candle_core::{Device, Tensor, Var};

@@ -24,20 +24,13 @@ pub(super) enum InnerAxis {
 }
 
 impl InnerAxis {
-    /// The axis along which the elements of contiguous logits of this shape are adjacent in memory. A view has the axis of
-    /// its contiguous copy, and so the same bits.
-    pub(super) fn of_shape(params: &LossParams, dims: &[usize]) -> Self {
-        match inner_size(dims, params.class_dim) {
-            1 => Self::Class,
-            _ => Self::Row,
-        }
-    }
-
-    /// The axis along which forward reads. With few classes a row is too short for a block.
+    /// The axis along which forward reads: that of contiguous logits of this shape in memory, so that a view gives the bits of
+    /// its contiguous copy. With few classes a row is too short for a block.
     pub(super) fn of_forward(params: &LossParams, dims: &[usize]) -> Self {
-        match dims[params.class_dim] {
-            ..=FEW_CLASSES => Self::Row,
-            _ => Self::of_shape(params, dims),
+        match (dims[params.class_dim], inner_size(dims, params.class_dim)) {
+            (..=FEW_CLASSES, _) => Self::Row,
+            (_, 1) => Self::Class,
+            _ => Self::Row,
         }
     }
 }
