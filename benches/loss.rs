@@ -1,7 +1,7 @@
 //! Times the loss and its kernels on the CPU, beside other implementations and plain reads and copies of the logits.
 //!
 //! `cargo bench --bench loss` runs all benchmarks. With `-- 4096x1000`, it runs those whose name contains 4096x1000.
-//! Throughput counts the bytes of the logits once. `benches/table.py` makes tables of the results.
+//! Throughput counts the bytes of the logits once. `benches/table.py` makes a table of the results.
 //!
 //! The allocator is mimalloc, which reuses freed memory for some time before it returns it to the system. Long training
 //! runs benefit from this. With `MIMALLOC_PURGE_DELAY=-1`, mimalloc never returns memory.
