@@ -1,9 +1,10 @@
-//! The two kernels without the graph and the reduction, for the benchmarks, and `forward_linear` with tiles of any size, for
-//! the tests. Outside semantic versioning.
+//! The two kernels without the graph and the reduction, for the benchmarks. For the tests, `forward_linear` with tiles of any
+//! size, and the choice of an instruction set. Outside semantic versioning.
 
 pub use crate::linear::TileSize;
 
 use crate::autograd;
+use crate::cpu::simd;
 use crate::error::Result;
 use crate::formula::LossParams;
 use crate::layout::row_shape;
@@ -58,4 +59,15 @@ pub fn forward_linear_tiled(
     tile: TileSize,
 ) -> Result<Tensor> {
     linear::forward_linear(loss, hidden, weight, bias, targets, Some(tile))
+}
+
+/// The names of the CPU's instruction sets for which this build has kernels.
+pub fn instruction_sets() -> Vec<&'static str> {
+    simd::instruction_sets().into_iter().map(|set| set.0).collect()
+}
+
+/// Makes the CPU kernels of all threads use this instruction set. Returns false and changes nothing if the processor
+/// lacks it.
+pub fn choose_instruction_set(name: &str) -> bool {
+    simd::choose(name)
 }

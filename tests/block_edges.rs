@@ -5,76 +5,9 @@
 
 mod common;
 
-use candle_core::{DType, Result, Tensor};
-use candle_label_smoothing::{LabelSmoothingLoss, Reduction, Smoothing};
-use common::{Case, random, random_labels, random_probabilities, values};
-
-/// Relative error allowed in the gradient for the final rounding to each dtype. The error of the
-/// arithmetic is added in `check`.
-const DTYPES: [(DType, f64); 4] =
-    [(DType::F64, 0.), (DType::F32, 0.), (DType::F16, 1. / 2048.), (DType::BF16, 1. / 256.)];
-
-fn check(name: &str, loss: &LabelSmoothingLoss, logits: &Tensor, targets: &Tensor) -> Result<()> {
-    for (dtype, half_ulp) in DTYPES {
-        // The reference gets the rounded logits that the kernels get.
-        let logits = logits.to_dtype(dtype)?.to_dtype(DType::F64)?;
-        let case = |loss: &LabelSmoothingLoss| Case {
-            name: name.into(),
-            loss: loss.clone(),
-            logits: logits.clone(),
-            targets: targets.clone(),
-        };
-        let case = case(loss);
-        let (losses, gradient) = case.run(dtype)?;
-        let (expected_losses, expected_gradient) = case.run_reference(DType::F64)?;
-        let roundings = if dtype == DType::F64 { 1e-13 } else { 4e-6 };
-        for (actual, expected) in values(&losses)?.iter().zip(values(&expected_losses)?) {
-            let error = (actual - expected).abs();
-            assert!(
-                error <= roundings * expected.abs().max(1.),
-                "{name} {dtype:?}: {actual}, expected {expected}"
-            );
-        }
-        for (i, (actual, expected)) in
-            values(&gradient)?.iter().zip(values(&expected_gradient)?).enumerate()
-        {
-            // The ulp of subnormal f16 numbers is 2⁻²⁴.
-            let allowed = roundings + half_ulp * expected.abs() + 2f64.powi(-25);
-            let error = (actual - expected).abs();
-            assert!(error <= allowed, "{name} {dtype:?} at {i}: {actual}, expected {expected}");
-        }
-    }
-    Ok(())
-}
-
-fn unreduced(smoothing: Smoothing) -> LabelSmoothingLoss {
-    LabelSmoothingLoss::new(smoothing).with_reduction(Reduction::None)
-}
-
-/// Checks every variant of the coefficients: a label above the other classes, a label below them,
-/// one coefficient per class, and probabilities.
-fn check_shape(dims: &[usize], class_dim: usize, seed: u64) -> Result<()> {
-    let num_classes = dims[class_dim];
-    let mut row_dims = dims.to_vec();
-    row_dims.remove(class_dim);
-    let logits = random(dims, 6., seed)?;
-    let labels = random_labels(&row_dims, num_classes, seed + 1)?;
-    let probabilities = random_probabilities(dims, class_dim, seed + 2)?;
-    let weights = random(&[num_classes], 1., seed + 3)?.abs()?;
-
-    let over_all =
-        unreduced(Smoothing::over_all(0.1)?).with_class_dim(class_dim).with_ignore_index(0);
-    let over_others = unreduced(Smoothing::over_others(1.)?).with_class_dim(class_dim);
-    let weighted = over_all.clone().with_class_weights(&weights)?.with_z_loss(1e-3)?;
-    let with_probabilities = unreduced(Smoothing::over_all(0.2)?).with_class_dim(class_dim);
-    check(&format!("{dims:?} over all"), &over_all, &logits, &labels)?;
-    check(&format!("{dims:?} weights"), &weighted, &logits, &labels)?;
-    check(&format!("{dims:?} probabilities"), &with_probabilities, &logits, &probabilities)?;
-    if num_classes > 1 {
-        check(&format!("{dims:?} over others"), &over_others, &logits, &labels)?;
-    }
-    Ok(())
-}
+use candle_core::{Result, Tensor};
+use candle_label_smoothing::Smoothing;
+use common::{check_case, check_shape, random, unreduced};
 
 #[test]
 fn class_counts_around_block_sizes_with_classes_last() -> Result<()> {
@@ -119,8 +52,8 @@ fn every_label_position_and_memory_offset() -> Result<()> {
     for start in 0..9 {
         let logits = wide.narrow(1, start, classes)?;
         let name = format!("start {start}");
-        check(&name, &unreduced(Smoothing::over_all(0.1)?), &logits, &labels)?;
-        check(&name, &unreduced(Smoothing::over_others(1.)?), &logits, &labels)?;
+        check_case(&name, &unreduced(Smoothing::over_all(0.1)?), &logits, &labels)?;
+        check_case(&name, &unreduced(Smoothing::over_others(1.)?), &logits, &labels)?;
     }
     Ok(())
 }

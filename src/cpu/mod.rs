@@ -11,7 +11,7 @@ mod exp;
 mod input;
 mod parallel;
 mod rows;
-mod simd;
+pub(crate) mod simd;
 mod softmax;
 mod targets;
 
