@@ -18,7 +18,7 @@ const NUM_CLASSES: usize = 3;
 #[derive(Parser)]
 struct Args {
     /// Seed of the rows, the split, the initial weights and the order of the batches
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
     seed: u64,
     /// Share of each target that is spread over other classes, from 0 to 1
     #[arg(long, default_value_t = 0.1, allow_negative_numbers = true)]
@@ -168,10 +168,11 @@ pub fn split(x: &Tensor, y: &Tensor, seed: u64, device: &Device) -> Result<[Tens
     let (train, test) = order.split_at(num_rows - num_rows / 5);
     let (train, test) = (Tensor::new(train, x.device())?, Tensor::new(test, x.device())?);
     let x_train = x.index_select(&train, 0)?;
-    let (mean, variance) = (x_train.mean_keepdim(0)?, x_train.var_keepdim(0)?);
-    // The small number keeps a constant column finite.
-    let deviation = (variance + 1e-12)?.sqrt()?;
-    let x = x.broadcast_sub(&mean)?.broadcast_div(&deviation)?.to_dtype(DType::F32)?;
+    let (mean, deviation) = (x_train.mean_keepdim(0)?, x_train.var_keepdim(0)?.sqrt()?);
+    // A column that is constant in the training rows is divided by 1.
+    let constant = deviation.le(&(mean.abs()? * 1e-12)?)?.to_dtype(DType::F64)?;
+    let x =
+        x.broadcast_sub(&mean)?.broadcast_div(&(deviation + constant)?)?.to_dtype(DType::F32)?;
     let select = |tensor: &Tensor, rows| tensor.index_select(rows, 0)?.to_device(device);
     Ok([select(&x, &train)?, select(y, &train)?, select(&x, &test)?, select(y, &test)?])
 }
