@@ -1,12 +1,8 @@
-//! The `pipeline` example, run as a program: printed output, plots and error messages.
+//! The `pipeline` example, run as a program: printed output and error messages.
 
 mod common;
 
-use std::collections::HashSet;
-use std::fs::File;
-use std::io::BufReader;
-use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use common::program::{self, TestResult, assert_fails, assert_near, figures, trace};
 
 /// Losses and accuracies in the tutorial, and the allowed distance of the default run.
 const LOSSES: [f64; 5] = [1.20, 0.95, 0.80, 0.70, 0.62];
@@ -14,67 +10,17 @@ const ACCURACIES: [f64; 5] = [0.55, 0.65, 0.72, 0.78, 0.82];
 const LOSS_TOLERANCE: f64 = 0.10;
 const ACCURACY_TOLERANCE: f64 = 0.06;
 
-type TestResult = Result<(), Box<dyn std::error::Error>>;
-
-fn program(arguments: &[&str]) -> Command {
-    let mut command = Command::new(common::example("pipeline"));
-    // The environment of the tests may force colours.
-    command.args(arguments).env_remove("CLICOLOR_FORCE");
-    command
-}
-
-fn run(arguments: &[&str]) -> Output {
-    program(arguments)
-        .output()
-        .expect("`cargo test` builds the example, `cargo test --test pipeline` alone does not")
-}
-
 fn printed(arguments: &[&str]) -> String {
-    let output = run(arguments);
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{arguments:?}: {stderr}");
-    String::from_utf8(output.stdout).expect("the example prints UTF-8")
-}
-
-/// Runs the example on a file that contains `text`.
-fn run_on(text: impl AsRef<[u8]>) -> Result<Output, std::io::Error> {
-    let folder = tempfile::tempdir()?;
-    let file = folder.path().join("rows.csv");
-    std::fs::write(&file, text)?;
-    Ok(run(&["--data", path(&file)]))
-}
-
-fn path(file: &Path) -> &str {
-    file.to_str().expect("a temporary path is UTF-8")
-}
-
-/// Losses and accuracies of the training trace.
-fn trace(printed: &str) -> (Vec<f64>, Vec<f64>) {
-    let rows = printed.lines().skip_while(|line| !line.contains("epoch |"));
-    let rows = rows.skip(1).take_while(|line| line.contains(" | "));
-    let figure = |text: &str| text.trim().parse::<f64>().expect("a figure");
-    rows.map(|line| {
-        let cells: Vec<&str> = line.split('|').collect();
-        (figure(cells[1]), figure(cells[2]))
-    })
-    .unzip()
-}
-
-fn assert_near(what: &str, found: &[f64], expected: &[f64], tolerance: f64) {
-    assert_eq!(found.len(), expected.len(), "{what}: {found:?}");
-    for (found_one, expected_one) in found.iter().zip(expected) {
-        let distance = (found_one - expected_one).abs();
-        assert!(distance <= tolerance, "{what}: {found:?}, expected {expected:?}");
-    }
+    program::printed("pipeline", arguments)
 }
 
 #[test]
 fn default_run_prints_every_stage() {
     let printed = printed(&[]);
-    let mut rest = printed.as_str();
-    for text in [
+    let texts = [
         "Raw data input",
         "1000 rows x 10 columns",
+        "3 classes",
         "[5.1, 3.5, 1.4, ",
         ", 0.2]",
         "Train/test split",
@@ -86,30 +32,36 @@ fn default_run_prints_every_stage() {
         "[0, 1, 0]",
         "[0.05, 0.9, 0.05]",
         "Model training",
+        "[10, 64, 64, 3]",
         "Training trace",
-        "test rows",
+        "epoch |   loss | accuracy",
+        "epoch | loss",
         "*",
         "Prediction trace",
+        "test row",
         "layer 1, 10 values, input",
         "layer 2, 64 values, ReLU",
         "layer 3, 64 values, ReLU",
         "layer 4, 3 values, output",
         "softmax",
         "smoothed label",
+        "predicted class",
         "loss of this row",
         "Key insight, measured",
+        "on the test rows",
         "accuracy",
         "mean top probability",
-        "expected calibration error",
-        "Smoothing made",
-    ] {
-        let position = rest.find(text);
-        let position = position.unwrap_or_else(|| panic!("no {text:?} in its place:\n{printed}"));
-        rest = &rest[position + text.len()..];
-    }
+        "smoothed",
+        "not smoothed",
+    ];
+    program::assert_in_order(&printed, &texts);
     let (losses, accuracies) = trace(&printed);
     assert_near("loss", &losses, &LOSSES, LOSS_TOLERANCE);
     assert_near("accuracy", &accuracies, &ACCURACIES, ACCURACY_TOLERANCE);
+    // Lines: smoothed, not smoothed. Columns: accuracy, mean top probability.
+    let figures = figures(&printed);
+    assert_eq!(figures.iter().map(Vec::len).collect::<Vec<_>>(), [2, 2], "{printed}");
+    assert!(figures[1][1] > figures[0][1], "{printed}");
 }
 
 #[test]
@@ -141,8 +93,8 @@ fn output_depends_on_the_seed_alone() -> TestResult {
     let first = printed(&["--seed", "3"]);
     assert_eq!(first, printed(&["--seed", "3"]));
     assert_ne!(first, printed(&["--seed", "4"]));
-    let alone = program(&["--seed", "3"]).env("RAYON_NUM_THREADS", "1").output()?;
-    assert_eq!(first.as_bytes(), alone.stdout);
+    let mut alone = program::program("pipeline", &["--seed", "3"]);
+    assert_eq!(first.as_bytes(), alone.env("RAYON_NUM_THREADS", "1").output()?.stdout);
     Ok(())
 }
 
@@ -150,29 +102,15 @@ fn output_depends_on_the_seed_alone() -> TestResult {
 fn options_change_the_output() {
     let all = printed(&["--convention", "all", "--epochs", "1"]);
     assert!(all.contains("soft label [0.033333335, 0.93333334, 0.033333335]"), "{all}");
+    let others = printed(&["--epsilon", "0.2", "--epochs", "1"]);
+    assert!(others.contains("soft label [0.1, 0.8, 0.1]"), "{others}");
     let none = printed(&["--convention", "none", "--epochs", "2"]);
-    assert!(none.contains("Smoothing made the model as sure and as calibrated"), "{none}");
-    let deep = printed(&["--hidden", "8,7,6", "--epochs", "2", "--batch-size", "999"]);
-    assert!(
-        deep.contains("layer 4, 6 values, ReLU") && deep.contains("layer 5, 3 values, output"),
-        "{deep}"
-    );
-    let help = printed(&["--help"]);
-    for option in [
-        "data",
-        "epsilon",
-        "convention",
-        "epochs",
-        "batch-size",
-        "lr",
-        "hidden",
-        "seed",
-        "seeds",
-        "plot",
-        "device",
-    ] {
-        assert!(help.contains(&format!("--{option} ")), "{help}");
-    }
+    assert!(none.contains("soft label [0.0, 1.0, 0.0]"), "{none}");
+    assert_eq!(trace(&none).0.len(), 2);
+    // Without smoothing, the two networks are the same.
+    let figures = figures(&none);
+    assert_eq!(figures[0], figures[1], "{none}");
+    program::assert_options("pipeline", &["seed", "epsilon", "convention", "epochs", "device"]);
 }
 
 #[test]
@@ -182,268 +120,15 @@ fn invalid_options_are_rejected_with_a_message() {
         ("--epsilon", "-1", "epsilon is -1"),
         ("--epsilon", "NaN", "epsilon is NaN"),
         ("--epochs", "0", "epochs"),
-        ("--batch-size", "0", "batch-size"),
-        ("--hidden", "32,0", "hidden"),
-        ("--hidden", "", "hidden"),
-        ("--lr", "0", "--lr is 0"),
-        ("--lr", "inf", "--lr is inf"),
-        ("--lr", "1e30", "too large"),
         ("--seed", "-1", "seed"),
-        ("--seeds", "1", "seeds"),
         ("--convention", "some", "others, all, none"),
         ("--device", "abacus", "cpu, cuda, metal"),
-        ("--data", "no/such/file.csv", "no/such/file.csv"),
     ] {
-        assert_fails(&run(&[option, value]), message);
+        assert_fails(&program::run("pipeline", &[option, value]), message);
     }
 }
 
-fn assert_fails(output: &Output, message: &str) {
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert!(!output.status.success(), "no failure, expected {message:?}");
-    assert!(stderr.contains(message), "{stderr}, expected {message:?}");
-    assert!(!stderr.contains("panicked"), "{stderr}");
-}
-
-#[test]
-fn invalid_files_are_rejected_with_line_and_column() -> TestResult {
-    let good = "1,2,a\n3,4,b\n5,6,a\n7,8,b\n9,10,a\n";
-    assert!(run_on(good)?.status.success());
-    for (text, message) in [
-        ("", "line 1, column 1: the file is empty"),
-        ("1\n2\n", "line 1, column 1: expected numbers"),
-        ("x,y,label\n", "line 1, column 1: expected more than one row"),
-        ("1,2,a\n3,4\n5,6,a\n", "line 2, column 3: 2 columns"),
-        ("1,2,a\n3,4,b,c\n5,6,a\n", "line 2, column 4: 4 columns"),
-        ("x,y,label\n1,2,a\n3,,b\n", "line 3, column 2: the field is empty"),
-        ("1,2,a\n3,4,\n", "line 2, column 3: the field is empty"),
-        ("1,2,a\n3,four,b\n", "line 2, column 2: \"four\" is not"),
-        ("one,2,a\n3,4,b\n", "line 1, column 1: \"one\" is not"),
-        ("1,2,a\n\n\nNaN,4,b\n", "line 4, column 1: \"NaN\" is not"),
-        ("1,2,a\r\n\r\n3,-inf,b\r\n", "line 3, column 2: \"-inf\" is not"),
-        ("1,2,a\n3,1e39,b\n", "line 2, column 2: \"1e39\" is not"),
-        ("1,2,a\n3,4,a\n5,6,a\n7,8,a\n9,9,a\n", "line 5, column 3: one class"),
-        ("1,2,a\n3,4,b\n5,6,a\n7,8,b\n", "line 4, column 3: 4 rows"),
-        ("1,2,1.5\n3,4,1.7\n5,6,2\n7,8,3\n9,9,4\n", "line 5, column 3: 5 labels"),
-        (
-            "6,2,no,yes\n1,2,0\n3,4,1\n5,6,2\n7,8,1\n9,9,0\n1,1,1\n",
-            "line 4, column 3: no class \"2\"",
-        ),
-    ] {
-        assert_fails(&run_on(text)?, message);
-    }
-    assert_fails(&run_on(b"1,2,a\n3,\xff,b\n")?, "line 2, column 2: the text is not UTF-8");
-    assert_fails(&run(&["--data", path(&std::env::temp_dir())]), "cannot use");
-    Ok(())
-}
-
-#[test]
-fn labels_may_be_words_or_numbers_with_or_without_a_header() -> TestResult {
-    let rows = |labels: [&str; 2]| -> String {
-        let row = |i: usize| format!("{}, {},{}\n", i % 2, i as f64 / 7., labels[i % 2]);
-        (0..50).map(row).collect()
-    };
-    for (header, labels, classes) in [
-        ("\u{feff}width, height ,kind\r\n", ["pear", "apple"], "0 = apple, 1 = pear"),
-        ("", ["10", "9"], "0 = 9, 1 = 10"),
-        ("50,2,no,yes\n", ["1", "0"], "0 = no, 1 = yes"),
-        ("\n\n", ["\"a, b\"", "é"], "0 = a, b, 1 = é"),
-    ] {
-        let output = run_on(format!("{header}{}", rows(labels)))?;
-        let printed = String::from_utf8(output.stdout)?;
-        let stderr = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{header:?}: {stderr}");
-        assert!(printed.contains("50 rows x 2 columns, 2 classes"), "{printed}");
-        assert!(printed.contains(classes), "{printed}");
-        assert!(printed.contains("training 40 x 2"), "{printed}");
-    }
-    Ok(())
-}
-
-#[test]
-fn accuracy_on_every_data_set_exceeds_one_half() {
-    for (name, shape) in [
-        ("iris", "150 rows x 4 columns, 3 classes"),
-        ("wine", "178 rows x 13 columns, 3 classes"),
-        ("digits", "800 rows x 64 columns, 10 classes"),
-        ("glass", "214 rows x 9 columns, 6 classes"),
-    ] {
-        let file = format!("{}/examples/pipeline/data/{name}.csv", env!("CARGO_MANIFEST_DIR"));
-        let printed = printed(&["--data", &file, "--epochs", "10", "--lr", "0.1"]);
-        assert!(printed.contains(shape), "{printed}");
-        // At most 36% of the rows belong to the most frequent class.
-        for accuracy in &figures(&printed)[0] {
-            assert!(*accuracy > 0.5, "{printed}");
-        }
-    }
-}
-
-/// The final table: one line per metric, one number per column.
-fn figures(printed: &str) -> Vec<Vec<f64>> {
-    let lines = printed.lines().skip_while(|line| !line.starts_with("  on the test rows"));
-    let lines = lines.skip(1).take_while(|line| line.contains(" | "));
-    let cells = lines.map(|line| line.split(['|', '±']).skip(1));
-    cells.map(|cells| cells.map(|cell| cell.trim().parse().expect("a figure")).collect()).collect()
-}
-
-#[test]
-fn several_seeds_print_mean_and_standard_deviation() -> TestResult {
-    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/pipeline/data/iris.csv");
-    for rows in [&["--epochs", "2"][..], &["--epochs", "2", "--data", file]] {
-        let printed_with = |option, value| printed(&[rows, &[option, value]].concat());
-        let single = ["5", "6", "7"].map(|seed| figures(&printed_with("--seed", seed)));
-        let many = figures(&printed(&[rows, &["--seed", "5", "--seeds", "3"]].concat()));
-        assert_eq!(many.len(), 3);
-        for (i, line) in many.iter().enumerate() {
-            let column = |of: fn(&[f64]) -> f64| {
-                let values = single.each_ref().map(|run| of(&run[i]));
-                let mean = values.iter().sum::<f64>() / 3.;
-                let squares: f64 = values.iter().map(|value| (value - mean).powi(2)).sum();
-                [mean, (squares / 2.).sqrt()]
-            };
-            let columns: [fn(&[f64]) -> f64; 3] =
-                [|run| run[0], |run| run[1], |run| run[0] - run[1]];
-            let expected = columns.map(column).concat();
-            // The output has three decimals, in the single runs and in the means.
-            assert_near("seeds", line, &expected, 2e-3);
-        }
-    }
-    Ok(())
-}
-
-#[test]
-fn svg_plot_shows_both_trainings() -> TestResult {
-    let folder = tempfile::tempdir()?;
-    let file = folder.path().join("picture.SVG");
-    // The plot replaces a longer file.
-    std::fs::write(&file, vec![b'x'; 1 << 20])?;
-    let printed = printed(&["--plot", path(&file)]);
-    assert_eq!(printed, self::printed(&[]));
-    let text = std::fs::read_to_string(&file)?;
-    assert!(run(&["--plot", path(&file)]).status.success());
-    assert_eq!(text, std::fs::read_to_string(&file)?, "the same run, another picture");
-
-    let document = roxmltree::Document::parse(&text)?;
-    let of_kind = |kind| document.descendants().filter(move |node| node.has_tag_name(kind));
-    let words: Vec<_> = of_kind("text").filter_map(|node| node.text()).map(str::trim).collect();
-    for word in ["smoothed", "not smoothed", "Loss", "Accuracy", "epoch", "5"] {
-        assert!(words.contains(&word), "no {word:?} among {words:?}");
-    }
-    // The training curves have five points. The first two curves of a colour are loss and accuracy.
-    let heights = |colour| {
-        let lines =
-            of_kind("polyline").filter(move |node| node.attribute("stroke") == Some(colour));
-        let points = lines.filter_map(|node| node.attribute("points"));
-        let points = points.map(|points| points.split_whitespace().collect::<Vec<_>>());
-        let lines = points.filter(|points| points.len() == 5);
-        let y = |point: &&str| point.split(',').nth(1).and_then(|y| y.parse::<f64>().ok());
-        lines.filter_map(move |line| line.iter().map(y).collect()).collect::<Vec<Vec<f64>>>()
-    };
-    let (losses, accuracies) = trace(&printed);
-    let part = |line: &[f64]| -> Vec<f64> {
-        line.iter().map(|value| (value - line[0]) / (line[4] - line[0])).collect()
-    };
-    let smoothed = heights("#0072B2");
-    assert_near("loss", &part(&smoothed[0]), &part(&losses), 0.02);
-    assert_near("accuracy", &part(&smoothed[1]), &part(&accuracies), 0.02);
-    assert_eq!(heights("#D55E00").len(), 2);
-    for colour in ["#0072B2", "#D55E00"] {
-        let dots = of_kind("circle").filter(|node| {
-            node.attribute("fill") == Some(colour) && node.attribute("opacity") == Some("0.7")
-        });
-        // With three classes, the top probability is above one third, so the first three of ten
-        // bins are empty.
-        assert!((4..=7).contains(&dots.count()), "{text}");
-    }
-    Ok(())
-}
-
-#[test]
-fn png_plot_has_its_size_and_colours() -> TestResult {
-    let folder = tempfile::tempdir()?;
-    let file = folder.path().join("picture.png");
-    for epochs in ["1", "30"] {
-        assert!(run(&["--epochs", epochs, "--plot", path(&file)]).status.success());
-        let mut reader = png::Decoder::new(BufReader::new(File::open(&file)?)).read_info()?;
-        let mut pixels = vec![0; reader.output_buffer_size().ok_or("too large")?];
-        let info = reader.next_frame(&mut pixels)?;
-        assert_eq!((info.width, info.height), (2160, 800));
-        let colours: HashSet<&[u8]> = pixels.chunks(3).collect();
-        for colour in [[255, 255, 255], [0, 114, 178], [213, 94, 0]] {
-            assert!(colours.contains(&colour[..]), "{epochs} epochs: no {colour:?}");
-        }
-    }
-    Ok(())
-}
-
-#[test]
-fn invalid_plot_path_is_rejected_before_training() -> TestResult {
-    let folder = tempfile::tempdir()?;
-    std::fs::create_dir(folder.path().join("folder.svg"))?;
-    for (name, message) in [
-        ("picture.jpg", "ends in .svg or .png"),
-        ("svg", "ends in .svg or .png"),
-        ("no/such/folder/picture.svg", "cannot draw"),
-        ("folder.svg", "cannot draw"),
-    ] {
-        let output = run(&["--plot", path(&folder.path().join(name))]);
-        assert_fails(&output, message);
-        assert_fails(&output, name);
-        let printed = String::from_utf8(output.stdout)?;
-        assert!(!printed.contains("Model training"), "{name}: {printed}");
-    }
-    assert_fails(&run(&["--seeds", "2", "--plot", "picture.svg"]), "cannot be used with");
-    Ok(())
-}
-
-/// Output of the default run on a terminal.
-#[cfg(target_os = "linux")]
-fn on_terminal(variables: &[(&str, &str)]) -> Result<String, std::io::Error> {
-    use std::io::Read;
-    use std::os::fd::{FromRawFd, OwnedFd};
-
-    let (mut controller, mut terminal) = (0, 0);
-    let [name, settings, size] = [std::ptr::null_mut(); 3];
-    // SAFETY: openpty writes the two descriptors, and nothing else owns them.
-    let (mut controller, terminal) = unsafe {
-        if libc::openpty(&mut controller, &mut terminal, name, settings.cast(), size.cast()) != 0 {
-            return Err(std::io::Error::last_os_error());
-        }
-        (File::from_raw_fd(controller), OwnedFd::from_raw_fd(terminal))
-    };
-    let mut command = program(&[]);
-    command.env_remove("NO_COLOR").envs(variables.iter().copied()).stdout(terminal);
-    let mut child = command.spawn()?;
-    drop(command);
-    let mut written = Vec::new();
-    // Linux returns an error from this read when the program has closed its end.
-    let _ = controller.read_to_end(&mut written);
-    assert!(child.wait()?.success());
-    Ok(String::from_utf8_lossy(&written).replace("\r\n", "\n"))
-}
-
-#[test]
-#[cfg(target_os = "linux")]
-fn colours_and_progress_bar_appear_only_on_a_terminal() -> TestResult {
-    let piped = printed(&[]);
-    assert!(!piped.contains('\x1b'), "{piped}");
-    let coloured = |text: &str| text.contains("\x1b[1m") || text.contains("\x1b[36m");
-    let bar = |text: &str| text.contains('█');
-    let shown = on_terminal(&[("TERM", "xterm")])?;
-    assert!(coloured(&shown) && bar(&shown), "{shown:?}");
-    let plain = on_terminal(&[("TERM", "xterm"), ("NO_COLOR", "1")])?;
-    assert!(!coloured(&plain) && bar(&plain), "{plain:?}");
-    assert_eq!(piped, on_terminal(&[("TERM", "dumb")])?);
-    Ok(())
-}
-
-/// The output of `pipeline | head` ends this way.
 #[test]
 fn closed_stdout_is_no_error() -> TestResult {
-    let mut child = program(&[]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
-    drop(child.stdout.take());
-    let output = child.wait_with_output()?;
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success() && stderr.is_empty(), "{stderr}");
-    Ok(())
+    program::assert_accepts_closed_stdout("pipeline", &[])
 }

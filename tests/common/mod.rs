@@ -9,6 +9,8 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::sync::LazyLock;
 
+pub mod program;
+
 pub const CPU: Device = Device::Cpu;
 
 /// Path of an example's program. Cargo builds the examples before it runs the integration tests, in
