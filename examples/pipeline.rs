@@ -187,8 +187,8 @@ pub fn generate(seed: u64) -> Result<(Tensor, Tensor)> {
         let class = pair.iter().sum::<usize>() % NUM_CLASSES;
         for (j, value) in FIRST_ROW.iter().enumerate() {
             let noise: f64 = StandardNormal.sample(&mut rng);
-            let pair_shift = if pair.contains(&j) { 2.2 } else { 0. };
-            let class_shift = if j % NUM_CLASSES == class { 0.75 } else { 0. };
+            let pair_shift = if pair.contains(&j) { 2.1 } else { 0. };
+            let class_shift = if j % NUM_CLASSES == class { 0.7 } else { 0. };
             x.push(value + 0.3 * (pair_shift + class_shift + noise));
         }
         y.push(class as u32);

@@ -148,24 +148,8 @@ fn print_results(args: &Args, results: &[Results; 2], out: &mut impl Write) -> R
         writeln!(out, "{}", line(name, [&cell(a), &cell(b), &change]))?;
     }
     writeln!(out, "  (calibration error over {BINS} bins of equal width)")?;
-    let means = [smoothed, unsmoothed].map(|metrics| metrics.each_ref().map(|all| mean(all)));
-    writeln!(out, "  {}", conclude(means))?;
-    Ok(())
-}
-
-/// Describes how smoothing changed the METRICS.
-fn conclude([smoothed, unsmoothed]: [[f64; 3]; 2]) -> String {
-    // A difference below the printed precision counts as none.
-    let change = |i: usize, less, more| match smoothed[i] - unsmoothed[i] {
-        ..-5e-4 => less,
-        5e-4.. => more,
-        _ => "equally",
-    };
-    let (confident, calibrated) = (change(1, "less", "more"), change(2, "better", "worse"));
-    let gaps = [smoothed, unsmoothed].map(|[accuracy, top, _]| format!("{:+.3}", top - accuracy));
-    format!(
-        "Smoothing made the network {confident} confident and {calibrated} calibrated;\n  \
-        the mean top probability minus the accuracy is {} with it, {} without.",
-        gaps[0], gaps[1]
-    )
+    let gaps = [smoothed, unsmoothed].map(|[accuracy, top, _]| mean(top) - mean(accuracy));
+    let [with, without] = gaps.map(|gap| format!("{gap:+.3}"));
+    let line = "mean top probability minus accuracy";
+    Ok(writeln!(out, "  {line}: {with} with smoothing, {without} without")?)
 }
