@@ -18,13 +18,13 @@ fn check(instruction_set: &str) -> Result<()> {
         let _ = writeln!(std::io::stderr(), "skipped: this processor lacks {instruction_set}");
         return Ok(());
     }
-    for classes in (1..=34).chain([63, 64, 65, 129, 257, 300, 16_385]) {
+    for classes in (1..=17).chain([33, 64, 129, 257, 300, 16_385]) {
         check_shape(&[3, classes], 1, classes as u64)?;
     }
-    for rows in [127, 129, 257] {
+    for rows in [127, 257] {
         check_shape(&[rows, 3], 1, rows as u64)?;
     }
-    for inner_size in (1..=17).chain([33, 65, 129]) {
+    for inner_size in [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 33, 65, 129] {
         check_shape(&[2, 5, inner_size], 1, inner_size as u64)?;
     }
     check_shape(&[2, 33, 7], 1, 1)?;

@@ -1,5 +1,6 @@
 //! Limits of sizes: products that overflow, dimensions of zero, and gradients beyond the range of
 //! f16.
+#![cfg(not(target_arch = "wasm32"))]
 
 mod common;
 
