@@ -2,18 +2,25 @@
 
 mod common;
 
-use candle_core::Result;
+use candle_core::{DType, Result};
+use candle_label_smoothing::Smoothing;
 use candle_label_smoothing::testing::{choose_instruction_set, instruction_sets};
-use common::check_shape;
+use common::{check_shape, random, random_labels, unreduced, values};
 use std::io::Write;
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard};
+
+/// The choice of an instruction set holds for all threads.
+fn one_at_a_time() -> MutexGuard<'static, ()> {
+    static CHOICE: Mutex<()> = Mutex::new(());
+    CHOICE.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
 
 /// Compares with the reference on this instruction set, or prints that the processor lacks it.
 fn check(instruction_set: &str) -> Result<()> {
-    // The choice holds for all threads.
-    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
-    let _guard = ONE_AT_A_TIME.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let _guard = one_at_a_time();
     if !choose_instruction_set(instruction_set) {
+        // Set by the checks of processors that are known to have it.
+        assert_ne!(option_env!("REQUIRED_INSTRUCTION_SET"), Some(instruction_set));
         // The test harness captures `eprintln!` of passing tests.
         let _ = writeln!(std::io::stderr(), "skipped: this processor lacks {instruction_set}");
         return Ok(());
@@ -59,6 +66,26 @@ fn simd128() -> Result<()> {
 #[test]
 fn no_vectors() -> Result<()> {
     check("no vectors")
+}
+
+/// Vectors add in another order and round a multiply-add once, so the last bits show which kernels have run.
+#[test]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+fn chosen_instruction_set_is_used() -> Result<()> {
+    let _guard = one_at_a_time();
+    let logits = random(&[64, 1000], 6., 1)?.to_dtype(DType::F32)?;
+    let labels = random_labels(&[64], 1000, 2)?;
+    let loss = unreduced(Smoothing::over_all(0.1)?);
+    let mut results = Vec::new();
+    for name in instruction_sets() {
+        if choose_instruction_set(name) {
+            results.push(values(&loss.forward(&logits, &labels)?)?);
+        }
+    }
+    for (i, result) in results.iter().enumerate() {
+        assert!(!results[..i].contains(result), "two instruction sets give the same bits");
+    }
+    Ok(())
 }
 
 /// Fails if a set without a test is added.

@@ -65,7 +65,7 @@ fn main() -> Result<()> {
 
 fn run(args: &Args, out: &mut impl Write) -> Result<()> {
     let lr = args.lr;
-    ensure!(lr > 0. && lr.is_finite(), "--lr is {lr}, expected more than 0");
+    ensure!(lr > 0. && lr.is_finite(), "--lr is {lr}, expected a finite number above 0");
     let smoothing = Smoothing::over_others(args.epsilon).context("--epsilon cannot be used")?;
     let table = match &args.data {
         Some(path) => read_csv(path).with_context(|| format!("cannot use {}", path.display()))?,
@@ -110,8 +110,10 @@ fn run(args: &Args, out: &mut impl Write) -> Result<()> {
         }
     }
     bar.finish_and_clear();
-    print_results(args, &results, out)?;
-    picture.map_or(Ok(()), |picture| picture.draw(&results))
+    if let Some((picture, path)) = picture.zip(args.plot.as_ref()) {
+        picture.draw(&results).with_context(|| format!("cannot draw {}", path.display()))?;
+    }
+    print_results(args, &results, out)
 }
 
 fn generated(seed: u64) -> Result<Table> {

@@ -97,7 +97,12 @@ where
     let accuracy_range = (values(1).fold(1., f64::min) - 0.05).max(0.)..1.;
     for (i, panel, texts, range) in [
         (0, loss, ["Loss", "epoch", "loss against its own targets (nats)"], loss_range),
-        (1, accuracy, ["Accuracy", "epoch", "accuracy (share of training rows)"], accuracy_range),
+        (
+            1,
+            accuracy,
+            ["Accuracy", "epoch", "accuracy (mean of the epoch's batches)"],
+            accuracy_range,
+        ),
     ] {
         let mut chart = axes(panel, texts, 1. ..num_epochs.max(2) as f64, range, num_epochs)?;
         for (trace, colour) in traces.iter().zip(COLOURS) {
@@ -113,7 +118,7 @@ where
 
     // The accuracy of each bin against its confidence. On the dotted line, the two are equal.
     let texts = [
-        "Calibration (dot area: rows)",
+        "Calibration (larger dot: more rows)",
         "confidence (mean top probability)",
         "accuracy (share of test rows)",
     ];

@@ -70,7 +70,7 @@ pub fn read_csv(path: &Path) -> Result<Table> {
     let end = at(last, width - 1);
     ensure!(n >= 5, "{end}: {n} rows up to here, expected at least 5");
     ensure!(k > 1, "{end}: one class up to here, expected at least two");
-    ensure!(n >= 2 * k, "{end}: {k} labels in {n} rows, expected a class");
+    ensure!(n >= 2 * k, "{end}: {k} labels in {n} rows: the last column is no class");
     // The rows contain the number of a class if the first line declares the names, and the name otherwise.
     let written = match &declared {
         Some(names) => (0..names.len()).map(|class| class.to_string()).collect(),
@@ -82,6 +82,11 @@ pub fn read_csv(path: &Path) -> Result<Table> {
         class.with_context(|| format!("{}: no class {word:?}", at(record, width - 1)))
     };
     let labels = records.iter().zip(&words).map(label).collect::<Result<Vec<u32>>>()?;
+    let count = |label: u32| labels.iter().filter(|&&other| other == label).count();
+    let single = records.iter().zip(&words).zip(&labels).find(|(_, label)| count(**label) == 1);
+    if let Some(((record, word), _)) = single {
+        bail!("{}: {word:?} is the label of one row only", at(record, width - 1));
+    }
     let x = Tensor::from_vec(values, (n, width - 1), &Device::Cpu)?;
     let y = Tensor::from_vec(labels, n, &Device::Cpu)?;
     Ok(Table { x, y, classes: declared.unwrap_or(found) })
