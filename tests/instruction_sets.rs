@@ -2,10 +2,9 @@
 
 mod common;
 
-use candle_core::{DType, Result};
-use candle_label_smoothing::Smoothing;
+use candle_core::Result;
 use candle_label_smoothing::testing::{choose_instruction_set, instruction_sets};
-use common::{check_shape, random, random_labels, unreduced, values};
+use common::check_shape;
 use std::io::Write;
 use std::sync::{Mutex, MutexGuard};
 
@@ -72,8 +71,11 @@ fn no_vectors() -> Result<()> {
 #[test]
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 fn chosen_instruction_set_is_used() -> Result<()> {
+    use candle_label_smoothing::Smoothing;
+    use common::{random, random_labels, unreduced, values};
+
     let _guard = one_at_a_time();
-    let logits = random(&[64, 1000], 6., 1)?.to_dtype(DType::F32)?;
+    let logits = random(&[64, 1000], 6., 1)?.to_dtype(candle_core::DType::F32)?;
     let labels = random_labels(&[64], 1000, 2)?;
     let loss = unreduced(Smoothing::over_all(0.1)?);
     let mut results = Vec::new();
