@@ -71,10 +71,7 @@ fn run(args: &Args, out: &mut impl Write) -> Result<()> {
         Some(path) => read_csv(path).with_context(|| format!("cannot use {}", path.display()))?,
         None => generated(args.seed)?,
     };
-    let picture = args.plot.as_ref().map(|path| {
-        Picture::create(path).with_context(|| format!("cannot draw {}", path.display()))
-    });
-    let picture = picture.transpose()?;
+    let picture = args.plot.as_deref().map(Picture::create).transpose()?;
 
     let ((num_rows, num_columns), num_classes) = (table.x.dims2()?, table.classes.len());
     writeln!(out, "{}", style("Data").bold())?;
@@ -110,8 +107,8 @@ fn run(args: &Args, out: &mut impl Write) -> Result<()> {
         }
     }
     bar.finish_and_clear();
-    if let Some((picture, path)) = picture.zip(args.plot.as_ref()) {
-        picture.draw(&results).with_context(|| format!("cannot draw {}", path.display()))?;
+    if let Some(picture) = picture {
+        picture.draw(&results)?;
     }
     print_results(args, &results, out)
 }

@@ -1,6 +1,6 @@
 //! Draws the training and the calibration.
 
-use anyhow::{Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use plotters::coord::types::RangedCoordf64;
 use plotters::data::float::FloatPrettyPrinter;
 use plotters::prelude::*;
@@ -26,13 +26,18 @@ const MAX_DOTS: usize = 20;
 const MAX_RADIUS: f64 = 24.;
 
 /// The file of a picture. It is opened before the training, so that a wrong name is an error at once.
-pub struct Picture {
+pub struct Picture<'a> {
+    path: &'a Path,
     file: File,
     is_svg: bool,
 }
 
-impl Picture {
-    pub fn create(path: &Path) -> Result<Self> {
+impl<'a> Picture<'a> {
+    pub fn create(path: &'a Path) -> Result<Self> {
+        Self::open(path).with_context(|| format!("cannot draw {}", path.display()))
+    }
+
+    fn open(path: &'a Path) -> Result<Self> {
         let extension = path.extension().unwrap_or_default().to_ascii_lowercase();
         let is_svg = match extension.to_str() {
             Some("svg") => true,
@@ -41,11 +46,16 @@ impl Picture {
         };
         // An existing picture stays until the new one is ready.
         let file = File::options().write(true).create(true).truncate(false).open(path)?;
-        Ok(Self { file, is_svg })
+        Ok(Self { path, file, is_svg })
     }
 
     /// Draws the results with smoothing and without.
-    pub fn draw(mut self, results: &[Results; 2]) -> Result<()> {
+    pub fn draw(self, results: &[Results; 2]) -> Result<()> {
+        let path = self.path;
+        self.write(results).with_context(|| format!("cannot draw {}", path.display()))
+    }
+
+    fn write(mut self, results: &[Results; 2]) -> Result<()> {
         // An included font makes the picture the same on every machine.
         register_font("sans-serif", FontStyle::Normal, dejavu::sans::regular())
             .map_err(|_| anyhow!("the font cannot be read"))?;

@@ -82,10 +82,11 @@ pub fn read_csv(path: &Path) -> Result<Table> {
         class.with_context(|| format!("{}: no class {word:?}", at(record, width - 1)))
     };
     let labels = records.iter().zip(&words).map(label).collect::<Result<Vec<u32>>>()?;
-    let count = |label: u32| labels.iter().filter(|&&other| other == label).count();
-    let single = records.iter().zip(&words).zip(&labels).find(|(_, label)| count(**label) == 1);
-    if let Some(((record, word), _)) = single {
-        bail!("{}: {word:?} is the label of one row only", at(record, width - 1));
+    let mut counts: HashMap<&str, usize> = HashMap::new();
+    words.iter().for_each(|word| *counts.entry(word).or_default() += 1);
+    for (record, word) in records.iter().zip(&words) {
+        let is_single = counts.get(word) == Some(&1);
+        ensure!(!is_single, "{}: {word:?} is the label of one row only", at(record, width - 1));
     }
     let x = Tensor::from_vec(values, (n, width - 1), &Device::Cpu)?;
     let y = Tensor::from_vec(labels, n, &Device::Cpu)?;

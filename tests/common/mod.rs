@@ -256,13 +256,8 @@ pub fn check_case(
     for (dtype, half_ulp) in DTYPES_AND_HALF_ULPS {
         // The reference gets the rounded logits that the kernels get.
         let logits = logits.to_dtype(dtype)?.to_dtype(DType::F64)?;
-        let case = |loss: &LabelSmoothingLoss| Case {
-            name: name.into(),
-            loss: loss.clone(),
-            logits: logits.clone(),
-            targets: targets.clone(),
-        };
-        let case = case(loss);
+        let (loss, targets) = (loss.clone(), targets.clone());
+        let case = Case { name: name.into(), loss, logits, targets };
         let (losses, gradient) = case.run(dtype)?;
         let (expected_losses, expected_gradient) = case.run_reference(DType::F64)?;
         let roundings = if dtype == DType::F64 { 1e-13 } else { 4e-6 };

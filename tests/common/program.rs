@@ -31,6 +31,31 @@ pub fn assert_fails(output: &Output, message: &str) {
     assert!(!stderr.contains("panicked"), "{stderr}");
 }
 
+/// Checks that each of these values of an option, and of the options that all examples have, is rejected with its message.
+pub fn assert_rejects(example: &str, cases: &[(&str, &str, &str)]) {
+    let common = [
+        ("--epsilon", "1.5", "epsilon is 1.5"),
+        ("--epsilon", "-1", "epsilon is -1"),
+        ("--epsilon", "NaN", "epsilon is NaN"),
+        ("--epochs", "0", "epochs"),
+        ("--seed", "-1", "seed"),
+    ];
+    for &(option, value, message) in common.iter().chain(cases) {
+        assert_fails(&run(example, &[option, value]), message);
+    }
+}
+
+/// Checks that the output is that of the seed in every run, on any number of threads.
+pub fn assert_depends_on_the_seed_alone(example: &str, arguments: &[&str]) -> TestResult {
+    let with_seed = |seed| [arguments, &["--seed", seed]].concat();
+    let first = printed(example, &with_seed("3"));
+    assert_eq!(first, printed(example, &with_seed("3")));
+    assert_ne!(first, printed(example, &with_seed("4")));
+    let mut alone = program(example, &with_seed("3"));
+    assert_eq!(first.as_bytes(), alone.env("RAYON_NUM_THREADS", "1").output()?.stdout);
+    Ok(())
+}
+
 /// Checks that `texts` follow one another in `printed`.
 pub fn assert_in_order(printed: &str, texts: &[&str]) {
     let mut rest = printed;
