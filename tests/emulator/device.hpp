@@ -67,7 +67,8 @@ struct Warp {
 
 // A stack and the thread that runs on it.
 struct Fiber {
-  static constexpr size_t STACK = 256 * 1024;
+  // Four times what the kernels use with sanitizers, which clear the shadow of the whole stack at each switch.
+  static constexpr size_t STACK = 32 * 1024;
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[STACK]};
   unsigned thread = 0;
