@@ -6,6 +6,7 @@
 //! The allocator is mimalloc, which reuses freed memory for some time before it returns it to the system. Long training
 //! runs benefit from this. With `MIMALLOC_PURGE_DELAY=-1`, mimalloc never returns memory.
 
+use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_label_smoothing::{LabelSmoothingLoss, Smoothing, reference, testing};
 use criterion::measurement::WallTime;
@@ -14,6 +15,7 @@ use mimalloc::MiMalloc;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use rayon::prelude::*;
+use std::cell::LazyCell;
 use std::time::Duration;
 
 #[global_allocator]
@@ -51,9 +53,8 @@ impl Bytes {
     /// The words that a thread processes at a time. A buffer of fewer words stays on one thread.
     const CHUNK: usize = 8192;
 
-    fn of(tensor: &Tensor) -> Self {
-        let len = tensor.elem_count() * tensor.dtype().size_in_bytes() / size_of::<u64>();
-        Self((0..len as u64).collect())
+    fn new(num_bytes: usize) -> Self {
+        Self((0..(num_bytes / size_of::<u64>()) as u64).collect())
     }
 
     fn read(&self) -> u64 {
@@ -81,12 +82,11 @@ fn group<'a>(
     criterion: &'a mut Criterion,
     pass: &str,
     name: &str,
-    logits: &Tensor,
+    num_bytes: usize,
 ) -> BenchmarkGroup<'a, WallTime> {
-    let bytes = logits.elem_count() * logits.dtype().size_in_bytes();
     let mut group = criterion.benchmark_group(format!("{name} {pass}"));
     group
-        .throughput(Throughput::Bytes(bytes as u64))
+        .throughput(Throughput::Bytes(num_bytes as u64))
         .sample_size(20)
         .warm_up_time(Duration::from_millis(300))
         .measurement_time(Duration::from_secs(1));
@@ -99,66 +99,81 @@ fn bench_shape(
     class_dim: usize,
     dtype: DType,
 ) -> candle_label_smoothing::Result<()> {
-    let (logits, targets) = inputs(shape, class_dim, dtype)?;
     let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?).with_class_dim(class_dim);
     let dims: Vec<String> = shape.iter().map(usize::to_string).collect();
     let name = format!("{} {}", dims.join("x"), dtype.as_str());
-    let bytes = Bytes::of(&logits);
+    let num_bytes = shape.iter().product::<usize>() * dtype.size_in_bytes();
+    // The first benchmark that runs makes what it needs. A benchmark that the name excludes takes no time.
+    let inputs = LazyCell::new(|| inputs(shape, class_dim, dtype).expect("valid inputs"));
+    let bytes = LazyCell::new(|| Bytes::new(num_bytes));
 
-    let mut forward = group(criterion, "forward", &name, &logits);
-    forward.bench_function("read the bytes", |b| b.iter(|| bytes.read()));
-    forward.bench_function("kernel", |b| {
-        b.iter(|| testing::forward_rows(&loss, &logits, &targets).expect("losses"))
+    let mut forward = group(criterion, "forward", &name, num_bytes);
+    forward.bench_function("read the bytes", |b| {
+        let bytes = &*bytes;
+        b.iter(|| bytes.read())
     });
-    forward
-        .bench_function("fused", |b| b.iter(|| loss.forward(&logits, &targets).expect("a loss")));
+    forward.bench_function("kernel", |b| {
+        let (logits, targets) = &*inputs;
+        b.iter(|| testing::forward_rows(&loss, logits, targets).expect("losses"))
+    });
+    forward.bench_function("fused", |b| {
+        let (logits, targets) = &*inputs;
+        b.iter(|| loss.forward(logits, targets).expect("a loss"))
+    });
     forward.bench_function("stock ops", |b| {
-        b.iter(|| reference::forward(&loss, &logits, &targets).expect("a loss"))
+        let (logits, targets) = &*inputs;
+        b.iter(|| reference::forward(&loss, logits, targets).expect("a loss"))
     });
     if shape.len() == 2 {
         // candle-nn has no smoothing.
         forward.bench_function("candle-nn", |b| {
-            b.iter(|| candle_nn::loss::cross_entropy(&logits, &targets).expect("a loss"))
+            let (logits, targets) = &*inputs;
+            b.iter(|| candle_nn::loss::cross_entropy(logits, targets).expect("a loss"))
         });
     }
     forward.finish();
 
-    let (losses, saved) = testing::forward_rows(&loss, &logits, &targets)?;
-    let grad_output = losses.ones_like()?;
-    let mut backward = group(criterion, "backward", &name, &logits);
-    let mut copy = Bytes(bytes.0.clone());
-    backward.bench_function("copy the bytes", |b| b.iter(|| bytes.copy_to(&mut copy)));
-    drop(copy);
-    if let Some(saved) = &saved {
-        backward.bench_function("kernel", |b| {
-            b.iter(|| testing::backward_rows(saved, &logits, &grad_output).expect("a gradient"))
-        });
-    }
+    let mut backward = group(criterion, "backward", &name, num_bytes);
+    backward.bench_function("copy the bytes", |b| {
+        let mut copy = Bytes(bytes.0.clone());
+        b.iter(|| bytes.copy_to(&mut copy))
+    });
+    backward.bench_function("kernel", |b| {
+        let (logits, targets) = &*inputs;
+        let (losses, saved) = testing::forward_rows(&loss, logits, targets).expect("losses");
+        let saved = saved.expect("a saved state");
+        let grad_output = losses.ones_like().expect("a tensor");
+        b.iter(|| testing::backward_rows(&saved, logits, &grad_output).expect("a gradient"))
+    });
     backward.finish();
 
+    let mut both = group(criterion, "forward and backward", &name, num_bytes);
     // candle's backward adds each gradient to zeros. No op can avoid this cost.
-    let gradient = logits.ones_like()?;
-    let accumulate = || logits.as_detached_tensor().zeros_like()?.add(&gradient);
-    let fused = |logits: &Tensor| Ok(loss.forward(logits, &targets)?);
-    let stock = |logits: &Tensor| Ok(reference::forward(&loss, logits, &targets)?);
-    let backward_of = |loss: Result<Tensor>| loss?.backward();
-    let mut both = group(criterion, "forward and backward", &name, &logits);
     both.bench_function("candle's zeros and addition", |b| {
-        b.iter(|| accumulate().expect("a tensor"))
+        let logits = inputs.0.as_detached_tensor();
+        let gradient = logits.ones_like().expect("a tensor");
+        b.iter(|| logits.zeros_like().and_then(|zeros| zeros.add(&gradient)).expect("a tensor"))
     });
-    both.bench_function("fused", |b| b.iter(|| backward_of(fused(&logits)).expect("gradients")));
+    both.bench_function("fused", |b| {
+        let (logits, targets) = &*inputs;
+        b.iter(|| backward_of(loss.forward(logits, targets).expect("a loss")))
+    });
     both.bench_function("stock ops", |b| {
-        b.iter(|| backward_of(stock(&logits)).expect("gradients"))
+        let (logits, targets) = &*inputs;
+        b.iter(|| backward_of(reference::forward(&loss, logits, targets).expect("a loss")))
     });
     if shape.len() == 2 {
         both.bench_function("candle-nn", |b| {
-            b.iter(|| {
-                backward_of(candle_nn::loss::cross_entropy(&logits, &targets)).expect("gradients")
-            })
+            let (logits, targets) = &*inputs;
+            b.iter(|| backward_of(candle_nn::loss::cross_entropy(logits, targets).expect("a loss")))
         });
     }
     both.finish();
     Ok(())
+}
+
+fn backward_of(loss: Tensor) -> GradStore {
+    loss.backward().expect("gradients")
 }
 
 fn bench(criterion: &mut Criterion) {
