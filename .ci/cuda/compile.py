@@ -10,7 +10,7 @@ import ctypes
 import glob
 import sys
 
-# Those before 80 have no bf16 arithmetic.
+# The kernels have other text only before 80, which has no bf16 arithmetic.
 ARCHITECTURES = [75, 90]
 LOGITS_DTYPES = ["f16", "bf16", "f32", "f64"]
 LABEL_DTYPES = ["u8", "u32", "i16", "i32", "i64"]

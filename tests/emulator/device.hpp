@@ -67,14 +67,22 @@ struct Warp {
 
 // A stack and the thread that runs on it.
 struct Fiber {
-  // Four times what the kernels use with sanitizers, which clear the shadow of the whole stack at each switch.
-  static constexpr size_t STACK = 32 * 1024;
+  // The kernels use at most 7 KiB, with sanitizers. AddressSanitizer clears the shadow of the whole stack at each switch, so a larger
+  // stack takes more time.
+  static constexpr size_t STACK = 32 * 1024, GUARD = 256;
+  static constexpr char UNWRITTEN = 0x5a;
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[STACK]};
   unsigned thread = 0;
   // The meeting that the thread waits for.
   const Meeting *waits = nullptr;
   unsigned round = 0;
+
+  Fiber() { memset(stack.get(), UNWRITTEN, GUARD); }
+  // Stacks grow down, so a stack that is too small overwrites the guard, its first bytes.
+  bool overflowed() const {
+    return stack[0] != UNWRITTEN || memcmp(stack.get(), stack.get() + 1, GUARD - 1) != 0;
+  }
 };
 
 class Block {
@@ -200,6 +208,7 @@ class Block {
       makecontext(&fiber->context, enter, 0);
     }
     swapcontext(&scheduler, &fiber->context);
+    if (fiber->overflowed()) fail("a stack is too small");
   }
 
   static void enter();
