@@ -10,8 +10,9 @@ import ctypes
 import glob
 import sys
 
-# The kernels have other text only before 80, which has no bf16 arithmetic.
-ARCHITECTURES = [75, 90]
+# The kernels have other text only before 80, which has no bf16 arithmetic. It is compiled to PTX, as the crate does at run time, and the
+# other text to machine code.
+ARCHITECTURES = ["compute_75", "sm_90"]
 LOGITS_DTYPES = ["f16", "bf16", "f32", "f64"]
 LABEL_DTYPES = ["u8", "u32", "i16", "i32", "i64"]
 PROBABILITY_DTYPES = ["f8", "f16", "bf16", "f32", "f64"]
@@ -33,12 +34,12 @@ def compile(library, source, architecture):
     nvrtc, program, size = ctypes.CDLL(library), ctypes.c_void_p(), ctypes.c_size_t()
     if nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"label_smoothing.cu", 0, None, None):
         return "NVRTC cannot create a program", False
-    options = [f"--gpu-architecture=sm_{architecture}".encode(), b"--std=c++17"]
+    options = [f"--gpu-architecture={architecture}".encode(), b"--std=c++17"]
     failed = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
     nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
     log = ctypes.create_string_buffer(size.value)
     nvrtc.nvrtcGetProgramLog(program, log)
-    nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
+    nvrtc.nvrtcGetPTXSize(program, ctypes.byref(size))
     nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
     return log.value.decode().strip(), not failed and size.value > 0
 
@@ -56,7 +57,7 @@ def main(folder, path="src/gpu/label_smoothing.cu"):
             log, compiled = result.result()
             if log or not compiled:
                 failures += 1
-                print(f"{variant} for sm_{architecture}: {log or 'failed'}")
+                print(f"{variant} for {architecture}: {log or 'failed'}")
     print(f"{len(jobs) - failures} of {len(jobs)} compiled")
     return failures > 0
 
