@@ -75,6 +75,10 @@ mod error;
 mod formula;
 #[cfg(any(feature = "cuda", feature = "metal", emulator))]
 mod gpu;
+// It is outside `gpu`, so that its tests run in builds without a GPU.
+#[cfg(any(feature = "cuda", feature = "metal", test))]
+#[path = "gpu/compile.rs"]
+mod gpu_compile;
 // Documentation only.
 #[cfg(any(doc, doctest))]
 pub mod guide;

@@ -1,13 +1,15 @@
 //! Launches on CUDA. NVRTC compiles `label_smoothing.cu` for the device's architecture when a variant is first
-//! used, and the result is kept.
+//! used. The result and the handle of each kernel are kept.
 
-use super::kernel::{Buffer, GpuStorage, Grid, KernelKey, KernelVariant, Limits, cached};
-use candle_core::cuda_backend::cudarc::driver::{DeviceRepr, LaunchConfig, PushKernelArg};
-use candle_core::cuda_backend::cudarc::nvrtc::{CompileOptions, compile_ptx_with_opts};
+use super::kernel::{Buffer, GpuStorage, Grid, KernelKey, KernelVariant, Limits};
+use crate::gpu_compile::{Cache, cached};
+use candle_core::cuda_backend::cudarc::driver::{
+    CudaContext, CudaFunction, CudaModule, DeviceRepr, LaunchConfig, PushKernelArg,
+};
+use candle_core::cuda_backend::cudarc::nvrtc::{CompileOptions, Ptx, compile_ptx_with_opts};
 use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
 use candle_core::{CudaDevice, CudaStorage, Result, Storage};
-use std::collections::HashMap;
-use std::sync::{Arc, LazyLock, Mutex};
+use std::sync::{Arc, LazyLock};
 
 const SOURCE: &str = include_str!("label_smoothing.cu");
 
@@ -57,9 +59,9 @@ impl GpuStorage for CudaStorage {
         buffers: &mut [Buffer<Self>],
         params: &P,
     ) -> Result<()> {
-        let CompiledPtx { name, ptx } = &*compile(device, kernel.variant)?;
-        let function = device.get_or_load_custom_func(kernel.name, name, ptx)?;
-        let mut launch = function.builder();
+        let stream = device.cuda_stream();
+        let function = load_function(stream.context(), kernel)?;
+        let mut launch = stream.launch_builder(&function);
         for buffer in buffers {
             match buffer {
                 Buffer::Input(storage) => with_slice!(&storage.slice, slice => launch.arg(slice)),
@@ -93,31 +95,50 @@ struct ByValue<P>(P);
 // the parameter is the same struct.
 unsafe impl<P: Copy> DeviceRepr for ByValue<P> {}
 
-/// The compiled source.
-struct CompiledPtx {
-    /// The key in candle's cache of a device's modules.
-    name: String,
-    ptx: String,
+/// The address of a context. All devices of a GPU use its primary context, whatever their streams. A context from which a
+/// module is kept stays until the process ends, so no other context gets its address.
+fn address(context: &CudaContext) -> usize {
+    context.cu_ctx().addr()
 }
 
-/// Compiles the source for a device's architecture, or finds it compiled. The devices of a process may have
-/// different architectures.
-fn compile(device: &CudaDevice, variant: KernelVariant) -> Result<Arc<CompiledPtx>> {
-    type Key = ((i32, i32), KernelVariant);
-    static MODULES: LazyLock<Mutex<HashMap<Key, Arc<CompiledPtx>>>> = LazyLock::new(Mutex::default);
+/// The handle of a kernel in a context, for all streams of the context.
+fn load_function(context: &Arc<CudaContext>, kernel: KernelKey) -> Result<CudaFunction> {
+    static FUNCTIONS: LazyLock<Cache<(usize, KernelKey), CudaFunction>> =
+        LazyLock::new(Cache::default);
 
-    let (major, minor) = device.cuda_stream().context().compute_capability().w()?;
-    cached(&MODULES, ((major, minor), variant), || {
+    cached(&FUNCTIONS, (address(context), kernel), || {
+        let module = load_module(context, kernel.variant)?;
+        // The context need not be current: another thread may have loaded the module.
+        context.bind_to_thread().w()?;
+        module.load_function(kernel.name).w()
+    })
+}
+
+/// The compiled source in a context. The driver translates it for the GPU.
+fn load_module(context: &Arc<CudaContext>, variant: KernelVariant) -> Result<Arc<CudaModule>> {
+    static MODULES: LazyLock<Cache<(usize, KernelVariant), Arc<CudaModule>>> =
+        LazyLock::new(Cache::default);
+
+    cached(&MODULES, (address(context), variant), || {
+        let (major, minor) = context.compute_capability().w()?;
+        context.load_module(compile(10 * major + minor, variant)?).w()
+    })
+}
+
+/// Compiles the source for an architecture. The GPUs of a process may have different architectures.
+fn compile(architecture: i32, variant: KernelVariant) -> Result<Ptx> {
+    static PTX: LazyLock<Cache<(i32, KernelVariant), Ptx>> = LazyLock::new(Cache::default);
+
+    cached(&PTX, (architecture, variant), || {
         let options = CompileOptions {
             name: Some("label_smoothing.cu".to_string()),
             options: vec![
-                format!("--gpu-architecture=compute_{major}{minor}"),
+                format!("--gpu-architecture=compute_{architecture}"),
                 "--std=c++17".to_string(),
             ],
             ..CompileOptions::default()
         };
-        let definitions = variant.definitions()?;
-        let ptx = compile_ptx_with_opts(format!("{definitions}{SOURCE}"), options).w()?.to_src();
-        Ok(Arc::new(CompiledPtx { name: format!("label-smoothing {definitions}"), ptx }))
+        let source = format!("{}{SOURCE}", variant.definitions()?);
+        compile_ptx_with_opts(source, options).w()
     })
 }

@@ -4,12 +4,6 @@ use crate::error::{Error, Result};
 use crate::formula::result_dtype;
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::{DType, Storage};
-#[cfg(any(feature = "cuda", feature = "metal"))]
-use std::{
-    collections::{HashMap, hash_map::Entry},
-    hash::Hash,
-    sync::{Mutex, PoisonError},
-};
 
 /// A storage in a GPU's memory, and launches on that GPU.
 pub(crate) trait GpuStorage: BackendStorage<Device: BackendDevice<Storage = Self>> {
@@ -107,20 +101,6 @@ impl KernelVariant {
             "#define LOGITS {logits}\n#define REAL {real}\n#define TARGETS {targets}\n\
              #define CLASS_TARGETS {class_targets}\n#define PER_CLASS {per_class}\n"
         ))
-    }
-}
-
-/// What was made for a key before, or else what `make` makes.
-#[cfg(any(feature = "cuda", feature = "metal"))]
-pub(crate) fn cached<K: Eq + Hash, V: Clone>(
-    cache: &Mutex<HashMap<K, V>>,
-    key: K,
-    make: impl FnOnce() -> candle_core::Result<V>,
-) -> candle_core::Result<V> {
-    let mut cache = cache.lock().unwrap_or_else(PoisonError::into_inner);
-    match cache.entry(key) {
-        Entry::Occupied(entry) => Ok(entry.get().clone()),
-        Entry::Vacant(entry) => Ok(entry.insert(make()?).clone()),
     }
 }
 

@@ -1,7 +1,8 @@
 //! Launches on Metal. `label_smoothing.metal` is compiled when a device first uses a variant. The library, and a
 //! pipeline for each kernel, are kept.
 
-use super::kernel::{Buffer, GpuStorage, Grid, KernelKey, KernelVariant, Limits, cached};
+use super::kernel::{Buffer, GpuStorage, Grid, KernelKey, KernelVariant, Limits};
+use crate::gpu_compile::{Cache, cached};
 use candle_core::backend::BackendStorage;
 use candle_core::{MetalDevice, MetalError, MetalStorage, Result, Storage};
 use candle_metal_kernels::MetalKernelError;
@@ -9,8 +10,7 @@ use candle_metal_kernels::metal::{ComputeCommandEncoder, ComputePipeline, Librar
 use objc2_metal::{
     MTLCompileOptions, MTLComputePipelineState, MTLMathFloatingPointFunctions, MTLMathMode, MTLSize,
 };
-use std::collections::HashMap;
-use std::sync::{LazyLock, Mutex};
+use std::sync::LazyLock;
 
 const SOURCE: &str = include_str!("label_smoothing.metal");
 
@@ -75,9 +75,8 @@ impl GpuStorage for MetalStorage {
 
 /// Compiles a kernel for a device, or finds it compiled.
 fn pipeline(device: &MetalDevice, kernel: KernelKey) -> Result<ComputePipeline> {
-    type Key = (u64, KernelKey);
-    static PIPELINES: LazyLock<Mutex<HashMap<Key, ComputePipeline>>> =
-        LazyLock::new(Mutex::default);
+    static PIPELINES: LazyLock<Cache<(u64, KernelKey), ComputePipeline>> =
+        LazyLock::new(Cache::default);
 
     let metal = device.metal_device();
     cached(&PIPELINES, (metal.registry_id(), kernel), || {
@@ -91,8 +90,8 @@ fn pipeline(device: &MetalDevice, kernel: KernelKey) -> Result<ComputePipeline> 
 
 /// Compiles all kernels of the source for a device, or finds them compiled.
 fn library(device: &MetalDevice, variant: KernelVariant) -> Result<Library> {
-    type Key = (u64, KernelVariant);
-    static LIBRARIES: LazyLock<Mutex<HashMap<Key, Library>>> = LazyLock::new(Mutex::default);
+    static LIBRARIES: LazyLock<Cache<(u64, KernelVariant), Library>> =
+        LazyLock::new(Cache::default);
 
     let metal = device.metal_device();
     cached(&LIBRARIES, (metal.registry_id(), variant), || {
