@@ -1,4 +1,5 @@
-//! The part of the compilation for a GPU that needs neither GPU nor compiler: what was compiled is kept.
+//! The parts of the compilation for a GPU that need neither GPU nor compiler: what was compiled is kept, and the
+//! architecture is chosen.
 
 use candle_core::Result;
 use std::collections::HashMap;
@@ -28,6 +29,14 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// The architecture to compile for: the newest of `supported` that is not newer than the device, because the driver
+/// translates PTX for older architectures. If there is none, it is the device's own. Architectures are numbers like 90 for the
+/// compute capability 9.0.
+#[cfg(any(feature = "cuda", test))]
+pub(crate) fn choose_architecture(device: i32, supported: &[i32]) -> i32 {
+    supported.iter().copied().filter(|&supported| supported <= device).max().unwrap_or(device)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -41,6 +50,17 @@ mod tests {
         assert_eq!(cached(&cache, "key", || Ok(2))?, 1);
         assert_eq!(cached(&cache, "other", || Ok(3))?, 3);
         Ok(())
+    }
+
+    #[test]
+    fn the_newest_architecture_not_newer_than_the_device() {
+        let supported = [75, 80, 86, 89, 90];
+        assert_eq!(choose_architecture(86, &supported), 86);
+        assert_eq!(choose_architecture(87, &supported), 86);
+        assert_eq!(choose_architecture(120, &supported), 90);
+        assert_eq!(choose_architecture(120, &[90, 75, 80]), 90);
+        assert_eq!(choose_architecture(70, &supported), 70);
+        assert_eq!(choose_architecture(90, &[]), 90);
     }
 
     #[cfg(not(target_family = "wasm"))]

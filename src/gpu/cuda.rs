@@ -2,13 +2,14 @@
 //! used. The result and the handle of each kernel are kept.
 
 use super::kernel::{Buffer, GpuStorage, Grid, KernelKey, KernelVariant, Limits};
-use crate::gpu_compile::{Cache, cached};
+use crate::gpu_compile::{Cache, cached, choose_architecture};
+use candle_core::cuda_backend::cudarc::driver::sys::CUresult;
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaContext, CudaFunction, CudaModule, DeviceRepr, LaunchConfig, PushKernelArg,
+    CudaContext, CudaFunction, CudaModule, DeviceRepr, DriverError, LaunchConfig, PushKernelArg,
 };
-use candle_core::cuda_backend::cudarc::nvrtc::{CompileOptions, Ptx, compile_ptx_with_opts};
-use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
-use candle_core::{CudaDevice, CudaStorage, Result, Storage};
+use candle_core::cuda_backend::cudarc::nvrtc::{CompileOptions, Ptx, compile_ptx_with_opts, sys};
+use candle_core::cuda_backend::{CudaError, CudaStorageSlice, WrapErr};
+use candle_core::{CudaDevice, CudaStorage, Error, Result, Storage};
 use std::sync::{Arc, LazyLock};
 
 const SOURCE: &str = include_str!("label_smoothing.cu");
@@ -121,8 +122,22 @@ fn load_module(context: &Arc<CudaContext>, variant: KernelVariant) -> Result<Arc
 
     cached(&MODULES, (address(context), variant), || {
         let (major, minor) = context.compute_capability().w()?;
-        context.load_module(compile(10 * major + minor, variant)?).w()
+        let architecture = choose_architecture(10 * major + minor, &nvrtc_architectures());
+        context.load_module(compile(architecture, variant)?).map_err(load_error)
     })
+}
+
+/// An error of the driver. If the PTX is too new for it, the error says what to do.
+fn load_error(error: DriverError) -> Error {
+    let is_too_new = error.0 == CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION;
+    let error = Error::from(CudaError::Cuda(error));
+    match is_too_new {
+        true => error.context(
+            "the NVIDIA driver is older than the NVRTC that compiled the kernels, and cannot load them: update the \
+             driver, or use the NVRTC of a CUDA toolkit that is not newer than the driver",
+        ),
+        false => error,
+    }
 }
 
 /// Compiles the source for an architecture. The GPUs of a process may have different architectures.
@@ -141,4 +156,20 @@ fn compile(architecture: i32, variant: KernelVariant) -> Result<Ptx> {
         let source = format!("{}{SOURCE}", variant.definitions()?);
         compile_ptx_with_opts(source, options).w()
     })
+}
+
+/// The architectures that NVRTC compiles for. There are none if NVRTC does not list them.
+fn nvrtc_architectures() -> Vec<i32> {
+    let mut len = 0;
+    // SAFETY: NVRTC writes one number.
+    let counted = unsafe { sys::nvrtcGetNumSupportedArchs(&mut len) }.result();
+    let mut architectures = vec![0; usize::try_from(len).unwrap_or(0)];
+    if counted.is_err() || architectures.is_empty() {
+        return Vec::new();
+    }
+    // SAFETY: NVRTC writes as many numbers as it counted.
+    match unsafe { sys::nvrtcGetSupportedArchs(architectures.as_mut_ptr()) }.result() {
+        Ok(()) => architectures,
+        Err(_) => Vec::new(),
+    }
 }
