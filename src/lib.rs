@@ -58,7 +58,8 @@
 //! GPUs have no f64 ([`Error::MetalF64`]). Logits and targets must be on one device, where the loss and the gradient are computed. Class
 //! weights and priors may be on any device.
 //!
-//! On a GPU the loss and the gradient are computed without waiting for the device. A class target that is out of range is
+//! On a GPU the loss and the gradient are computed without waiting for the device. Only the first call with class weights or a prior
+//! waits, until they are copied. A class target that is out of range is
 //! an error on the CPU. On a GPU such a target makes its row's loss and gradient NaN, and [`check_targets`] finds it. The CPU sums the rows' losses in f64, a GPU by compensated
 //! summation in the dtype of the arithmetic. Results have the same bits in every run, on the CPU for every number of
 //! threads. Results of two devices differ by some roundings.

@@ -60,6 +60,22 @@ pub enum Reduction {
 /// assert_eq!(gradients.get(&logits).map(|g| g.dims()), Some(&[2, 3][..]));
 /// # Ok::<(), candle_label_smoothing::Error>(())
 /// ```
+///
+/// # Threads and CUDA streams
+///
+/// The loss is `Send` and `Sync`: threads can call one loss at the same time. On CUDA, a call queues its kernels on the stream of
+/// the logits' device.
+///
+/// - A device of `Device::new_cuda` has one stream for each thread. candle 0.11 does not order these streams, because cudarc
+///   tracks events only in a context in which streams were created. Call `device.synchronize()` on the thread that last used a
+///   tensor, before another thread uses or drops it. The same holds for dropping the last clone of a loss with class weights or a
+///   prior. The copies of these on a device are ready for all threads: the first call waits for the device.
+/// - A device of `Device::new_cuda_with_stream` has one stream for all threads.
+/// - Before a CUDA graph captures `forward` or `backward`, run the same calls once. The first ones compile kernels, copy class weights
+///   and wait, which a capture forbids. With `Device::new_cuda_with_stream`, also switch event tracking off
+///   (`CudaDevice::disable_event_tracking`), because a capture cannot wait for events before it. For
+///   [`forward_linear`](Self::forward_linear) with a bias, candle copies shapes to the device at each call, unless
+///   `CudaDevice::enable_cuda_graph_htod_cache` keeps them.
 #[derive(Clone, Debug)]
 pub struct LabelSmoothingLoss {
     smoothing: Smoothing,
@@ -290,7 +306,8 @@ impl LabelSmoothingLoss {
         Ok(())
     }
 
-    /// The class params, for arithmetic in `dtype`. Class weights and priors are uploaded to a device once.
+    /// The class params, for arithmetic in `dtype`. Class weights and priors are uploaded to a device once, which waits for the
+    /// device.
     fn class_table(&self, num_classes: usize, dtype: DType, device: &Device) -> Result<ClassTable> {
         let mut tables = self.class_tables.lock().unwrap_or_else(PoisonError::into_inner);
         let known = tables
@@ -302,6 +319,8 @@ impl LabelSmoothingLoss {
         let weights = self.class_weights.as_deref();
         let class_table = self.smoothing.class_table(weights, num_classes, dtype, device)?;
         if let ClassTable::PerClass(table) = &class_table {
+            // The copy is queued on this thread's stream. Other threads may have other streams, which do not wait for it.
+            device.synchronize()?;
             tables.push(table.clone());
         }
         Ok(class_table)
