@@ -1,85 +1,151 @@
-"""Times cross-entropy with label smoothing in PyTorch, torch.compile and Liger on a GPU, on the shapes of benches/gpu.rs.
+"""Times cross-entropy with label smoothing in PyTorch, torch.compile, QuACK and Liger on a GPU, on the shapes of benches/gpu.rs.
 
-    pip install torch liger-kernel
+    pip install torch liger-kernel quack-kernels packaging
     python3 benches/gpu.py
 
-Liger's forward overwrites the logits with their gradient. Each step therefore copies the logits, and the time of the copy
-is subtracted. Each time is the median over several samples. A sample times many calls and ends by synchronizing the device.
+With an argument such as 4096, it prints the lines whose name contains it. The mean reduces the losses. Forward keeps what
+backward needs. "With backward" is forward and the gradient of the logits, which is added to nothing.
+
+QuACK has no label smoothing. Liger computes the gradient in forward and overwrites the logits with it. So it comes last, and its
+calls take the gradient of the call before as logits.
+
+The calls take several sets of inputs in turn, so that none finds its logits in the GPU's cache. Each result stays in memory
+until its set's next turn. A time is the median over samples of many calls, each the time between two CUDA events. The calls are
+queued while the device sleeps, so that the times are the device's. Only Liger's are not, as Liger waits for the device in each call.
 """
 
-import statistics
-import time
+import importlib.metadata
+import sys
+from collections import deque
+from itertools import cycle
+from statistics import median
 
 import torch
 import torch.nn.functional as F
 
-CLASSES = [256, 1024, 4096, 16_384, 65_536, 128_256, 262_144]
+try:
+    from liger_kernel.transformers import LigerCrossEntropyLoss
+except ImportError as error:
+    print(error, file=sys.stderr)
+    LigerCrossEntropyLoss = None
+try:
+    from quack.cross_entropy import cross_entropy as quack
+except ImportError as error:
+    print(error, file=sys.stderr)
+    quack = None
+
+DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
 SMALL = [(32, 3), (128, 10)]
-MIN_BYTES = 256 << 20
+CLASSES = [256, 1024, 4096, 16_384, 65_536, 128_256, 262_144]
+MIN_BYTES = 1 << 30
+QUACK = [(32_768, k) for k in CLASSES[:5]] + [(16_384, 131_072), (8192, 262_144)]
+MIN_BYTES_OF_SETS, MAX_SETS = 512 << 20, 32
 SAMPLES, SAMPLE_SECONDS = 15, 0.02
+# The host waits when about a thousand launches are in a stream.
+MAX_QUEUED = 64
+MAX_SLEEP = 1 << 26
 
 
-def seconds(f):
-    def sample(calls):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
+def cases():
+    for dtype, torch_dtype in DTYPES.items():
+        large = [(-(-MIN_BYTES // (k * torch_dtype.itemsize)), k) for k in CLASSES]
+        quack_only = [shape for shape in QUACK if dtype == "bf16" and shape not in large]
+        for rows, classes in SMALL + large + quack_only:
+            yield f"{rows}x{classes} {dtype}", rows, classes, torch_dtype
+
+
+def input_sets(rows, classes, dtype):
+    num_sets = -(-MIN_BYTES_OF_SETS // (rows * classes * dtype.itemsize))
+    for _ in range(min(max(num_sets, 2), MAX_SETS)):
+        logits = (torch.randn(rows, classes, device="cuda", dtype=dtype) * 3).requires_grad_()
+        yield logits, torch.arange(rows, device="cuda") * 7919 % classes
+
+
+def seconds(call, sets, ahead=True):
+    """The median time of one call. `ahead` queues the calls of a sample before the device starts the first."""
+    turns, results = cycle(sets), deque(maxlen=len(sets))
+    sleep = 1 << 20  # in cycles
+
+    def queue(calls):
         for _ in range(calls):
-            f()
-        torch.cuda.synchronize()
-        return time.perf_counter() - start
+            results.append(call(*next(turns)))
 
-    sample(3)
-    calls = min(10_000, max(3, int(SAMPLE_SECONDS / (sample(3) / 3))))
-    return statistics.median(sample(calls) for _ in range(SAMPLES)) / calls
+    def sample(calls, ahead):
+        nonlocal sleep
+        while True:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            if ahead:
+                torch.cuda._sleep(sleep)
+            start.record()
+            queue(calls)
+            is_late = ahead and start.query()
+            end.record()
+            end.synchronize()
+            if not is_late or sleep >= MAX_SLEEP:
+                if is_late:
+                    print("The host, not the device, may limit the next line.", file=sys.stderr)
+                return start.elapsed_time(end) / 1e3
+            sleep *= 2
+
+    # The first calls compile the kernels and fill the memory pool. The next ones set how many calls a sample has.
+    queue(2 * len(sets))
+    estimate = sample(3, ahead=False) / 3
+    calls = min(max(int(SAMPLE_SECONDS / estimate), 3), MAX_QUEUED)
+    return median(sample(calls, ahead) for _ in range(SAMPLES)) / calls
+
+
+def microseconds(call, sets, ahead=True):
+    """A cell of the table. A peer that fails on a shape does not end the run."""
+    try:
+        return f"{1e6 * seconds(call, sets, ahead):.1f}"
+    except Exception as error:
+        print(error, file=sys.stderr)
+        return "failed"
+
+
+def with_backward(loss):
+    return lambda logits, labels: torch.autograd.grad(loss(logits, labels), logits)
 
 
 def eager(logits, labels):
     return F.cross_entropy(logits, labels, label_smoothing=0.1)
 
 
-def forward_and_backward(loss, logits, labels):
-    def step():
-        logits.grad = None
-        loss(logits, labels).backward()
+def print_line(name, sets):
+    compiled = torch.compile(eager, dynamic=False)
+    size = sets[0][0].numel() * sets[0][0].element_size()
+    copy = seconds(lambda logits, _: logits.detach().clone(), sets)
+    cells = [name, f"{2 * size / copy / 1e9:.0f}"]
+    for loss in [eager, compiled, quack]:
+        calls = [loss, with_backward(loss)]
+        cells += [microseconds(call, sets) for call in calls] if loss else ["", ""]
+    if LigerCrossEntropyLoss:
+        liger = with_backward(LigerCrossEntropyLoss(label_smoothing=0.1))
+        cells.append(microseconds(liger, sets, ahead=False))
+    else:
+        cells.append("")
+    print(f"| {' | '.join(cells)} |", flush=True)
 
-    return step
+
+def version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def main():
-    compiled = torch.compile(eager)
-    try:
-        from liger_kernel.transformers import LigerCrossEntropyLoss
-
-        liger = LigerCrossEntropyLoss(label_smoothing=0.1)
-    except ImportError:
-        liger = None
-    print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, microseconds\n")
-    print("| | copy, GB/s | PyTorch, forward | with backward | compiled, forward | with backward | Liger, with backward |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
-    for dtype in [torch.bfloat16, torch.float32]:
-        size = torch.empty((), dtype=dtype).element_size()
-        large = [(-(-MIN_BYTES // (k * size)), k) for k in CLASSES]
-        for rows, classes in SMALL + large:
+    versions = [f"{name} {version(name)}" for name in ["torch", "quack-kernels", "liger-kernel"]]
+    print(f"{torch.cuda.get_device_name()}, {', '.join(versions)}; microseconds\n")
+    peers = "PyTorch, forward | with backward | torch.compile, forward | with backward | QuACK, forward | with backward"
+    print(f"| | copy, GB/s | {peers} | Liger, with backward |\n| --- |{' ---: |' * 8}")
+    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
+    for name, rows, classes, dtype in cases():
+        if wanted in name:
             torch._dynamo.reset()
-            logits = (torch.randn(rows, classes, device="cuda") * 3).to(dtype).requires_grad_()
-            labels = torch.arange(rows, device="cuda") * 7919 % classes
-            copy = seconds(lambda: logits.detach().clone())
-            times = []
-            for loss in [eager, compiled]:
-                with torch.no_grad():
-                    times.append(seconds(lambda: loss(logits, labels)))
-                times.append(seconds(forward_and_backward(loss, logits, labels)))
-            if liger is not None:
-                def step():
-                    fresh = logits.detach().clone().requires_grad_()
-                    liger(fresh, labels).backward()
-
-                times.append(seconds(step) - copy)
-            bandwidth = 2 * rows * classes * size / copy / 1e9
-            name = f"{rows}x{classes} {str(dtype).removeprefix('torch.')}"
-            print(f"| {name} | {bandwidth:.0f} | " + " | ".join(f"{1e6 * x:.1f}" for x in times) + " |")
-            del logits, labels
             torch.cuda.empty_cache()
+            print_line(name, list(input_sets(rows, classes, dtype)))
 
 
 main()

@@ -12,7 +12,7 @@ use crate::gpu as host;
 
 use crate::cpu;
 use crate::error::{Error, Result};
-use crate::formula::{Divisor, ForwardOut, LossParams, SAVED_FIELDS, STATE_FIELDS, result_dtype};
+use crate::formula::{Divisor, ForwardOut, LossParams, STATE_FIELDS, SavedIn, result_dtype};
 #[cfg(any(feature = "cuda", feature = "metal"))]
 use crate::gpu;
 use crate::layout::{Operand, OperandMut, check_layout, row_shape};
@@ -39,7 +39,7 @@ pub(crate) fn forward(
         #[cfg(feature = "metal")]
         Operands::Metal(tensors) => gpu::forward(params, tensors)?.map(Storage::Metal),
     };
-    Ok(ComputedLoss::new(out, row_shape(logits.dims(), params.class_dim)))
+    Ok(ComputedLoss::new(params, out, row_shape(logits.dims(), params.class_dim)))
 }
 
 /// The softmax states of `num_rows` rows, to be written by [`merge_tile`]. On the CPU they are f64 for any logits.
@@ -86,66 +86,88 @@ pub(crate) fn finish(
         #[cfg(feature = "metal")]
         Operands::Metal(tensors) => gpu::finish(params, logits_dtype, tensors)?.map(Storage::Metal),
     };
-    Ok(ComputedLoss::new(out, row_shape))
+    Ok(ComputedLoss::new(params, out, row_shape))
 }
 
 /// The computed loss, not yet a tensor, and what backward needs.
 pub(crate) struct ComputedLoss {
     loss: Storage,
+    is_reduced: bool,
     row_shape: Vec<usize>,
-    divisor: Option<Divisor<Tensor>>,
-    /// The rows' [`SavedState`](crate::formula::SavedState), if it was asked for.
-    pub saved: Option<Tensor>,
+    saved: Option<SavedIn<Tensor>>,
 }
 
-impl ComputedLoss {
-    fn new(out: ForwardOut<Storage>, row_shape: Vec<usize>) -> Self {
-        let num_rows = row_shape.iter().product();
-        let divisor = out.divisor.map(|divisor| divisor.map(|sum| untracked(sum, ())));
-        let saved = out.saved.map(|saved| untracked(saved, (SAVED_FIELDS, num_rows)));
-        Self { loss: out.loss, row_shape, divisor, saved }
-    }
+/// What backward needs of forward, for all rows or some of them.
+#[derive(Clone, Debug)]
+pub(crate) struct Saved {
+    /// A tensor whose storage holds the rows' [`SavedState`](crate::formula::SavedState).
+    tensor: Tensor,
+    /// Where they are, ([`SAVED_FIELDS`](crate::formula::SAVED_FIELDS), rows).
+    layout: Layout,
+    /// What the sum of the losses was divided by: a number, or the index of an element of the storage.
+    divisor: Option<Divisor<usize>>,
+}
 
-    fn shape(&self) -> Shape {
-        match self.divisor {
-            None => self.row_shape.as_slice().into(),
-            Some(_) => ().into(),
+impl Saved {
+    fn new(saved: &SavedIn<Tensor>, loss: &Tensor) -> Self {
+        Self {
+            tensor: saved.storage.as_ref().unwrap_or(loss).clone(),
+            layout: saved.layout.clone(),
+            divisor: saved.divisor,
         }
     }
 
-    /// The loss as a tensor outside the graph.
-    pub fn detached(self) -> Tensor {
+    /// What was saved of `len` rows.
+    pub fn rows(&self, first_row: usize, len: usize) -> Result<Self> {
+        Ok(Self { layout: self.layout.narrow(1, first_row, len)?, ..self.clone() })
+    }
+}
+
+impl ComputedLoss {
+    fn new(params: &LossParams, out: ForwardOut<Storage>, row_shape: Vec<usize>) -> Self {
+        let ForwardOut { loss, saved } = out;
+        let saved = saved.map(|SavedIn { storage, layout, divisor }| SavedIn {
+            // Only the storage is used, so the shape does not matter.
+            storage: storage.map(|storage| untracked(storage, 0)),
+            layout,
+            divisor,
+        });
+        Self { loss, is_reduced: params.divisor.is_some(), row_shape, saved }
+    }
+
+    fn shape(&self) -> Shape {
+        match self.is_reduced {
+            true => ().into(),
+            false => self.row_shape.as_slice().into(),
+        }
+    }
+
+    /// The loss as a tensor outside the graph, and what backward needs if it was saved.
+    pub fn detached(self) -> (Tensor, Option<Saved>) {
         let shape = self.shape();
-        untracked(self.loss, shape)
+        let loss = untracked(self.loss, shape);
+        let saved = self.saved.map(|saved| Saved::new(&saved, &loss));
+        (loss, saved)
     }
 
     /// The loss as a node of the graph that depends on three tensors, the most that candle's custom ops take; or outside
-    /// the graph, if no state was saved. `backward` gets these tensors, the gradient of each row's loss (`grad_output`), and
-    /// the saved state. It returns a gradient for each of the tensors that is tracked.
+    /// the graph, if no state was saved. `backward` gets these tensors, the gradient of the result for each row (`grad_output`),
+    /// and what was saved. It returns a gradient for each of the tensors that is tracked.
     pub fn attach_backward(
         self,
         [a, b, c]: [&Tensor; 3],
-        backward: impl Fn([&Tensor; 3], &Tensor, &Tensor) -> Result<[Option<Tensor>; 3]>
+        backward: impl Fn([&Tensor; 3], &Tensor, &Saved) -> Result<[Option<Tensor>; 3]>
         + Send
         + Sync
         + 'static,
     ) -> Result<Tensor> {
         let shape = self.shape();
-        let Self { loss, row_shape, divisor, saved: Some(saved) } = self else {
-            return Ok(self.detached());
+        let Self { loss, row_shape, saved: Some(saved), .. } = self else {
+            return Ok(self.detached().0);
         };
-        let backward = move |inputs: [&Tensor; 3], grad_result: &Tensor| {
-            let grad_output = match &divisor {
-                None => grad_result.clone(),
-                Some(Divisor::Number(number)) => {
-                    (grad_result / *number)?.broadcast_as(&row_shape[..])?
-                }
-                Some(Divisor::WeightSum(sum)) => {
-                    let quotient = grad_result.to_dtype(sum.dtype())?.div(sum)?;
-                    quotient.to_dtype(grad_result.dtype())?.broadcast_as(&row_shape[..])?
-                }
-            };
-            backward(inputs, &grad_output, &saved)
+        let backward = move |inputs: [&Tensor; 3], result: &Tensor, grad_result: &Tensor| {
+            let saved = Saved::new(&saved, result);
+            backward(inputs, &grad_result.broadcast_as(&row_shape[..])?, &saved)
         };
         Ok(a.apply_op3(b, c, LossNode { loss: Mutex::new(Some(loss)), shape, backward })?)
     }
@@ -158,21 +180,23 @@ fn untracked(storage: Storage, shape: impl Into<Shape>) -> Tensor {
 
 // ---- Backward
 
-/// Runs the backward kernel: the logits' gradient. `grad_output` is the gradient of each row's loss.
+/// Runs the backward kernel: the logits' gradient. `grad_output` is the gradient of the result, for each row.
 pub(crate) fn backward(
     params: &LossParams,
     logits: &Tensor,
     targets: &Tensor,
     grad_output: &Tensor,
-    saved: &Tensor,
+    saved: &Saved,
 ) -> Result<Tensor> {
-    let locked = [logits, targets, grad_output, saved].map(Tensor::storage_and_layout);
+    let [logits_lock, targets, grad_output, saved_lock] =
+        [logits, targets, grad_output, &saved.tensor].map(Tensor::storage_and_layout);
+    let locked = [logits_lock, targets, grad_output, (saved_lock.0, &saved.layout)];
     let gradient = match Operands::new(&locked)? {
-        Operands::Cpu(tensors) => Storage::Cpu(host::backward(params, tensors)?),
+        Operands::Cpu(t) => Storage::Cpu(host::backward(params, t, saved.divisor)?),
         #[cfg(feature = "cuda")]
-        Operands::Cuda(tensors) => Storage::Cuda(gpu::backward(params, tensors)?),
+        Operands::Cuda(t) => Storage::Cuda(gpu::backward(params, t, saved.divisor)?),
         #[cfg(feature = "metal")]
-        Operands::Metal(tensors) => Storage::Metal(gpu::backward(params, tensors)?),
+        Operands::Metal(t) => Storage::Metal(gpu::backward(params, t, saved.divisor)?),
     };
     Ok(untracked(gradient, logits.shape()))
 }
@@ -183,20 +207,22 @@ pub(crate) fn backward_in_place(
     logits: &Tensor,
     targets: &Tensor,
     grad_output: &Tensor,
-    saved: &Tensor,
+    saved: &Saved,
 ) -> Result<()> {
-    let locked = [targets, grad_output, saved].map(Tensor::storage_and_layout);
+    let [targets, grad_output, saved_lock] =
+        [targets, grad_output, &saved.tensor].map(Tensor::storage_and_layout);
+    let (locked, divisor) = ([targets, grad_output, (saved_lock.0, &saved.layout)], saved.divisor);
     in_place(logits, |logits| match (logits, Operands::new(&locked)?) {
         (AnyOperandMut::Cpu(logits), Operands::Cpu(t)) => {
-            host::backward_in_place(params, logits, t)
+            host::backward_in_place(params, logits, t, divisor)
         }
         #[cfg(feature = "cuda")]
         (AnyOperandMut::Cuda(logits), Operands::Cuda(t)) => {
-            gpu::backward_in_place(params, logits, t)
+            gpu::backward_in_place(params, logits, t, divisor)
         }
         #[cfg(feature = "metal")]
         (AnyOperandMut::Metal(logits), Operands::Metal(t)) => {
-            gpu::backward_in_place(params, logits, t)
+            gpu::backward_in_place(params, logits, t, divisor)
         }
         _ => Err(no_backend()),
     })
@@ -358,7 +384,7 @@ impl<F> LossNode<F> {
 
 impl<F> CustomOp3 for LossNode<F>
 where
-    F: Fn([&Tensor; 3], &Tensor) -> Result<[Option<Tensor>; 3]>,
+    F: Fn([&Tensor; 3], &Tensor, &Tensor) -> Result<[Option<Tensor>; 3]>,
 {
     fn name(&self) -> &'static str {
         "label-smoothing-loss"
@@ -414,10 +440,10 @@ where
         a: &Tensor,
         b: &Tensor,
         c: &Tensor,
-        _: &Tensor,
-        grad_output: &Tensor,
+        result: &Tensor,
+        grad_result: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let [a, b, c] = (self.backward)([a, b, c], grad_output)?;
+        let [a, b, c] = (self.backward)([a, b, c], result, grad_result)?;
         Ok((a, b, c))
     }
 }

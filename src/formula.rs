@@ -21,7 +21,7 @@
 //! ```
 
 use crate::error::{Error, Result};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Layout, Tensor};
 
 /// The params of one class. `T` is a number, or a collection with one for each class.
 ///
@@ -72,6 +72,8 @@ pub(crate) struct LossParams {
     /// The first class of the logits.
     pub first_class: usize,
     pub class_table: ClassTable,
+    /// Whether the weighted target of the label is below that of other classes of the same weight.
+    pub label_is_below: bool,
     pub ignore_index: Option<i64>,
     pub z_loss: f64,
     /// The divisor of the sum of the rows' losses. `None` means that they are not summed.
@@ -80,21 +82,13 @@ pub(crate) struct LossParams {
     pub saves_state: bool,
 }
 
-/// A divisor of the sum of the rows' losses. `S` holds the sum of weights once it is computed.
+/// The divisor of the sum of the rows' losses.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Divisor<S = ()> {
+pub(crate) enum Divisor<I = ()> {
     Number(f64),
-    /// The sum of the labels' class weights over the rows that count, a scalar. Only the kernels know it.
-    WeightSum(S),
-}
-
-impl<S> Divisor<S> {
-    pub fn map<U>(self, f: impl FnOnce(S) -> U) -> Divisor<U> {
-        match self {
-            Self::Number(number) => Divisor::Number(number),
-            Self::WeightSum(sum) => Divisor::WeightSum(f(sum)),
-        }
-    }
+    /// The sum of the labels' class weights over the rows that count. Only the kernels know it. `I` says where they have
+    /// written it.
+    WeightSum(I),
 }
 
 /// Online-softmax state of one row over a range of classes. `T` is a number, or a collection with one for each row.
@@ -139,18 +133,30 @@ pub(crate) const SAVED_FIELDS: usize = 3;
 
 /// What a backend's forward returns, in storages of type `S`.
 pub(crate) struct ForwardOut<S> {
-    /// The losses of the rows, or a scalar if they were summed.
+    /// The losses of the rows, or their reduction. On a GPU other numbers may follow in the same storage.
     pub loss: S,
-    /// What the sum was divided by.
-    pub divisor: Option<Divisor<S>>,
-    /// ([`SAVED_FIELDS`], N), if backward will need it.
-    pub saved: Option<S>,
+    /// What backward will need, if it was asked for.
+    pub saved: Option<SavedIn<S>>,
+}
+
+/// Where a forward has saved what backward needs.
+pub(crate) struct SavedIn<S> {
+    /// The storage, or `None` for that of the loss.
+    pub storage: Option<S>,
+    /// Where the [`SavedState`]s are in the storage, ([`SAVED_FIELDS`], N).
+    pub layout: Layout,
+    /// What the sum of the losses was divided by: a number, or the index of an element of the storage.
+    pub divisor: Option<Divisor<usize>>,
 }
 
 impl<S> ForwardOut<S> {
     pub fn map<U>(self, f: impl Fn(S) -> U) -> ForwardOut<U> {
-        let divisor = self.divisor.map(|divisor| divisor.map(&f));
-        ForwardOut { loss: f(self.loss), divisor, saved: self.saved.map(f) }
+        let saved = self.saved.map(|saved| SavedIn {
+            storage: saved.storage.map(&f),
+            layout: saved.layout,
+            divisor: saved.divisor,
+        });
+        ForwardOut { loss: f(self.loss), saved }
     }
 }
 

@@ -4,7 +4,7 @@
 //! merges each tile into the softmax state of its rows. Backward computes each tile again, replaces it by its
 //! gradient, and multiplies that into the gradients of the hidden states and the weight.
 
-use crate::autograd::{self, check_storage};
+use crate::autograd::{self, Saved, check_storage};
 use crate::error::{Error, Result};
 use crate::formula::{LossParams, SAVED_FIELDS, STATE_FIELDS, is_logits_dtype, result_dtype};
 use crate::layout::{check_memory, row_shape};
@@ -290,23 +290,23 @@ impl TiledLoss {
         }
     }
 
-    /// The gradients of the hidden states, the weight and the bias, each if it is tracked. `grad_output` is the gradient of
-    /// each row's loss.
+    /// The gradients of the hidden states, the weight and the bias, each if it is tracked. `grad_output` is the
+    /// gradient of the result, for each row.
     fn backward(
         &self,
         hidden: &Tensor,
         weight: &Tensor,
         bias: Option<&Tensor>,
         grad_output: &Tensor,
-        saved: &Tensor,
+        saved: &Saved,
     ) -> Result<[Option<Tensor>; 3]> {
         self.check_targets()?;
         let (wants_hidden, wants_weight) = (hidden.track_op(), weight.track_op());
         let wants_bias = bias.is_some_and(Tensor::track_op);
         let (hidden, weight, bias) = (hidden.detach(), weight.detach(), bias.map(Tensor::detach));
         let narrow = |tile: &RowTile| {
-            let saved = saved.narrow(1, tile.first_row, tile.num_rows())?.contiguous()?;
-            Ok([tile.narrow(&self.targets)?, tile.narrow(grad_output)?, saved])
+            let saved = saved.rows(tile.first_row, tile.num_rows())?;
+            Ok((tile.narrow(&self.targets)?, tile.narrow(grad_output)?, saved))
         };
         let row_inputs = self.row_tiles.iter().map(narrow).collect::<Result<Vec<_>>>()?;
 
@@ -317,7 +317,7 @@ impl TiledLoss {
             let weight_tile = self.weight_tile(&weight, bias.as_ref(), first_class)?;
             let (mut grad_weight_tile, mut grad_bias_tile) = (None, None);
             let row_tiles = self.row_tiles.iter().zip(&row_inputs).zip(&mut grad_hidden);
-            for ((tile, [targets, grad_output, saved]), grad_hidden) in row_tiles {
+            for ((tile, (targets, grad_output, saved)), grad_hidden) in row_tiles {
                 let hidden = tile.hidden(&hidden)?;
                 let logits = weight_tile.logits(&hidden, tile)?;
                 let params = &weight_tile.params;

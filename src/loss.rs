@@ -248,6 +248,7 @@ impl LabelSmoothingLoss {
             num_classes,
             first_class: 0,
             class_table: self.class_table(num_classes, result_dtype(dtype), device)?,
+            label_is_below: self.smoothing.label_is_below(num_classes),
             ignore_index: self.ignore_index,
             z_loss: self.z_loss,
             divisor: self.divisor(num_rows(dims, class_dim), targets),

@@ -138,6 +138,11 @@ impl Smoothing {
         Ok(ClassTable::PerClass(table))
     }
 
+    /// Whether the label's weighted target is below that of other classes of the same weight, as for `over_others` with a large ε.
+    pub(crate) fn label_is_below(&self, num_classes: usize) -> bool {
+        self.class_params(num_classes, 0, 1.).prob_scale < 0.
+    }
+
     /// The params of a class with class weight `weight`. The conventions differ only here.
     fn class_params(&self, num_classes: usize, class: usize, weight: f64) -> ClassParams<f64> {
         let (epsilon, classes) = (self.epsilon, num_classes as f64);
@@ -256,6 +261,7 @@ pub fn smooth_targets(
         num_classes,
         first_class: 0,
         class_table: smoothing.class_table(None, num_classes, DType::F32, labels.device())?,
+        label_is_below: smoothing.label_is_below(num_classes),
         ignore_index: None,
         z_loss: 0.,
         divisor: None,

@@ -18,7 +18,7 @@ pub struct Saved {
     params: LossParams,
     shape: Shape,
     targets: Tensor,
-    saved: Tensor,
+    saved: autograd::Saved,
 }
 
 /// Runs the forward kernel: the loss of each row, and what backward needs.
@@ -29,10 +29,9 @@ pub fn forward_rows(
 ) -> Result<(Tensor, Option<Saved>)> {
     let (mut params, targets) = loss.validate(&LogitsInfo::of(logits), targets)?;
     (params.divisor, params.saves_state) = (None, true);
-    let mut computed = autograd::forward(&params, logits, &targets)?;
+    let (losses, saved) = autograd::forward(&params, logits, &targets)?.detached();
     let shape = logits.shape().clone();
-    let saved = computed.saved.take().map(|saved| Saved { params, shape, targets, saved });
-    Ok((computed.detached(), saved))
+    Ok((losses, saved.map(|saved| Saved { params, shape, targets, saved })))
 }
 
 /// Runs the backward kernel: the gradient of the logits, from that of each row's loss.
@@ -59,6 +58,12 @@ pub fn forward_linear_tiled(
     tile: TileSize,
 ) -> Result<Tensor> {
     linear::forward_linear(loss, hidden, weight, bias, targets, Some(tile))
+}
+
+/// The numbers of launches and of allocations on the emulated GPU so far.
+#[cfg(emulator)]
+pub fn gpu_operations() -> (usize, usize) {
+    crate::gpu::emulated::operations()
 }
 
 /// The names of the CPU's instruction sets for which this build has kernels.

@@ -1,6 +1,6 @@
 """Compiles the CUDA kernels with NVRTC for several architectures and every combination of dtypes. Needs no GPU.
 
-    python3 compile.py FOLDER_OF_NVRTC [SOURCE]
+    python3 compile.py FOLDER_OF_NVRTC [FOLDER_OF_SOURCES]
 
 FOLDER_OF_NVRTC holds libnvrtc.so.* and must be in LD_LIBRARY_PATH. Fails if a compilation fails or prints a warning.
 """
@@ -10,12 +10,15 @@ import ctypes
 import glob
 import sys
 
-# The kernels have other text only before 80, which has no bf16 arithmetic. It is compiled to PTX, as the crate does at run time, and the
-# other text to machine code.
-ARCHITECTURES = ["compute_75", "sm_90"]
+# The kernels have other text only before 80, which has no bf16 arithmetic. All variants are compiled to PTX, as the crate does at run
+# time, and some of them to machine code, for Hopper and for Blackwell.
+PTX_ARCHITECTURES = ["compute_75", "compute_90"]
+ARCHITECTURES = ["sm_90", "sm_100", "sm_120"]
 LOGITS_DTYPES = ["f16", "bf16", "f32", "f64"]
 LABEL_DTYPES = ["u8", "u32", "i16", "i32", "i64"]
 PROBABILITY_DTYPES = ["f8", "f16", "bf16", "f32", "f64"]
+# The dtypes of logits and targets, and whether the class params differ between classes.
+COMPILED_VARIANTS = [("bf16", "u32", 0), ("f16", "bf16", 0), ("f32", "i64", 1), ("f64", "f8", 1)]
 
 
 def definitions(logits, targets, per_class):
@@ -32,7 +35,7 @@ def definitions(logits, targets, per_class):
 def compile(library, source, architecture):
     """Returns the log of the compiler and whether it succeeded."""
     nvrtc, program, size = ctypes.CDLL(library), ctypes.c_void_p(), ctypes.c_size_t()
-    if nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"label_smoothing.cu", 0, None, None):
+    if nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"cuda.cu", 0, None, None):
         return "NVRTC cannot create a program", False
     options = [f"--gpu-architecture={architecture}".encode(), b"--std=c++17"]
     failed = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
@@ -44,12 +47,18 @@ def compile(library, source, architecture):
     return log.value.decode().strip(), not failed and size.value > 0
 
 
-def main(folder, path="src/gpu/label_smoothing.cu"):
-    with open(path) as file:
-        source = file.read()
+def read_source(folder):
+    """Returns the text of the CUDA dialect with the shared text in its place, as the crate puts it together."""
+    with open(f"{folder}/cuda.cu") as dialect, open(f"{folder}/kernels.inc") as shared:
+        return dialect.read().replace('#include "kernels.inc"', shared.read())
+
+
+def main(folder, path="src/gpu"):
+    source = read_source(path)
     (library,) = glob.glob(f"{folder}/libnvrtc.so.*")
     variants = [(l, t, c) for l in LOGITS_DTYPES for t in LABEL_DTYPES + PROBABILITY_DTYPES for c in [0, 1]]
-    jobs = [(variant, architecture) for variant in variants for architecture in ARCHITECTURES]
+    jobs = [(variant, architecture) for variant in COMPILED_VARIANTS for architecture in ARCHITECTURES]
+    jobs += [(variant, architecture) for variant in variants for architecture in PTX_ARCHITECTURES]
     failures = 0
     with concurrent.futures.ProcessPoolExecutor() as pool:
         results = [pool.submit(compile, library, definitions(*variant) + source, a) for variant, a in jobs]

@@ -17,15 +17,15 @@ mod targets;
 
 use crate::error::{Error, Result};
 use crate::formula::{
-    Divisor, ForwardOut, LossParams, SAVED_FIELDS, STATE_FIELDS, SavedState, SoftmaxState,
+    Divisor, ForwardOut, LossParams, SAVED_FIELDS, STATE_FIELDS, SavedIn, SavedState, SoftmaxState,
 };
 use crate::layout::{self, inner_size, num_rows};
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, DType, WithDType};
+use candle_core::{CpuStorage, DType, Layout, WithDType};
 use dtype::{Element, Real};
 use half::{bf16, f16};
 pub(crate) use input::float_len;
-use input::{BlockPos, InnerAxis, StridedRows, field_slices};
+use input::{BlockPos, InnerAxis, StridedRows};
 use parallel::{BLOCK, SEGMENT, default_vec, par_build, par_split};
 use rows::{GradInputs, for_each_row};
 use softmax::{GradCoeffs, ROWS_AT_ONCE};
@@ -117,7 +117,7 @@ fn finish_in<A: Real>(
     let class_table = LockedClassTable::new(&params.class_table);
     let targets = Targets::<A>::new(params, &class_table, targets)?;
     let num_rows = states.1.dims()[1];
-    let states = SoftmaxState::from_fields(contiguous_fields(states, num_rows)?);
+    let states = SoftmaxState::from_fields(tensor_fields(states, num_rows)?);
     let mut rows = RowResults::<A>::new(num_rows)?;
     par_split(rows.fields(), 1, 1, &|first, mut out| {
         for i in 0..out[0].len() {
@@ -167,22 +167,24 @@ impl<A: Real> RowResults<A> {
 
     fn reduce(self, params: &LossParams, targets: &Targets<A>) -> ForwardOut<CpuStorage> {
         let Self { losses, saved } = self;
-        let saved = params.saves_state.then(|| A::to_cpu_storage_owned(saved));
         let num_rows = losses.len();
-        let (number, divisor) = match params.divisor {
-            None => {
-                let loss = A::to_cpu_storage_owned(losses);
-                return ForwardOut { loss, divisor: None, saved };
-            }
-            Some(Divisor::Number(number)) => (number, Divisor::Number(number)),
-            Some(Divisor::WeightSum(())) => {
-                let sum = sum_rows(num_rows, |row| targets.weight(row).to_f64());
-                (sum, Divisor::WeightSum(CpuStorage::F64(vec![sum])))
+        let divisor = params.divisor.map(|divisor| match divisor {
+            Divisor::Number(number) => number,
+            Divisor::WeightSum(()) => sum_rows(num_rows, |row| targets.weight(row).to_f64()),
+        });
+        let losses = match divisor {
+            None => losses,
+            Some(divisor) => {
+                let sum = sum_rows(num_rows, |row| losses[row].to_f64());
+                vec![A::from_f64(sum / divisor)]
             }
         };
-        let loss = sum_rows(num_rows, |row| losses[row].to_f64()) / number;
-        let loss = A::to_cpu_storage_owned(vec![A::from_f64(loss)]);
-        ForwardOut { loss, divisor: Some(divisor), saved }
+        let saved = params.saves_state.then(|| SavedIn {
+            storage: Some(A::to_cpu_storage_owned(saved)),
+            layout: Layout::contiguous((SAVED_FIELDS, num_rows)),
+            divisor: divisor.map(Divisor::Number),
+        });
+        ForwardOut { loss: A::to_cpu_storage_owned(losses), saved }
     }
 }
 
@@ -210,16 +212,21 @@ fn field_slices_mut<T, const N: usize>(mut values: &mut [T], len: usize) -> [&mu
     [(); N].map(|()| values.split_off_mut(..len).unwrap_or_default())
 }
 
-/// The fields of a contiguous tensor (N, len), a slice for each.
-fn contiguous_fields<A: Real, const N: usize>(
+/// The fields of a tensor (N, len), a slice for each. The elements of a field are adjacent.
+fn tensor_fields<A: Real, const N: usize>(
     (storage, layout): Operand<'_>,
     len: usize,
 ) -> Result<[&[A]; N]> {
     let values = A::cpu_storage_as_slice(storage)?;
-    match layout.contiguous_offsets().and_then(|(start, end)| values.get(start..end)) {
-        Some(values) if values.len() == N * len => Ok(field_slices(values, len)),
-        _ => Err(not_contiguous()),
+    let (start, &[stride, 1]) = (layout.start_offset(), layout.stride()) else {
+        return Err(not_contiguous());
+    };
+    let mut fields = [&values[..0]; N];
+    for (i, field) in fields.iter_mut().enumerate() {
+        let first = start + i * stride;
+        *field = values.get(first..first + len).ok_or_else(not_contiguous)?;
     }
+    Ok(fields)
 }
 
 /// The fields of the softmax states, to be written.
@@ -240,30 +247,43 @@ fn not_contiguous() -> Error {
 // ---- Backward
 
 /// The gradient of the logits, in their dtype and shape, contiguous.
-pub(crate) fn backward(params: &LossParams, tensors: [Operand; 4]) -> Result<CpuStorage> {
+pub(crate) fn backward(
+    params: &LossParams,
+    tensors: [Operand; 4],
+    divisor: Option<Divisor<usize>>,
+) -> Result<CpuStorage> {
     match tensors[0].0.dtype() {
-        DType::BF16 => backward_of::<bf16>(params, tensors),
-        DType::F16 => backward_of::<f16>(params, tensors),
-        DType::F64 => backward_of::<f64>(params, tensors),
-        _ => backward_of::<f32>(params, tensors),
+        DType::BF16 => backward_of::<bf16>(params, tensors, divisor),
+        DType::F16 => backward_of::<f16>(params, tensors, divisor),
+        DType::F64 => backward_of::<f64>(params, tensors, divisor),
+        _ => backward_of::<f32>(params, tensors, divisor),
     }
 }
 
 fn backward_of<T: Element>(
     params: &LossParams,
     [logits, targets, grad_output, saved]: [Operand; 4],
+    divisor: Option<Divisor<usize>>,
 ) -> Result<CpuStorage> {
+    let divisor = match divisor {
+        None => 1.,
+        Some(Divisor::Number(number)) => number,
+        Some(Divisor::WeightSum(index)) => {
+            let values = T::Real::cpu_storage_as_slice(saved.0)?;
+            values.get(index).ok_or_else(not_contiguous)?.to_f64()
+        }
+    };
     let dims = logits.1.dims();
     let class_table = LockedClassTable::new(&params.class_table);
     let logits = StridedRows::new(logits, params.class_dim, params.first_class)?;
-    let [max, sum_exp, target_sum] = contiguous_fields(saved, logits.num_rows)?;
+    let [max, sum_exp, target_sum] = tensor_fields(saved, logits.num_rows)?;
     let saved = SavedState { max, sum_exp, target_sum };
     let grad_output = StridedRows::new(grad_output, grad_output.1.shape().rank(), 0)?;
     let grad = GradInputs::<T::Real> {
         logits: &logits,
         targets: &Targets::new(params, &class_table, targets)?,
         inner_size: inner_size(dims, params.class_dim).max(1),
-        coeffs: grad_coeffs(params, saved, &grad_output)?,
+        coeffs: grad_coeffs(params, saved, &grad_output, divisor)?,
     };
     let len = dims.iter().product();
     let gradient = par_build(len, grad.unit(), |start, out| grad.write(start, out))?;
@@ -275,11 +295,12 @@ pub(crate) fn backward_in_place(
     params: &LossParams,
     (logits, layout): OperandMut,
     [targets, grad_output, saved]: [Operand; 3],
+    divisor: Option<Divisor<usize>>,
 ) -> Result<()> {
     if layout.start_offset() != 0 || !layout.is_contiguous() {
         return Err(not_contiguous());
     }
-    *logits = backward(params, [(logits, layout), targets, grad_output, saved])?;
+    *logits = backward(params, [(logits, layout), targets, grad_output, saved], divisor)?;
     Ok(())
 }
 
@@ -288,6 +309,7 @@ fn grad_coeffs<A: Real>(
     params: &LossParams,
     saved: SavedState<&[A]>,
     grad_output: &StridedRows,
+    divisor: f64,
 ) -> Result<GradCoeffs<Vec<A>>> {
     let num_rows = saved.max.len();
     let new = || default_vec(num_rows + ROWS_AT_ONCE);
@@ -302,7 +324,7 @@ fn grad_coeffs<A: Real>(
                 let pos = BlockPos { row, class: 0, axis: InnerAxis::Row };
                 grad_output.load(pos, &mut grad_outputs[..len]);
             }
-            let grad_output: f64 = grad_outputs[i % BLOCK];
+            let grad_output: f64 = grad_outputs[i % BLOCK] / divisor;
             let sum_exp = saved.sum_exp[row].to_f64();
             let mut softmax_coeff = saved.target_sum[row].to_f64();
             if params.z_loss != 0. {

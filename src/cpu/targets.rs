@@ -15,6 +15,7 @@ pub(super) struct Targets<'a, A> {
     class_params: ClassParams<ClassValues<'a, A>>,
     data: TargetData<'a>,
     has_ignore_index: bool,
+    label_is_below: bool,
 }
 
 enum TargetData<'a> {
@@ -51,8 +52,12 @@ impl<'a, A: Real> Targets<'a, A> {
             }
             false => TargetData::Probabilities(StridedRows::new(targets, params.class_dim, 0)?),
         };
-        let has_ignore_index = params.ignore_index.is_some();
-        Ok(Self { class_params: class_table.class_params()?, data, has_ignore_index })
+        Ok(Self {
+            class_params: class_table.class_params()?,
+            data,
+            has_ignore_index: params.ignore_index.is_some(),
+            label_is_below: params.label_is_below,
+        })
     }
 
     pub(super) fn is_ignored(&self, row: usize) -> bool {
@@ -101,14 +106,12 @@ impl<'a, A: Real> Targets<'a, A> {
                 (ClassValues::PerClass(r), None) => {
                     return TargetBlock::Slice(&r[class..class + len]);
                 }
-                (ClassValues::Uniform(r), Some(i)) => {
-                    // A negative difference would cancel digits of the sum.
+                // A negative difference would cancel digits of the sum.
+                (ClassValues::Uniform(r), Some(i)) if !self.label_is_below => {
                     let on_value = self.class_params.on_value.at(label);
-                    if on_value >= *r {
-                        return TargetBlock::Uniform(*r, Some((i, on_value)));
-                    }
+                    return TargetBlock::Uniform(*r, Some((i, on_value)));
                 }
-                (ClassValues::PerClass(_), Some(_)) => {}
+                (_, Some(_)) => {}
             }
         }
         let (out, padding) = buffer.split_at_mut(len);

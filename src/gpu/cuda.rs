@@ -1,18 +1,23 @@
-//! Launches on CUDA. NVRTC compiles `label_smoothing.cu` for the device's architecture when a variant is first
-//! used. The result and the handle of each kernel are kept.
+//! Launches on CUDA. NVRTC compiles the kernels for the device's architecture when a variant is first used. The result and the
+//! handle of each kernel are kept.
 
-use super::kernel::{Buffer, GpuStorage, Grid, KernelKey, KernelVariant, Limits};
+use super::kernel::{
+    Buffer, GpuStorage, Grid, KernelKey, KernelVariant, Limits, SCRATCH_BYTES, source,
+};
 use crate::gpu_compile::{Cache, cached, choose_architecture};
-use candle_core::cuda_backend::cudarc::driver::sys::CUresult;
+use candle_core::cuda_backend::cudarc::driver::sys::{CUdevice_attribute, CUresult};
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaContext, CudaFunction, CudaModule, DeviceRepr, DriverError, LaunchConfig, PushKernelArg,
+    CudaContext, CudaFunction, CudaModule, CudaSlice, DeviceRepr, DriverError, LaunchConfig,
+    PushKernelArg,
 };
 use candle_core::cuda_backend::cudarc::nvrtc::{CompileOptions, Ptx, compile_ptx_with_opts, sys};
 use candle_core::cuda_backend::{CudaError, CudaStorageSlice, WrapErr};
 use candle_core::{CudaDevice, CudaStorage, Error, Result, Storage};
+use std::cell::RefCell;
 use std::sync::{Arc, LazyLock};
 
-const SOURCE: &str = include_str!("label_smoothing.cu");
+/// The number of blocks that a multiprocessor has room for: `MIN_BLOCKS` in the kernel source, for f32.
+const BLOCKS_PER_MULTIPROCESSOR: usize = 4;
 
 /// Evaluates an expression on the slice in a storage, whatever its type.
 macro_rules! with_slice {
@@ -37,9 +42,16 @@ macro_rules! with_slice {
 }
 
 impl GpuStorage for CudaStorage {
-    /// All devices have these limits.
-    fn limits(_: &CudaDevice, _: KernelKey) -> Result<Limits> {
-        Ok(Limits { max_blocks: i32::MAX as usize, max_threads: 1024, warp_size: 32 })
+    fn limits(device: &CudaDevice, _: KernelKey) -> Result<Limits> {
+        let count = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        let multiprocessors = device.cuda_stream().context().attribute(count).w()?;
+        Ok(Limits {
+            max_blocks: i32::MAX as usize,
+            target_blocks: BLOCKS_PER_MULTIPROCESSOR * multiprocessors.max(1) as usize,
+            max_threads: 1024,
+            warp_size: 32,
+            joins_blocks: true,
+        })
     }
 
     fn len(&self) -> usize {
@@ -62,6 +74,11 @@ impl GpuStorage for CudaStorage {
     ) -> Result<()> {
         let stream = device.cuda_stream();
         let function = load_function(stream.context(), kernel)?;
+        let mut scratch = match buffers.iter().any(|buffer| matches!(buffer, Buffer::Scratch)) {
+            true => Some(Scratch::take(device)?),
+            false => None,
+        };
+        let mut scratch_slice = scratch.as_mut().map(|scratch| &mut scratch.slice);
         let mut launch = stream.launch_builder(&function);
         for buffer in buffers {
             match buffer {
@@ -69,6 +86,10 @@ impl GpuStorage for CudaStorage {
                 Buffer::Output(storage) => {
                     with_slice!(&mut storage.slice, slice => launch.arg(slice))
                 }
+                Buffer::Scratch => match scratch_slice.take() {
+                    Some(slice) => launch.arg(slice),
+                    None => launch.arg(&NULL),
+                },
                 Buffer::Unused => launch.arg(&NULL),
             };
         }
@@ -81,7 +102,43 @@ impl GpuStorage for CudaStorage {
         };
         // SAFETY: the caller vouches for the arguments.
         unsafe { launch.launch(config) }.w()?;
+        if let Some(scratch) = scratch {
+            scratch.keep();
+        }
         Ok(())
+    }
+}
+
+/// The memory of [`Buffer::Scratch`]. Each thread has its own for each stream that it launches on, because the device of candle's
+/// `Device::new_cuda` has a stream for each thread. A launch that fails does not keep it.
+struct Scratch {
+    stream: (usize, usize),
+    slice: CudaSlice<u64>,
+}
+
+thread_local! {
+    static SCRATCHES: RefCell<Vec<Scratch>> = const { RefCell::new(Vec::new()) };
+}
+
+impl Scratch {
+    fn take(device: &CudaDevice) -> Result<Self> {
+        let stream = device.cuda_stream();
+        let stream = (address(stream.context()), stream.cu_stream().addr());
+        let kept = SCRATCHES.with_borrow_mut(|all| {
+            let index = all.iter().position(|scratch| scratch.stream == stream)?;
+            Some(all.swap_remove(index))
+        });
+        match kept {
+            Some(scratch) => Ok(scratch),
+            None => {
+                let slice = device.alloc_zeros(SCRATCH_BYTES / size_of::<u64>())?;
+                Ok(Self { stream, slice })
+            }
+        }
+    }
+
+    fn keep(self) {
+        SCRATCHES.with_borrow_mut(|all| all.push(self));
     }
 }
 
@@ -146,14 +203,14 @@ fn compile(architecture: i32, variant: KernelVariant) -> Result<Ptx> {
 
     cached(&PTX, (architecture, variant), || {
         let options = CompileOptions {
-            name: Some("label_smoothing.cu".to_string()),
+            name: Some("cuda.cu".to_string()),
             options: vec![
                 format!("--gpu-architecture=compute_{architecture}"),
                 "--std=c++17".to_string(),
             ],
             ..CompileOptions::default()
         };
-        let source = format!("{}{SOURCE}", variant.definitions()?);
+        let source = variant.definitions()? + &source(include_str!("cuda.cu"));
         compile_ptx_with_opts(source, options).w()
     })
 }

@@ -37,6 +37,12 @@ pub(crate) trait GpuStorage: BackendStorage<Device: BackendDevice<Storage = Self
     ) -> candle_core::Result<()>;
 }
 
+#[cfg(any(feature = "cuda", feature = "metal"))]
+/// The text of a dialect, with the shared text in its place.
+pub(crate) fn source(dialect: &str) -> String {
+    dialect.replace("#include \"kernels.inc\"\n", include_str!("kernels.inc"))
+}
+
 /// The size of a launch. A block is a threadgroup in Metal's terms.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Grid {
@@ -48,19 +54,30 @@ pub(crate) struct Grid {
 pub(crate) struct Limits {
     /// The largest number of blocks in a launch.
     pub max_blocks: usize,
+    /// The number of blocks that keep the device busy.
+    pub target_blocks: usize,
     /// The largest number of threads in a block.
     pub max_threads: usize,
     /// The number of threads in a warp (a simdgroup in Metal's terms), a power of two.
     pub warp_size: usize,
+    /// Whether the last block of a launch reads what the other blocks have written. Otherwise that takes a second launch.
+    pub joins_blocks: bool,
 }
 
 /// An argument of a kernel that is a pointer.
 pub(crate) enum Buffer<'a, S> {
     Input(&'a S),
     Output(&'a mut S),
+    /// Memory of [`SCRATCH_BYTES`] that launches on one stream share. It is zero before the first.
+    Scratch,
     /// The kernel does not access it in this launch.
     Unused,
 }
+
+/// The largest number of blocks that sum losses in one launch: `MAX_PARTIALS` in the kernel source.
+pub(crate) const MAX_PARTIALS: usize = 4096;
+/// The size of `Scratch` in the kernel source, with f64.
+pub(crate) const SCRATCH_BYTES: usize = 16 + 4 * MAX_PARTIALS * size_of::<f64>();
 
 impl<'a, S> Buffer<'a, S> {
     pub fn optional_input(storage: Option<&'a S>) -> Self {

@@ -1,26 +1,40 @@
-//! Launches on Metal. `label_smoothing.metal` is compiled when a device first uses a variant. The library, and a
-//! pipeline for each kernel, are kept.
+//! Launches on Metal. The kernels are compiled when a device first uses a variant. The library, and a pipeline for each kernel,
+//! are kept.
 
-use super::kernel::{Buffer, GpuStorage, Grid, KernelKey, KernelVariant, Limits};
+use super::kernel::{
+    Buffer, GpuStorage, Grid, KernelKey, KernelVariant, Limits, SCRATCH_BYTES, source,
+};
 use crate::gpu_compile::{Cache, cached};
 use candle_core::backend::BackendStorage;
-use candle_core::{MetalDevice, MetalError, MetalStorage, Result, Storage};
+use candle_core::{DType, MetalDevice, MetalError, MetalStorage, Result, Storage};
 use candle_metal_kernels::MetalKernelError;
-use candle_metal_kernels::metal::{ComputeCommandEncoder, ComputePipeline, Library};
+use candle_metal_kernels::metal::{
+    Buffer as MetalBuffer, ComputeCommandEncoder, ComputePipeline, Library,
+};
 use objc2_metal::{
     MTLCompileOptions, MTLComputePipelineState, MTLMathFloatingPointFunctions, MTLMathMode, MTLSize,
 };
-use std::sync::LazyLock;
+use std::cell::RefCell;
+use std::collections::{HashMap, hash_map::Entry};
+use std::sync::{Arc, LazyLock};
 
-const SOURCE: &str = include_str!("label_smoothing.metal");
+/// The number of threadgroups that keep a large GPU busy. Metal does not tell how many cores a GPU has.
+const TARGET_BLOCKS: usize = 512;
+
+thread_local! {
+    /// The memory of [`Buffer::Scratch`] on each device. Each thread has its own, because it may commit commands of its own.
+    static SCRATCHES: RefCell<HashMap<u64, Arc<MetalBuffer>>> = RefCell::default();
+}
 
 impl GpuStorage for MetalStorage {
     fn limits(device: &MetalDevice, kernel: KernelKey) -> Result<Limits> {
         let pipeline = pipeline(device, kernel)?;
         Ok(Limits {
             max_blocks: u32::MAX as usize,
+            target_blocks: TARGET_BLOCKS,
             max_threads: pipeline.max_total_threads_per_threadgroup(),
             warp_size: pipeline.as_ref().threadExecutionWidth(),
+            joins_blocks: false,
         })
     }
 
@@ -47,11 +61,8 @@ impl GpuStorage for MetalStorage {
         let encoder: &ComputeCommandEncoder = guard.as_ref();
         encoder.set_label(kernel.name);
         encoder.set_compute_pipeline_state(&pipeline);
-        // Metal's API validation requires a buffer for every argument, so an input stands in for the unused ones.
-        let placeholder = buffers.iter().find_map(|buffer| match buffer {
-            Buffer::Input(storage) => Some(storage.buffer().clone()),
-            Buffer::Output(_) | Buffer::Unused => None,
-        });
+        // Metal's API validation requires a buffer for every argument, so the scratch memory stands in for the unused ones.
+        let scratch = scratch(device)?;
         // By these two methods candle tracks which kernels have to wait for which.
         let mut index = 0;
         for buffer in buffers {
@@ -62,7 +73,8 @@ impl GpuStorage for MetalStorage {
                 Buffer::Output(storage) => {
                     encoder.set_output_buffer(index, Some(storage.buffer()), 0)
                 }
-                Buffer::Unused => encoder.set_input_buffer(index, placeholder.as_ref(), 0),
+                Buffer::Scratch => encoder.set_output_buffer(index, Some(&scratch), 0),
+                Buffer::Unused => encoder.set_input_buffer(index, Some(&scratch), 0),
             }
             index += 1;
         }
@@ -71,6 +83,18 @@ impl GpuStorage for MetalStorage {
         encoder.dispatch_thread_groups(size(grid.blocks), size(grid.threads_per_block));
         Ok(())
     }
+}
+
+/// The scratch memory of this thread on a device. The kernels need no zeros in it, because Metal's have no ticket.
+fn scratch(device: &MetalDevice) -> Result<Arc<MetalBuffer>> {
+    SCRATCHES.with_borrow_mut(|scratches| {
+        Ok(match scratches.entry(device.metal_device().registry_id()) {
+            Entry::Occupied(entry) => entry.get().clone(),
+            Entry::Vacant(entry) => {
+                entry.insert(device.new_buffer(SCRATCH_BYTES, DType::U8, "scratch")?).clone()
+            }
+        })
+    })
 }
 
 /// Compiles a kernel for a device, or finds it compiled.
@@ -105,9 +129,9 @@ fn library(device: &MetalDevice, variant: KernelVariant) -> Result<Library> {
             #[allow(deprecated, reason = "older systems have nothing else")]
             options.setFastMathEnabled(false);
         }
-        let source = format!("{}{SOURCE}", variant.definitions()?);
+        let source = variant.definitions()? + &source(include_str!("metal.metal"));
         let library = metal.new_library_with_source(&source, Some(&options));
-        Ok(library.map_err(|error| compile_error("label_smoothing.metal", error))?)
+        Ok(library.map_err(|error| compile_error("metal.metal", error))?)
     })
 }
 

@@ -1,14 +1,18 @@
 //! The GPU backends: the operations of the CPU backend as launches of kernels.
 //!
-//! CUDA (`label_smoothing.cu`) and Metal (`label_smoothing.metal`) have the same kernels:
+//! `kernels.inc` is the source of the kernels. `cuda.cu` and `metal.metal` include it, with the types, the intrinsics and the
+//! entry points of their dialect:
 //!
 //! ```text
-//! forward    reads the logits; writes each row's loss, or the softmax state of each split of a row
-//! finish     merges the softmax states of each row; writes its loss, or the merged state
-//! reduce     sums the rows' losses and divides the sum
+//! forward    reads the logits; writes the rows' losses, or their reduction, or the rows' softmax states
+//! finish     merges softmax states of each row; writes the same
+//! reduce     ends the reduction, on a device where the last block of a launch cannot
 //! backward   writes the gradient of the logits
 //! smooth     writes smoothed targets
 //! ```
+//!
+//! `forward` and `backward` read logits whose classes are adjacent in memory, in packs of 16 bytes. `forward_strided` and
+//! `backward_strided` read any logits, one by one.
 //!
 //! Every launch is queued. Nothing here waits for the device or reads its memory.
 
@@ -16,7 +20,7 @@
 mod cuda;
 #[cfg(emulator)]
 #[path = "../../tests/emulator/backend.rs"]
-mod emulated;
+pub(crate) mod emulated;
 mod kernel;
 #[cfg(feature = "metal")]
 mod metal;
@@ -27,19 +31,16 @@ pub(crate) use kernel::GpuStorage;
 use crate::error::{Error, Result};
 use crate::formula::{
     CLASS_FIELDS, ClassParams, ClassTable, Divisor, ForwardOut, LossParams, SAVED_FIELDS,
-    STATE_FIELDS, result_dtype,
+    STATE_FIELDS, SavedIn, result_dtype,
 };
-use crate::layout::{self, Operand, OperandMut, inner_size, num_rows};
-use candle_core::{DType, StorageRef, WithDType};
-use kernel::{Buffer, Grid, KernelKey, KernelVariant};
-use params::{IntParams, KernelParams, Outputs, ReduceParams, RowStrides};
+use crate::layout::{self, Operand, OperandMut, check_layout, inner_size, num_rows};
+use candle_core::{DType, Layout, StorageRef, WithDType};
+use kernel::{Buffer, Grid, KernelKey, KernelVariant, Limits};
+use params::{Access, IntParams, KernelParams, RowStrides, Saves};
 
-/// The numbers of blocks that keep a large GPU busy. `forward` aims at fewer, because a second kernel must merge the splits
-/// of a row.
-const MIN_BLOCKS_FORWARD: usize = 512;
-const MIN_BLOCKS_BACKWARD: usize = 2048;
-/// The number of rows that a block of `reduce` sums, unless that takes too many blocks.
-const REDUCE_ROWS_PER_BLOCK: usize = 4096;
+/// The number of rows up to which the saved states share the storage of the loss. This saves an allocation. Of more rows, a loss that is
+/// kept or copied to the host would carry too much along.
+const MAX_ROWS_WITH_LOSS: usize = 4096;
 
 /// The losses of the rows, or their sum divided.
 pub(crate) fn forward<S: GpuStorage>(
@@ -59,8 +60,9 @@ pub(crate) fn merge_tile<S: GpuStorage>(
 ) -> Result<()> {
     let mut launch = Launch::over_logits(params, logits, targets)?;
     launch.check_fields("softmax states", (states, layout), STATE_FIELDS)?;
+    launch.ints.wants_states = 1;
     launch.ints.accumulates = (params.first_class > 0).into();
-    launch.forward_rows(logits.0, Outputs::States(states))
+    launch.forward_rows(logits.0, Outputs { out: states, saved: None })
 }
 
 /// The result of [`forward`] from the softmax states of the rows over all classes.
@@ -76,9 +78,13 @@ pub(crate) fn finish<S: GpuStorage>(
 }
 
 /// The gradient of the logits, in their dtype and shape, contiguous.
-pub(crate) fn backward<S: GpuStorage>(params: &LossParams, tensors: [Operand<S>; 4]) -> Result<S> {
-    let [logits, targets, grad_output, saved] = tensors;
-    let mut launch = Launch::for_backward(params, logits, [targets, grad_output, saved])?;
+pub(crate) fn backward<S: GpuStorage>(
+    params: &LossParams,
+    [logits, targets, grad_output, saved]: [Operand<S>; 4],
+    divisor: Option<Divisor<usize>>,
+) -> Result<S> {
+    let inputs = [targets, grad_output, saved];
+    let mut launch = Launch::for_backward(params, logits, inputs, divisor)?;
     let len = logits.1.shape().elem_count();
     let mut grad_logits = S::alloc(&launch.device, len, logits.0.dtype())?;
     launch.write_gradient(Some(logits.0), grad_output.0, saved.0, &mut grad_logits)?;
@@ -89,11 +95,12 @@ pub(crate) fn backward<S: GpuStorage>(params: &LossParams, tensors: [Operand<S>;
 pub(crate) fn backward_in_place<S: GpuStorage>(
     params: &LossParams,
     (logits, layout): OperandMut<S>,
-    tensors: [Operand<S>; 3],
+    inputs: [Operand<S>; 3],
+    divisor: Option<Divisor<usize>>,
 ) -> Result<()> {
     check_contiguous("logits", (logits, layout))?;
-    let mut launch = Launch::for_backward(params, (logits, layout), tensors)?;
-    let [_, grad_output, saved] = tensors;
+    let mut launch = Launch::for_backward(params, (logits, layout), inputs, divisor)?;
+    let [_, grad_output, saved] = inputs;
     launch.write_gradient(None, grad_output.0, saved.0, logits)
 }
 
@@ -106,10 +113,11 @@ pub(crate) fn smooth_targets<S: GpuStorage>(params: &LossParams, labels: Operand
     if num_rows == 0 {
         return Ok(smoothed);
     }
-    let grid = launch.plan("smooth", false, MIN_BLOCKS_BACKWARD)?;
+    let limits = launch.limits("smooth")?;
+    let grid = launch.ints.plan_launch(limits, DType::F32, Access::Classes);
     let [targets, class_params] = launch.shared_buffers()?;
     let mut buffers = [targets, class_params, Buffer::Output(&mut smoothed)];
-    // SAFETY: these are the buffers of `smooth`. The inputs are in bounds as in `launch_forward`. The output has
+    // SAFETY: these are the buffers of `smooth`. The inputs are in bounds as in `forward_rows`. The output has
     // an element for each row and class.
     unsafe { launch.run("smooth", grid, &mut buffers)? };
     Ok(smoothed)
@@ -124,6 +132,8 @@ struct Launch<'a, S: GpuStorage> {
     /// The class params, if they differ between classes.
     class_params: Option<StorageRef<'a>>,
     ints: IntParams,
+    /// What the sum of the losses is divided by, if it is not the sum of the rows' weights.
+    divisor: Option<f64>,
 }
 
 impl<'a, S: GpuStorage> Launch<'a, S> {
@@ -141,13 +151,19 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
             Some(class_dim) => layout::num_rows(targets.1.dims(), class_dim),
         };
         check_num_rows("targets", target_rows, num_rows)?;
+        // The kernels count rows and classes in 32 bits, also some beyond the last.
+        if num_rows > 0 && num_rows.max(params.num_classes) > (i32::MAX / 2) as usize {
+            let what = "logits with more than 2³⁰ rows or classes";
+            return Err(Error::TooLarge { what, shape: vec![num_rows, params.num_classes] });
+        }
         let ints = IntParams {
             targets: RowStrides::new(targets, targets_class_dim)?,
-            num_rows: num_rows as u64,
-            num_classes: params.num_classes as u64,
-            first_class: params.first_class as u64,
-            tile_classes: params.num_classes as u64,
+            num_rows: num_rows as u32,
+            num_classes: params.num_classes as u32,
+            first_class: params.first_class as u32,
+            tile_classes: params.num_classes as u32,
             inner_size: 1,
+            num_splits: 1,
             has_ignore_index: params.ignore_index.is_some().into(),
             ignore_index: params.ignore_index.unwrap_or(0),
             ..IntParams::default()
@@ -164,6 +180,7 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
             targets: targets.0,
             class_params,
             ints,
+            divisor: None,
         })
     }
 
@@ -176,22 +193,43 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
         let num_rows = num_rows(dims, params.class_dim);
         let mut launch = Self::new(params, logits.0.device(), logits.0.dtype(), targets, num_rows)?;
         launch.ints.logits = RowStrides::new(logits, Some(params.class_dim))?;
-        launch.ints.tile_classes = dims.get(params.class_dim).map_or(0, |&len| len as u64);
+        launch.ints.tile_classes = dims.get(params.class_dim).map_or(0, |&len| len as u32);
         Ok(launch)
     }
 
     fn for_backward(
         params: &'a LossParams,
         logits: Operand<S>,
-        [targets, grad_output, saved]: [Operand<'a, S>; 3],
+        [targets, grad_output, (saved, layout)]: [Operand<'a, S>; 3],
+        divisor: Option<Divisor<usize>>,
     ) -> Result<Self> {
         let mut launch = Self::over_logits(params, logits, targets)?;
         check_num_rows("output gradients", grad_output.1.shape().elem_count(), launch.num_rows())?;
         // A broadcast gradient has one element for all rows.
         launch.check_numbers("output gradients", grad_output.0, launch.num_rows().min(1))?;
         launch.ints.grad_output = RowStrides::new(grad_output, None)?;
-        launch.ints.inner_size = inner_size(logits.1.dims(), params.class_dim) as u64;
-        launch.check_fields("saved states", saved, SAVED_FIELDS)?;
+        launch.ints.inner_size = inner_size(logits.1.dims(), params.class_dim) as u32;
+        check_layout(layout, saved.len())?;
+        if layout.stride() != [1, SAVED_FIELDS] {
+            return Err(internal_error(format!("the saved states have the layout {layout:?}")));
+        }
+        check_num_rows(
+            "saved states",
+            layout.shape().elem_count() / SAVED_FIELDS,
+            launch.num_rows(),
+        )?;
+        launch.ints.saved_start = layout.start_offset() as u64;
+        launch.divisor = match divisor {
+            None => None,
+            Some(Divisor::Number(number)) => Some(number),
+            Some(Divisor::WeightSum(index)) => {
+                launch.check_numbers("numbers", saved, index + 1)?;
+                launch.ints.weighted = 1;
+                launch.ints.divisor_start = index as u32;
+                None
+            }
+        };
+        launch.check_numbers("saved states", saved, 0)?;
         Ok(launch)
     }
 
@@ -248,19 +286,26 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
         self.check_numbers(what, tensor.0, num_fields * self.num_rows())
     }
 
-    /// The grid of a kernel that takes the classes of a row in splits. Sets the parameters to match.
-    fn plan(
-        &mut self,
-        kernel: &'static str,
-        threads_along_rows: bool,
-        min_blocks: usize,
-    ) -> Result<Grid> {
-        let limits = S::limits(&self.device, self.kernel(kernel))?;
-        let dtype = self.variant.logits;
-        Ok(self.ints.plan_launch(limits, dtype, threads_along_rows, min_blocks))
+    fn limits(&self, kernel: &'static str) -> Result<Limits> {
+        Ok(S::limits(&self.device, self.kernel(kernel))?)
     }
 
-    /// Queues one of the kernels that take `Params`.
+    /// How the kernels read the logits.
+    fn access(&self, rows_are_adjacent: bool) -> Access {
+        let IntParams { logits, targets, .. } = &self.ints;
+        let is_class_target = self.variant.targets.is_int();
+        let adjacent_classes = logits.class_stride == 1
+            && (is_class_target || targets.class_stride == 1)
+            // It adds what the label's r has above that of other classes.
+            && !(is_class_target && self.params.label_is_below);
+        match adjacent_classes {
+            true => Access::Packs,
+            false if rows_are_adjacent => Access::Rows,
+            false => Access::Classes,
+        }
+    }
+
+    /// Queues a kernel.
     ///
     /// # Safety
     /// As for [`GpuStorage::launch`].
@@ -285,58 +330,75 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
             // Unused: the kernel reads the table.
             ClassTable::PerClass(_) => ClassParams::from_fields([0.; CLASS_FIELDS]),
         };
-        KernelParams::new(self.ints, class_params, self.params.z_loss)
+        KernelParams::new(self.ints, class_params, self.params.z_loss, self.divisor)
     }
 
     /// Computes the outputs of all rows from the logits. If rows are split, their splits are merged.
-    fn forward_rows(&mut self, logits: &S, outputs: Outputs<S>) -> Result<()> {
+    fn forward_rows(&mut self, logits: &S, mut outputs: Outputs<S>) -> Result<()> {
         if self.num_rows() == 0 {
-            return Ok(());
+            return self.merge_states(self.targets, 0, outputs);
         }
-        let along_rows = self.ints.logits.rows_are_adjacent();
-        let grid = self.plan("forward", along_rows, MIN_BLOCKS_FORWARD)?;
-        if self.ints.num_splits == 1 {
-            return self.launch_forward(grid, logits, outputs);
-        }
+        let access = self.access(self.ints.logits.rows_are_adjacent());
+        let kernel = if access == Access::Packs { "forward" } else { "forward_strided" };
+        let limits = self.limits(kernel)?;
+        let grid = self.ints.plan_launch(limits, self.variant.logits, access);
         let num_splits = self.ints.num_splits as usize;
-        let mut states = self.alloc(STATE_FIELDS * num_splits * self.num_rows())?;
-        let accumulates = std::mem::replace(&mut self.ints.accumulates, 0);
-        self.launch_forward(grid, logits, Outputs::States(&mut states))?;
-        self.ints.accumulates = accumulates;
-        self.merge_states(&states, num_splits, outputs)
-    }
-
-    fn launch_forward(&mut self, grid: Grid, logits: &S, outputs: Outputs<S>) -> Result<()> {
-        let [states, losses, weights, saved] = outputs.into_buffers(&mut self.ints);
+        self.ints.finishes_rows = (num_splits == 1 && self.ints.wants_states == 0).into();
+        let mut split_states = None;
+        if num_splits > 1 {
+            self.ints.plan_finish(limits, num_splits);
+            split_states = Some(self.alloc(STATE_FIELDS * num_splits * self.num_rows())?);
+        }
+        let [out, saved] = outputs.buffers();
         let (logits, [targets, class_params]) = (Buffer::Input(logits), self.shared_buffers()?);
-        let mut buffers = [logits, targets, class_params, states, losses, weights, saved];
+        let states = Buffer::optional_output(split_states.as_mut());
+        let mut buffers = [logits, targets, class_params, states, out, saved, Buffer::Scratch];
         // SAFETY: these are the buffers of `forward`. The strides were checked against the storages of the
-        // logits and the targets, and the length of the class params. Each output has room for every row (the
-        // states, for every split of it), and the kernel writes those that the flags name. It compares a class
-        // target with the number of classes before it indexes by it.
-        unsafe { self.run("forward", grid, &mut buffers) }
+        // logits and the targets, and the length of the class params. Each output has room for what the flags name, and the
+        // states have room for each split of each row. The kernel compares a class target with the number of classes
+        // before it indexes by it. The grid has at most `MAX_PARTIALS` blocks.
+        unsafe { self.run(kernel, grid, &mut buffers)? };
+        match split_states {
+            _ if limits.joins_blocks || grid.blocks == 1 => Ok(()),
+            Some(states) => self.merge_states(&states, num_splits, outputs),
+            None => self.end_reduction(grid, outputs),
+        }
     }
 
     /// Computes the outputs of all rows from `num_states` softmax states of each.
-    fn merge_states(&mut self, states: &S, num_states: usize, outputs: Outputs<S>) -> Result<()> {
-        if self.num_rows() == 0 {
+    fn merge_states(
+        &mut self,
+        states: &S,
+        num_states: usize,
+        mut outputs: Outputs<S>,
+    ) -> Result<()> {
+        if self.num_rows() == 0 && self.ints.reduces == 0 {
             return Ok(());
         }
-        let limits = S::limits(&self.device, self.kernel("finish"))?;
-        let threads_per_block = limits.block_size();
-        let threads_per_row = num_states.min(limits.warp_size).next_power_of_two();
-        let row_blocks = self.num_rows().div_ceil(threads_per_block / threads_per_row);
-        let grid = Grid { blocks: row_blocks.min(limits.max_blocks), threads_per_block };
-        self.ints.num_states = num_states as u64;
-        self.ints.threads_per_row = threads_per_row as u32;
-        self.ints.threads_along_rows = 0;
-        self.ints.num_splits = 1;
-        let [merged, losses, weights, saved] = outputs.into_buffers(&mut self.ints);
+        let limits = self.limits("finish")?;
+        let grid = self.ints.plan_finish(limits, num_states);
+        let [out, saved] = outputs.buffers();
         let ([targets, class_params], states) = (self.shared_buffers()?, Buffer::Input(states));
-        let mut buffers = [targets, class_params, states, merged, losses, weights, saved];
-        // SAFETY: these are the buffers of `finish`, in bounds as in `launch_forward`. The input has
-        // `num_states` states for each row.
-        unsafe { self.run("finish", grid, &mut buffers) }
+        let mut buffers = [targets, class_params, states, out, saved, Buffer::Scratch];
+        // SAFETY: these are the buffers of `finish`, in bounds as in `forward_rows`. The input has `num_states`
+        // states for each row.
+        unsafe { self.run("finish", grid, &mut buffers)? };
+        match limits.joins_blocks || grid.blocks == 1 {
+            true => Ok(()),
+            false => self.end_reduction(grid, outputs),
+        }
+    }
+
+    /// Reduces the partial sums of the blocks of a launch, if it reduces.
+    fn end_reduction(&mut self, grid: Grid, mut outputs: Outputs<S>) -> Result<()> {
+        if self.ints.reduces == 0 {
+            return Ok(());
+        }
+        self.ints.num_partials = grid.blocks as u32;
+        let [out, saved] = outputs.buffers();
+        let grid = Grid { blocks: 1, threads_per_block: self.limits("reduce")?.block_size() };
+        // SAFETY: these are the buffers of `reduce`. The launch before has written the partial sums.
+        unsafe { self.run("reduce", grid, &mut [out, saved, Buffer::Scratch]) }
     }
 
     /// Writes the gradient of the logits. Without `logits`, `grad_logits` holds them and they are overwritten.
@@ -350,8 +412,13 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
         if self.num_rows() == 0 {
             return Ok(());
         }
-        let along_rows = self.ints.inner_size > 1;
-        let grid = self.plan("backward", along_rows, MIN_BLOCKS_BACKWARD)?;
+        let mut access = self.access(self.ints.inner_size > 1);
+        if access == Access::Packs && self.ints.inner_size > 1 {
+            access = Access::Rows;
+        }
+        let kernel = if access == Access::Packs { "backward" } else { "backward_strided" };
+        let limits = self.limits(kernel)?;
+        let grid = self.ints.plan_launch(limits, self.variant.logits, access);
         self.ints.in_place = logits.is_none().into();
         let [targets, class_params] = self.shared_buffers()?;
         let mut buffers = [
@@ -363,9 +430,9 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
             Buffer::Output(grad_logits),
         ];
         // SAFETY: these are the buffers of `backward`. The logits, targets and class params are in bounds as
-        // in `launch_forward`. The strides of the output gradient were checked against its storage, and the
+        // in `forward_rows`. The strides of the output gradient were checked against its storage, and the
         // length of the saved states. The gradient has an element for each logit.
-        unsafe { self.run("backward", grid, &mut buffers) }
+        unsafe { self.run(kernel, grid, &mut buffers) }
     }
 
     /// The losses that `compute` writes for the rows, or their sum divided.
@@ -374,86 +441,56 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
         compute: impl FnOnce(&mut Self, Outputs<S>) -> Result<()>,
     ) -> Result<ForwardOut<S>> {
         let num_rows = self.num_rows();
-        let mut losses = self.alloc(num_rows)?;
-        let mut divisor = match self.params.divisor {
-            None => None,
-            Some(Divisor::Number(number)) => Some(Divisor::Number(number)),
-            Some(Divisor::WeightSum(())) => Some(Divisor::WeightSum(self.alloc(num_rows)?)),
-        };
-        let mut saved = match self.params.saves_state {
-            true => Some(self.alloc(SAVED_FIELDS * num_rows)?),
+        let reduces = self.params.divisor.is_some();
+        self.ints.reduces = reduces.into();
+        let losses = if reduces { 1 } else { num_rows };
+        let (wants_saved, with_loss) = (self.params.saves_state, num_rows <= MAX_ROWS_WITH_LOSS);
+        // The divisor comes before the saved states, if there is one.
+        let divisor_start = if with_loss { losses } else { 0 };
+        let start = divisor_start + usize::from(reduces);
+        let saved_end = start + SAVED_FIELDS * num_rows;
+        let divisor = self.params.divisor.map(|divisor| match divisor {
+            Divisor::Number(number) => {
+                self.divisor = Some(number);
+                Divisor::Number(number)
+            }
+            Divisor::WeightSum(()) => {
+                self.ints.weighted = 1;
+                Divisor::WeightSum(divisor_start)
+            }
+        });
+        let mut out = self.alloc(if wants_saved && with_loss { saved_end } else { losses })?;
+        let mut saved = match wants_saved && !with_loss {
+            true => Some(self.alloc(saved_end)?),
             false => None,
         };
-        let weights = match &mut divisor {
-            Some(Divisor::WeightSum(weights)) => Some(weights),
-            _ => None,
+        self.ints.saves = match (wants_saved, with_loss) {
+            (false, _) => Saves::Nothing,
+            (true, false) => Saves::Apart,
+            (true, true) => Saves::WithLoss,
         };
-        let outputs = Outputs::Rows { losses: &mut losses, weights, saved: saved.as_mut() };
-        compute(&mut self, outputs)?;
-        Ok(match divisor {
-            None => ForwardOut { loss: losses, divisor: None, saved },
-            Some(divisor) => {
-                let (loss, divisor) = self.reduce(losses, divisor)?;
-                ForwardOut { loss, divisor: Some(divisor), saved }
-            }
-        })
+        self.ints.saved_start = start as u64;
+        self.ints.divisor_start = divisor_start as u32;
+        compute(&mut self, Outputs { out: &mut out, saved: saved.as_mut() })?;
+        // The numbers of a row are adjacent.
+        let layout = Layout::new((SAVED_FIELDS, num_rows).into(), vec![1, SAVED_FIELDS], start);
+        let saved = wants_saved.then_some(SavedIn { storage: saved, layout, divisor });
+        Ok(ForwardOut { loss: out, saved })
     }
+}
 
-    /// Sums the losses and divides the sum by a number, or by the sum of the weights of the rows. Returns the quotient and
-    /// what it was divided by.
-    fn reduce(&self, mut losses: S, divisor: Divisor<S>) -> Result<(S, Divisor<S>)> {
-        // With weights, the kernel divides by their sum instead of the number.
-        let (mut weights, number) = match divisor {
-            Divisor::Number(number) => (None, number),
-            Divisor::WeightSum(weights) => (Some(weights), 1.),
-        };
-        let kernel = self.kernel("reduce");
-        let limits = S::limits(&self.device, kernel)?;
-        let threads_per_block = limits.block_size();
-        // A block of `reduce` sums one range of rows, so there must not be more ranges than blocks.
-        let rows_per_block = REDUCE_ROWS_PER_BLOCK.max(self.num_rows().div_ceil(limits.max_blocks));
-        let mut len = self.num_rows();
-        // The losses of a mean are scaled down before they are summed, so that the sum overflows only if the mean
-        // does. The scale is a power of two, so that multiplying by it does not round.
-        let mut scale = match weights.is_some() || number != 1. {
-            true => 1. / len.max(1).next_power_of_two() as f64,
-            false => 1.,
-        };
-        let unscale = 1. / scale;
-        loop {
-            let blocks = len.div_ceil(rows_per_block).max(1);
-            let params = ReduceParams {
-                len: len as u64,
-                rows_per_block: rows_per_block as u64,
-                weighted: weights.is_some().into(),
-                divides: (blocks == 1).into(),
-                divisor: number,
-                scale,
-                unscale,
-            };
-            let mut loss_sums = self.alloc(blocks)?;
-            let mut weight_sums = weights.as_ref().map(|_| self.alloc(blocks)).transpose()?;
-            let mut buffers = [
-                Buffer::Input(&losses),
-                Buffer::optional_input(weights.as_ref()),
-                Buffer::Output(&mut loss_sums),
-                Buffer::optional_output(weight_sums.as_mut()),
-            ];
-            let grid = Grid { blocks, threads_per_block };
-            // SAFETY: these are the buffers of `reduce`. There are `len` losses, as many weights if any, and
-            // a sum for each block. The parameters have the type of the arithmetic.
-            unsafe {
-                match self.dtype() {
-                    DType::F64 => S::launch(&self.device, kernel, grid, &mut buffers, &params)?,
-                    _ => S::launch(&self.device, kernel, grid, &mut buffers, &params.to_f32())?,
-                }
-            }
-            (losses, weights) = (loss_sums, weight_sums);
-            if blocks == 1 {
-                return Ok((losses, weights.map_or(Divisor::Number(number), Divisor::WeightSum)));
-            }
-            (len, scale) = (blocks, 1.);
-        }
+/// The buffers that `forward` and `finish` write.
+struct Outputs<'a, S> {
+    /// The losses of the rows, their reduction, or the softmax states.
+    out: &'a mut S,
+    /// The saved states, if they are not in `out`.
+    saved: Option<&'a mut S>,
+}
+
+impl<S> Outputs<'_, S> {
+    fn buffers(&mut self) -> [Buffer<'_, S>; 2] {
+        let saved = self.saved.as_deref_mut();
+        [Buffer::Output(self.out), Buffer::optional_output(saved)]
     }
 }
 

@@ -1,66 +1,92 @@
 //! The parameters of the kernels, with the choice of outputs and the division of the rows between threads.
 //!
-//! The `repr(C)` structs mirror `View`, `Params` and `Reduction` of the kernel source. The order and the types of
+//! The `repr(C)` structs mirror those of `kernels.inc`. The order and the types of
 //! their fields are those of the kernel source and must change with it.
 
-use super::kernel::{Buffer, GpuStorage, Grid, Limits};
+use super::kernel::{GpuStorage, Grid, Limits, MAX_PARTIALS};
 use crate::error::{Error, Result};
 use crate::formula::ClassParams;
 use crate::layout::{Operand, RowOffsets, check_layout};
 use candle_core::{DType, WithDType};
+use std::mem::offset_of;
 
 /// The largest number of dimensions that do not merge: `DIMS` in the kernel source.
 const MAX_DIMS: usize = 16;
 
-/// `View`: where the rows of a tensor lie, and the classes of a row. Offsets and strides count elements.
+/// `RowStrides`: where the rows of a tensor lie, and the classes of a row. Offsets and strides count elements.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct RowStrides {
     start: u64,
-    class_stride: u64,
-    rank: u64,
-    lengths: [u64; MAX_DIMS],
+    pub class_stride: u64,
     strides: [u64; MAX_DIMS],
+    lengths: [u32; MAX_DIMS],
+    rank: u32,
 }
 
-/// The fields of `Params` that are integers.
+/// Where to save what backward needs: `SAVES_NOTHING` and the others in the kernel source.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) enum Saves {
+    #[default]
+    Nothing,
+    /// In a buffer of its own.
+    Apart,
+    /// In the buffer of the losses, after them.
+    WithLoss,
+}
+
+/// The fields of `Params` that are integers, in their order.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct IntParams {
     pub logits: RowStrides,
     pub targets: RowStrides,
     pub grad_output: RowStrides,
-    pub num_rows: u64,
-    /// K, the number of all classes.
-    pub num_classes: u64,
-    /// The first class of the logits.
-    pub first_class: u64,
-    /// The number of classes that the logits hold.
-    pub tile_classes: u64,
-    /// The number of elements between one class and the next of the gradient.
-    pub inner_size: u64,
-    /// A row's classes are divided into `num_splits` splits of `classes_per_split`, each
-    /// read by one block.
-    pub classes_per_split: u64,
-    pub num_splits: u64,
-    /// The number of softmax states that `finish` merges for a row.
-    pub num_states: u64,
     pub ignore_index: i64,
-    pub has_ignore_index: u32,
+    /// The first element of the saved states.
+    pub saved_start: u64,
+    pub num_rows: u32,
+    /// K, the number of all classes.
+    pub num_classes: u32,
+    /// The first class of the logits.
+    pub first_class: u32,
+    /// The number of classes that the logits hold.
+    pub tile_classes: u32,
+    /// The number of elements between one class and the next of the gradient.
+    pub inner_size: u32,
+    /// A task is a group of rows and a split of their classes. A row's classes are divided into `num_splits` splits of
+    /// `classes_per_split`.
+    pub num_tasks: u32,
+    pub num_splits: u32,
+    pub classes_per_split: u32,
+    /// Log₂ of the number of threads that share a row.
+    pub row_shift: u32,
+    /// The number of softmax states of a row that `finish` merges, and log₂ of the number of threads that merge them.
+    pub num_states: u32,
+    pub state_row_shift: u32,
+    /// The element for the sum of weights by which a mean divides.
+    pub divisor_start: u32,
     /// Whether neighbouring threads read neighbouring rows, instead of neighbouring classes of a row.
     pub threads_along_rows: u32,
-    pub threads_per_row: u32,
+    pub has_ignore_index: u32,
+    /// Whether `forward` computes the results of the rows, and not only states of them.
+    pub finishes_rows: u32,
     /// Whether to write softmax states, instead of losses.
     pub wants_states: u32,
-    pub wants_weights: u32,
-    pub wants_saved: u32,
     /// Whether to merge the states into those of earlier class tiles, which the buffer holds.
     pub accumulates: u32,
+    pub saves: Saves,
+    /// Whether to sum the losses, and whether the divisor is the sum of the rows' weights.
+    pub reduces: u32,
+    pub weighted: u32,
     /// Whether the gradient overwrites the logits.
     pub in_place: u32,
+    /// The number of blocks that have summed losses, for `reduce`.
+    pub num_partials: u32,
 }
 
-/// `Params`: the parameters of every kernel but `reduce`. `A` is the type of the arithmetic.
+/// `Params`: the parameters of every kernel. `A` is the type of the arithmetic.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct KernelParams<A> {
@@ -70,40 +96,36 @@ pub(crate) struct KernelParams<A> {
     on_value: A,
     weight: A,
     z_loss: A,
+    divisor: A,
+    scale: A,
+    unscale: A,
 }
 
-// The fields of `Params` are not nested. Nesting the integers adds no padding after them.
-const _: () = assert!(size_of::<IntParams>().is_multiple_of(size_of::<f64>()));
-
-/// `Reduction`: the parameters of `reduce`.
-#[repr(C)]
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct ReduceParams<A> {
-    /// The number of losses.
-    pub len: u64,
-    pub rows_per_block: u64,
-    /// Whether there are weights, which are summed too.
-    pub weighted: u32,
-    /// Whether to divide the sum of losses: by the sum of weights if there are weights, else by `divisor`.
-    pub divides: u32,
-    pub divisor: A,
-    /// The losses are multiplied by `scale` before they are summed, and the quotient by `unscale`.
-    pub scale: A,
-    pub unscale: A,
-}
+// The fields of `Params` are not nested. Nesting the integers must not add padding after the last of them.
+const _: () = assert!(
+    offset_of!(IntParams, num_partials) + size_of::<u32>() == size_of::<IntParams>()
+        && size_of::<IntParams>().is_multiple_of(size_of::<f64>())
+);
 
 impl<A: WithDType> KernelParams<A> {
-    pub fn new(ints: IntParams, class_params: ClassParams<f64>, z_loss: f64) -> Self {
+    /// `num_rows` is the number of rows whose losses are summed.
+    pub fn new(
+        ints: IntParams,
+        class_params: ClassParams<f64>,
+        z_loss: f64,
+        divisor: Option<f64>,
+    ) -> Self {
         let ClassParams { prob_scale, off_value, on_value, weight } = class_params.map(A::from_f64);
-        Self { ints, prob_scale, off_value, on_value, weight, z_loss: A::from_f64(z_loss) }
-    }
-}
-
-impl ReduceParams<f64> {
-    pub fn to_f32(self) -> ReduceParams<f32> {
-        let Self { len, rows_per_block, weighted, divides, divisor, scale, unscale } = self;
-        let [divisor, scale, unscale] = [divisor, scale, unscale].map(|number| number as f32);
-        ReduceParams { len, rows_per_block, weighted, divides, divisor, scale, unscale }
+        let divisor = divisor.unwrap_or(1.);
+        // The losses of a mean are scaled down before they are summed, so that the sum overflows only if the mean does.
+        // The scale is a power of two, so that multiplying by it does not round.
+        let scale = match ints.weighted > 0 || divisor != 1. {
+            true => 1. / (ints.num_rows.max(1).next_power_of_two() as f64),
+            false => 1.,
+        };
+        let [z_loss, divisor, scale, unscale] =
+            [z_loss, divisor, scale, 1. / scale].map(A::from_f64);
+        Self { ints, prob_scale, off_value, on_value, weight, z_loss, divisor, scale, unscale }
     }
 }
 
@@ -130,7 +152,7 @@ impl RowStrides {
                     most: MAX_DIMS,
                 });
             };
-            (*length, *stride) = (dim.len as u64, dim.stride as u64);
+            (*length, *stride) = (dim.len as u32, dim.stride as u64);
             rows.rank += 1;
         }
         Ok(rows)
@@ -143,54 +165,25 @@ impl RowStrides {
     }
 }
 
-/// The outputs of `forward` and `finish`.
-pub(crate) enum Outputs<'a, S> {
-    /// The softmax states of the rows.
-    States(&'a mut S),
-    Rows {
-        losses: &'a mut S,
-        /// The class weight of each row's label, 0 for ignored rows.
-        weights: Option<&'a mut S>,
-        /// ([`SAVED_FIELDS`](crate::formula::SAVED_FIELDS), N).
-        saved: Option<&'a mut S>,
-    },
-}
-
-impl<'a, S> Outputs<'a, S> {
-    /// The buffers of the states, the losses, the weights and the saved states. Sets the flags in `ints` that tell
-    /// the kernel which of them to write.
-    pub fn into_buffers(self, ints: &mut IntParams) -> [Buffer<'a, S>; 4] {
-        ints.wants_states = matches!(self, Self::States(_)).into();
-        match self {
-            Self::States(states) => {
-                [Buffer::Output(states), Buffer::Unused, Buffer::Unused, Buffer::Unused]
-            }
-            Self::Rows { losses, weights, saved } => {
-                ints.wants_weights = weights.is_some().into();
-                ints.wants_saved = saved.is_some().into();
-                let weights = Buffer::optional_output(weights);
-                let saved = Buffer::optional_output(saved);
-                [Buffer::Unused, Buffer::Output(losses), weights, saved]
-            }
-        }
-    }
-}
-
 /// The largest number of threads in a block: `THREADS` in the kernel source.
 const MAX_THREADS_PER_BLOCK: usize = 256;
-/// The size of the widest load.
-const VECTOR_BYTES: usize = 16;
+/// The size of a pack, the widest access, and the number of packs that a thread loads at once: `PACKS` in the kernel source.
+const PACK_BYTES: usize = 16;
+const PACKS: usize = 4;
+/// The number of packs of a row that a thread has at least, if there are many rows: with more packs, merging the states of the row's
+/// threads is less of the work. Up to 4 threads share a row anyway, so that a warp reads at least 64 bytes of each row at once.
+const MIN_PACKS: usize = 128;
+const MIN_THREADS: usize = 4;
 
-/// The work of one thread, in classes of a row.
-struct ThreadWork {
-    /// The number of classes in one load.
-    per_load: usize,
-    /// More threads share a row only if each of them has this many classes.
-    min: usize,
-    /// A row is split further only if each thread has this many classes of a split.
-    min_of_split: usize,
-    /// A thread sums at most this many classes, which bounds the rounding error.
-    max: usize,
+/// How threads read the classes of a row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Access {
+    /// The classes are adjacent in memory. Neighbouring threads read neighbouring packs.
+    Packs,
+    /// Neighbouring threads read neighbouring classes, one at a time.
+    Classes,
+    /// Neighbouring threads read neighbouring rows, one class at a time.
+    Rows,
 }
 
 impl Limits {
@@ -198,56 +191,80 @@ impl Limits {
     pub fn block_size(self) -> usize {
         1 << self.max_threads.clamp(self.warp_size, MAX_THREADS_PER_BLOCK).ilog2()
     }
+
+    /// A grid for so many tasks: at most as many blocks as keep the device busy, with equal numbers of tasks.
+    pub fn grid(self, tasks: usize) -> Grid {
+        let max_blocks = self.target_blocks.clamp(1, self.max_blocks.min(MAX_PARTIALS));
+        let tasks_per_block = tasks.div_ceil(max_blocks).max(1);
+        Grid {
+            blocks: tasks.div_ceil(tasks_per_block).max(1),
+            threads_per_block: self.block_size(),
+        }
+    }
 }
 
 impl IntParams {
     /// Sets how many threads share a row and into how many splits its classes are divided, and returns the grid.
-    /// The grid has at least `min_blocks` blocks, unless the splits or the number of blocks would pass a limit.
-    pub fn plan_launch(
-        &mut self,
-        limits: Limits,
-        logits_dtype: DType,
-        threads_along_rows: bool,
-        min_blocks: usize,
-    ) -> Grid {
+    pub fn plan_launch(&mut self, limits: Limits, logits_dtype: DType, access: Access) -> Grid {
         let block_size = limits.block_size();
         let (num_rows, num_classes) = (self.num_rows as usize, self.tile_classes as usize);
-        let (work, max_threads_per_row) = match threads_along_rows {
-            false => {
-                let per_load = VECTOR_BYTES / logits_dtype.size_in_bytes();
-                let (min, min_of_split) = (2 * per_load, 4 * per_load);
-                (ThreadWork { per_load, min, min_of_split, max: usize::MAX }, block_size)
-            }
+        // The number of classes in one load, and of a thread at least if a row is split.
+        let (per_load, min_of_split) = match access {
+            Access::Packs => (PACK_BYTES / logits_dtype.size_in_bytes(), 2 * PACKS),
+            Access::Classes | Access::Rows => (1, 32),
+        };
+        let loads = num_classes.div_ceil(per_load);
+        let threads_per_row = match access {
+            Access::Packs => threads_for_packs(loads, num_rows, limits),
+            Access::Classes => loads.div_ceil(8).min(block_size),
             // No two threads of a warp share a row, so that a warp reads adjacent rows of one class.
-            true => (
-                ThreadWork { per_load: 1, min: 8, min_of_split: 32, max: 512 },
-                block_size / limits.warp_size,
-            ),
+            Access::Rows => loads.div_ceil(8).min(block_size / limits.warp_size),
         };
-        let threads_per_row =
-            num_classes.div_ceil(work.min).min(max_threads_per_row).next_power_of_two();
-        let threads_per_block = match num_rows.checked_next_power_of_two() {
-            Some(rows) if rows < block_size => {
-                (rows * threads_per_row).clamp(limits.warp_size, block_size)
-            }
-            _ => block_size,
-        };
-        let row_blocks = num_rows.div_ceil(threads_per_block / threads_per_row);
+        let threads_per_row = threads_per_row.max(1).next_power_of_two();
+        let row_blocks = num_rows.div_ceil(block_size / threads_per_row);
 
-        let max_splits = num_classes.div_ceil(work.min_of_split * threads_per_row);
-        let min_splits = num_classes.div_ceil(work.max.saturating_mul(threads_per_row)).max(1);
-        let num_splits = min_blocks.div_ceil(row_blocks.max(1)).min(max_splits).max(min_splits);
-        let classes_per_split = num_classes
-            .div_ceil(num_splits)
-            .next_multiple_of(work.per_load * threads_per_row)
-            .max(1);
+        // A thread of `Rows` sums at most 512 classes, which bounds the rounding error.
+        let min_splits = match access {
+            Access::Rows => loads.div_ceil(512 * threads_per_row),
+            Access::Packs | Access::Classes => 1,
+        };
+        let max_splits = loads.div_ceil(min_of_split * threads_per_row);
+        let num_splits =
+            (limits.target_blocks / row_blocks.max(1)).min(max_splits).max(min_splits).max(1);
+        let classes_per_split =
+            num_classes.div_ceil(num_splits).next_multiple_of(per_load * threads_per_row).max(1);
         let num_splits = num_classes.div_ceil(classes_per_split).max(1);
 
-        self.threads_along_rows = threads_along_rows.into();
-        self.threads_per_row = threads_per_row as u32;
-        self.classes_per_split = classes_per_split as u64;
-        self.num_splits = num_splits as u64;
-        let blocks = row_blocks.saturating_mul(num_splits).min(limits.max_blocks);
-        Grid { blocks, threads_per_block }
+        self.threads_along_rows = (access == Access::Rows).into();
+        self.row_shift = threads_per_row.ilog2();
+        self.classes_per_split = classes_per_split as u32;
+        self.num_splits = num_splits as u32;
+        let tasks = row_blocks.saturating_mul(num_splits);
+        self.num_tasks = tasks as u32;
+        limits.grid(tasks)
     }
+
+    /// Sets how many threads merge the states of a row, and returns the grid.
+    pub fn plan_finish(&mut self, limits: Limits, num_states: usize) -> Grid {
+        let threads = num_states.min(limits.warp_size).next_power_of_two();
+        self.num_states = num_states as u32;
+        self.state_row_shift = threads.ilog2();
+        limits.grid((self.num_rows as usize).div_ceil(limits.block_size() / threads))
+    }
+}
+
+/// The number of threads that share a row of so many packs. With few rows more threads share a row, so that all blocks that fit the
+/// device have two tasks or more.
+fn threads_for_packs(packs: usize, num_rows: usize, limits: Limits) -> usize {
+    let block_size = limits.block_size();
+    let threads = (packs / MIN_PACKS).max(packs.min(MIN_THREADS)).clamp(1, block_size);
+    let mut threads = 1 << threads.ilog2();
+    let enough = 2 * limits.target_blocks * block_size;
+    while threads < block_size
+        && num_rows.saturating_mul(threads) < enough
+        && packs > PACKS * threads
+    {
+        threads *= 2;
+    }
+    threads
 }

@@ -1,19 +1,21 @@
 //! Launches of the GPU kernels on an emulated device, whose memory is the host's.
 
-use super::kernel::{Buffer, GpuStorage, Grid, KernelKey, Limits};
+use super::kernel::{Buffer, GpuStorage, Grid, KernelKey, Limits, SCRATCH_BYTES};
 use candle_core::cpu_backend::CpuDevice;
 use candle_core::{CpuStorage, DType, Result, Storage, bail};
+use std::cell::RefCell;
 use std::env;
 use std::ffi::{CString, c_char, c_uint, c_void};
 use std::str::FromStr;
 use std::sync::LazyLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// How the device runs a launch. `device.hpp` has the same struct and documents its fields.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct Manner {
     order: u32,
-    without_barrier: u32,
+    without_line: u32,
     warp: u32,
 }
 
@@ -36,17 +38,30 @@ fn setting<T: FromStr>(name: &str, default: T) -> T {
 
 static MANNER: LazyLock<Manner> = LazyLock::new(|| Manner {
     order: setting("EMULATOR_ORDER", 0),
-    without_barrier: setting("EMULATOR_WITHOUT_BARRIER", 0),
+    without_line: setting("EMULATOR_WITHOUT_LINE", 0),
     warp: setting("EMULATOR_WARP", 32),
 });
-/// The kernels in the language of the run, by the definitions of their variant.
-static KERNELS: LazyLock<&[(&str, Kernels)]> =
-    LazyLock::new(|| match env::var("EMULATOR_SOURCE").as_deref() {
-        Ok("metal") => &METAL,
-        _ => &CUDA,
-    });
+/// Whether the run is in the dialect of Metal instead of that of CUDA.
+static IS_METAL: LazyLock<bool> =
+    LazyLock::new(|| env::var("EMULATOR_SOURCE").as_deref() == Ok("metal"));
 /// The largest number of blocks in a launch. It is so small that in most launches a block has several tasks.
 static MAX_BLOCKS: LazyLock<usize> = LazyLock::new(|| setting("EMULATOR_GROUPS", 3));
+/// The number of blocks at which a launch aims.
+const TARGET_BLOCKS: usize = 512;
+
+/// The numbers of launches and of allocations so far.
+static LAUNCHES: AtomicUsize = AtomicUsize::new(0);
+static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
+
+/// The numbers of launches and of allocations of this process so far.
+pub(crate) fn operations() -> (usize, usize) {
+    (LAUNCHES.load(Ordering::Relaxed), ALLOCATIONS.load(Ordering::Relaxed))
+}
+
+thread_local! {
+    /// The memory of [`Buffer::Scratch`].
+    static SCRATCH: RefCell<Vec<u64>> = RefCell::new(vec![0; SCRATCH_BYTES / size_of::<u64>()]);
+}
 
 /// Evaluates an expression on the vector in a storage, whatever its type.
 macro_rules! with_vec {
@@ -74,8 +89,10 @@ impl GpuStorage for CpuStorage {
     fn limits(_: &CpuDevice, _: KernelKey) -> Result<Limits> {
         Ok(Limits {
             max_blocks: *MAX_BLOCKS,
+            target_blocks: TARGET_BLOCKS,
             max_threads: setting("EMULATOR_THREADS", 1024),
             warp_size: MANNER.warp as usize,
+            joins_blocks: !*IS_METAL,
         })
     }
 
@@ -92,6 +109,7 @@ impl GpuStorage for CpuStorage {
 
     /// The elements are NaN, so that tests find those that no kernel writes.
     fn alloc(_: &CpuDevice, len: usize, dtype: DType) -> Result<Self> {
+        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
         let nan = half::f16::NAN;
         Ok(match dtype {
             DType::F16 => CpuStorage::F16(vec![nan; len]),
@@ -109,8 +127,10 @@ impl GpuStorage for CpuStorage {
         buffers: &mut [Buffer<Self>],
         params: &P,
     ) -> Result<()> {
+        LAUNCHES.fetch_add(1, Ordering::Relaxed);
         let definitions = kernel.variant.definitions()?;
-        let Some((_, kernels)) = KERNELS.iter().find(|(variant, _)| *variant == definitions) else {
+        let all: &[(&str, Kernels)] = if *IS_METAL { &METAL } else { &CUDA };
+        let Some((_, kernels)) = all.iter().find(|(variant, _)| *variant == definitions) else {
             bail!("the emulator has no kernels for {:?}", kernel.variant)
         };
         let pointers: Vec<*mut c_void> = buffers
@@ -120,6 +140,7 @@ impl GpuStorage for CpuStorage {
                     with_vec!(*storage, vec => vec.as_ptr().cast_mut().cast())
                 }
                 Buffer::Output(storage) => with_vec!(*storage, vec => vec.as_mut_ptr().cast()),
+                Buffer::Scratch => SCRATCH.with_borrow_mut(|scratch| scratch.as_mut_ptr().cast()),
                 Buffer::Unused => std::ptr::null_mut(),
             })
             .collect();

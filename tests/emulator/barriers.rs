@@ -9,25 +9,24 @@ use common::{Case, random, random_labels, values};
 use std::process::{Command, Stdio};
 use std::{env, error::Error};
 
-/// Source of the kernels that the emulator runs, and the text of a barrier in it.
-fn source() -> (&'static str, &'static str) {
-    match env::var("EMULATOR_SOURCE").as_deref() {
-        Ok("metal") => {
-            (include_str!("../../src/gpu/label_smoothing.metal"), "threadgroup_barrier(")
-        }
-        _ => (include_str!("../../src/gpu/label_smoothing.cu"), "__syncthreads()"),
-    }
+const SOURCE: &str = include_str!("../../src/gpu/kernels.inc");
+
+/// The lines of the source with this text.
+fn lines_with(text: &str) -> Vec<usize> {
+    let lines = SOURCE.lines().enumerate();
+    lines.filter(|(_, line)| line.contains(text)).map(|(i, _)| i + 1).collect()
 }
 
 /// Thread orders: first to last, last to first, and two random orders.
 const ORDERS: [&str; 4] = ["0", "1", "2", "3"];
 
-/// Runs `rows_of_every_length` in a process of its own, and returns whether it passed.
-fn passes(order: &str, without_barrier: usize) -> Result<bool, Box<dyn Error>> {
+/// Runs `rows_of_every_length` in a process of its own, without the barrier or the ticket of a line, and returns whether it
+/// passed.
+fn passes(order: &str, without_line: usize) -> Result<bool, Box<dyn Error>> {
     let status = Command::new(env::current_exe()?)
         .args(["--exact", "rows_of_every_length"])
         .env("EMULATOR_ORDER", order)
-        .env("EMULATOR_WITHOUT_BARRIER", without_barrier.to_string())
+        .env("EMULATOR_WITHOUT_LINE", without_line.to_string())
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .status()?;
@@ -44,19 +43,33 @@ fn the_order_of_the_threads_does_not_matter() -> Result<(), Box<dyn Error>> {
 
 #[test]
 fn every_barrier_is_needed() -> Result<(), Box<dyn Error>> {
-    let (source, barrier) = source();
-    let lines = source.lines().enumerate();
-    let barriers: Vec<_> =
-        lines.filter(|(_, line)| line.contains(barrier)).map(|(i, _)| i + 1).collect();
-    assert!(barriers.len() >= 3, "barriers at {barriers:?}");
+    let barriers = lines_with("BLOCK_BARRIER()");
+    assert!(barriers.len() >= 2, "barriers at {barriers:?}");
     for line in barriers {
-        let mut noticed = false;
-        for order in ORDERS {
-            noticed = noticed || !passes(order, line)?;
-        }
-        assert!(noticed, "nothing fails without the barrier of line {line}");
+        assert!(is_noticed(line)?, "nothing fails without the barrier of line {line}");
     }
     Ok(())
+}
+
+/// By its ticket, the last block of a launch knows that the others have ended.
+#[test]
+fn every_ticket_is_needed() -> Result<(), Box<dyn Error>> {
+    let tickets = lines_with("TAKE_TICKET(");
+    assert_eq!(tickets.len(), 1, "tickets at {tickets:?}");
+    // Metal has no ticket.
+    let is_metal = env::var("EMULATOR_SOURCE").as_deref() == Ok("metal");
+    assert!(is_metal || is_noticed(tickets[0])?, "nothing fails without the ticket");
+    Ok(())
+}
+
+/// Whether a test fails without the barrier or the ticket of a line, in one of the thread orders.
+fn is_noticed(line: usize) -> Result<bool, Box<dyn Error>> {
+    for order in ORDERS {
+        if !passes(order, line)? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// The test that the processes above run. The rows fit one lane, a warp, several warps or several
@@ -65,6 +78,7 @@ fn every_barrier_is_needed() -> Result<(), Box<dyn Error>> {
 fn rows_of_every_length() -> candle_core::Result<()> {
     for (dims, class_dim) in [
         (&[9, 5][..], 1),
+        (&[100, 2], 1),
         (&[9, 300], 1),
         (&[30, 1500], 1),
         (&[30, 3000], 1),

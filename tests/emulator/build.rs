@@ -35,14 +35,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     // What Rust knows of them: lists of the definitions and the function.
     let (mut declared, mut lists) = (String::new(), String::new());
     let count = LOGITS.len() * (CLASSES.len() + PROBABILITIES.len()) * 2;
-    for (dialect, path, shared) in [
-        ("cuda", "../../src/gpu/label_smoothing.cu", "__shared__"),
-        ("metal", "../../src/gpu/label_smoothing.metal", "threadgroup"),
-    ] {
-        println!("cargo:rerun-if-changed={path}");
-        let kernels = out.join(format!("label_smoothing.{dialect}.hpp"));
-        fs::write(&kernels, with_shared_memory(&fs::read_to_string(path)?, shared)?)?;
-        let kernels = kernels.display().to_string();
+    for (dialect, path) in [("cuda", "cuda.cu"), ("metal", "metal.metal")] {
+        println!("cargo:rerun-if-changed=../../src/gpu/{path}");
         let constant = dialect.to_uppercase();
         writeln!(lists, "const {constant}: [(&str, Kernels); {count}] = [")?;
         for logits in LOGITS {
@@ -58,9 +52,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                     let file = out.join(format!("{name}.cpp"));
                     let source = env::current_dir()?.join(format!("{dialect}.cpp"));
                     let source = source.display().to_string();
-                    let text = format!(
-                        "{definitions}#define KERNELS {name}\n#define SOURCE {kernels:?}\n#include {source:?}\n"
-                    );
+                    let text =
+                        format!("{definitions}#define KERNELS {name}\n#include {source:?}\n");
                     fs::write(&file, text)?;
                     build.file(file);
                     writeln!(
@@ -77,35 +70,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let rust = format!("unsafe extern \"C\" {{\n{declared}}}\n{lists}");
     fs::write(out.join("kernels.rs"), rust)?;
     println!("cargo:rustc-cfg=emulator");
+    println!("cargo:rerun-if-changed=../../src/gpu/kernels.inc");
     println!("cargo:rerun-if-changed=.");
     Ok(())
-}
-
-/// The source with each array that a block shares, `keyword type name[..];` on a line of its own, taken from
-/// the emulated block.
-fn with_shared_memory(source: &str, keyword: &str) -> Result<String, Box<dyn std::error::Error>> {
-    let (mut rewritten, mut count) = (String::new(), 0);
-    for line in source.lines() {
-        let declared = line.trim().strip_prefix(keyword).and_then(|rest| rest.strip_suffix("];"));
-        let parts = declared.and_then(|rest| {
-            let (of, name) = rest.trim().split_once(' ')?;
-            let (name, lengths) = name.split_once('[')?;
-            Some((of, name, lengths))
-        });
-        match parts {
-            Some((of, name, lengths)) => {
-                count += 1;
-                let size = format!("sizeof({of}[{lengths}])");
-                writeln!(
-                    rewritten,
-                    "auto &{name} = *({of} (*)[{lengths}])gpu::block.shared({count}, {size});"
-                )?;
-            }
-            None => writeln!(rewritten, "{line}")?,
-        }
-    }
-    match count {
-        0 => Err(format!("nothing is shared by {keyword}").into()),
-        _ => Ok(rewritten),
-    }
 }

@@ -1,67 +1,35 @@
-// The kernels in SOURCE for one kind of input, callable through one function, KERNELS.
+// The CUDA kernels for one kind of input, callable through one function, KERNELS.
 #include "cuda.hpp"
 
-#define EMULATED
 namespace {
 struct f16;
+struct bf16;
 float widen(f16 x);
 void narrow(float x, f16 &out);
-float exp2_approximately(float x);
+unsigned narrow_two(float low, float high, f16);
+unsigned larger_two(unsigned a, unsigned b, f16 type);
+unsigned larger_two(unsigned a, unsigned b, bf16 type);
+#define HAS_LARGER_TWO
 
-#include SOURCE
+#include "../../src/gpu/cuda.cu"
 
-// The processor's own conversions are independent of the kernels' conversions.
-float widen(f16 x) {
-  _Float16 half;
-  memcpy(&half, &x, sizeof half);
-  return (float)half;
+float widen(f16 x) { return widen_half(x); }
+void narrow(float x, f16 &out) { out = narrow_half<f16>(x); }
+unsigned narrow_two(float low, float high, f16) {
+  return narrow_half<f16>(low).bits | (unsigned)narrow_half<f16>(high).bits << 16;
 }
-void narrow(float x, f16 &out) {
-  _Float16 half = (_Float16)x;
-  memcpy(&out, &half, sizeof half);
+template <class T> unsigned larger_halves(unsigned a, unsigned b) {
+  unsigned larger = 0;
+  for (int shift = 0; shift < 32; shift += 16) {
+    T x = {(u16)(a >> shift)}, y = {(u16)(b >> shift)};
+    bool first = widen(x) > widen(y) || widen(y) != widen(y);
+    larger |= (unsigned)(first ? x : y).bits << shift;
+  }
+  return larger;
 }
-float exp2_approximately(float x) {
-  float power = exp2f(x);
-  return power < 0x1p-126f ? 0 : power;
-}
-
+unsigned larger_two(unsigned a, unsigned b, f16) { return larger_halves<f16>(a, b); }
+unsigned larger_two(unsigned a, unsigned b, bf16) { return larger_halves<bf16>(a, b); }
 }  // namespace
 
-// Launches the kernel `name`. Returns false if there is no such kernel or its parameters have
-// another size.
-extern "C" bool KERNELS(
-    const char *name, unsigned groups, unsigned threads, gpu::Manner manner, void *const *b,
-    const void *params, size_t size) {
-  auto is = [&](const char *kernel, size_t its_size) {
-    return strcmp(name, kernel) == 0 && size == its_size;
-  };
-  auto launch = [&](auto kernel) { gpu::block.launch(groups, threads, manner, kernel); };
-  const Params &p = *(const Params *)params;
-  if (is("forward", sizeof p)) {
-    launch([&] {
-      forward((LOGITS *)b[0], (TARGETS *)b[1], (Real *)b[2], (Real *)b[3], (Real *)b[4], (Real *)b[5],
-              (Real *)b[6], p);
-    });
-  } else if (is("finish", sizeof p)) {
-    launch([&] {
-      finish((TARGETS *)b[0], (Real *)b[1], (Real *)b[2], (Real *)b[3], (Real *)b[4], (Real *)b[5],
-             (Real *)b[6], p);
-    });
-  } else if (is("reduce", sizeof(Reduction))) {
-    launch([&] {
-      reduce((Real *)b[0], (Real *)b[1], (Real *)b[2], (Real *)b[3], *(const Reduction *)params);
-    });
-  } else if (is("backward", sizeof p)) {
-    launch([&] {
-      backward((LOGITS *)b[0], (TARGETS *)b[1], (Real *)b[2], (Real *)b[3], (Real *)b[4],
-               (LOGITS *)b[5], p);
-    });
-  } else if (is("smooth", sizeof p)) {
-    if constexpr (sizeof(LOGITS) == 4) {
-      launch([&] { smooth((TARGETS *)b[0], (Real *)b[1], (LOGITS *)b[2], p); });
-    }
-  } else {
-    return false;
-  }
-  return true;
-}
+#define ARGUMENTS_OF_THREAD
+#include "entries.hpp"

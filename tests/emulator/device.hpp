@@ -22,8 +22,8 @@ constexpr unsigned WIDEST_WARP = 64, NARROWEST_WARP = 4, MOST_THREADS = 1024;
 struct Manner {
   // Order of the threads: 0 is first to last, 1 is last to first, another number is a random seed.
   uint32_t order;
-  // Line of the barrier to leave out, or 0.
-  uint32_t without_barrier;
+  // Line of the barrier or ticket to leave out, or 0.
+  uint32_t without_line;
   // Number of threads in a warp, which exchange values directly.
   uint32_t warp;
 };
@@ -165,7 +165,14 @@ class Block {
 
   // A barrier for all threads of the block, unless the launch leaves out the barrier of this line.
   void meet(unsigned line) {
-    if (line != manner.without_barrier) wait(barrier, line);
+    if (line != manner.without_line) wait(barrier, line);
+  }
+
+  // Counts from 0 to `most` and then from 0 again. Returns the count before. Blocks run one after another.
+  uint32_t take_ticket(uint32_t *ticket, uint32_t most, unsigned line) {
+    uint32_t before = *ticket;
+    if (line != manner.without_line) *ticket = before >= most ? 0 : before + 1;
+    return before;
   }
 
   unsigned index() const { return current->thread; }

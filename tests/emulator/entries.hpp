@@ -1,0 +1,36 @@
+// Launches the kernel `name` with the buffers `b`. Returns false if there is no such kernel or its parameters have another size.
+extern "C" bool KERNELS(
+    const char *name, unsigned blocks, unsigned threads, gpu::Manner how, void *const *b, const void *params, size_t size) {
+  if (size != sizeof(Params)) return false;
+  const Params &p = *(const Params *)params;
+  gpu::Block &block = gpu::block;
+  auto is = [&](const char *kernel_name) { return strcmp(name, kernel_name) == 0; };
+  auto launch = [&](auto kernel_body) { block.launch(blocks, threads, how, kernel_body); };
+#define LOSS(name)                                                                                                \
+  name((LOGITS *)b[0], (TARGETS *)b[1], (Real *)b[2], (Real *)b[3], (Real *)b[4], (Real *)b[5], (Scratch *)b[6], \
+       p ARGUMENTS_OF_THREAD)
+#define GRADIENT(name) \
+  name((LOGITS *)b[0], (TARGETS *)b[1], (Real *)b[2], (Real *)b[3], (Real *)b[4], (LOGITS *)b[5], p ARGUMENTS_OF_THREAD)
+  if (is("forward")) {
+    launch([&] { LOSS(forward); });
+  } else if (is("forward_strided")) {
+    launch([&] { LOSS(forward_strided); });
+  } else if (is("finish")) {
+    launch([&] {
+      finish((TARGETS *)b[0], (Real *)b[1], (Real *)b[2], (Real *)b[3], (Real *)b[4], (Scratch *)b[5], p ARGUMENTS_OF_THREAD);
+    });
+#ifdef HAS_REDUCE
+  } else if (is("reduce")) {
+    launch([&] { reduce((Real *)b[0], (Real *)b[1], (Scratch *)b[2], p ARGUMENTS_OF_THREAD); });
+#endif
+  } else if (is("backward")) {
+    launch([&] { GRADIENT(backward); });
+  } else if (is("backward_strided")) {
+    launch([&] { GRADIENT(backward_strided); });
+  } else if (is("smooth")) {
+    launch([&] { smooth((TARGETS *)b[0], (Real *)b[1], (LOGITS *)b[2], p ARGUMENTS_OF_THREAD); });
+  } else {
+    return false;
+  }
+  return true;
+}
