@@ -71,8 +71,9 @@ pub enum Reduction {
 ///   tensor, before another thread uses or drops it. The same holds for dropping the last clone of a loss with class weights or a
 ///   prior. The copies of these on a device are ready for all threads: the first call waits for the device.
 /// - A device of `Device::new_cuda_with_stream` has one stream for all threads.
-/// - Before a CUDA graph captures `forward` or `backward`, run the same calls once. The first ones compile kernels, copy class weights
-///   and wait, which a capture forbids. With `Device::new_cuda_with_stream`, also switch event tracking off
+/// - Before a CUDA graph captures `forward` or `backward`, run the same calls once on the same thread. The first ones compile kernels,
+///   allocate memory for the reduction, copy class weights and wait, which a capture forbids. The graph keeps using that memory, so it
+///   must not run at the same time as other calls of the thread that captured it. With `Device::new_cuda_with_stream`, also switch event tracking off
 ///   (`CudaDevice::disable_event_tracking`), because a capture cannot wait for events before it. For
 ///   [`forward_linear`](Self::forward_linear) with a bias, candle copies shapes to the device at each call, unless
 ///   `CudaDevice::enable_cuda_graph_htod_cache` keeps them.

@@ -43,8 +43,6 @@ struct Threads {
 #ifndef EMULATED
 #define SHARED_ARRAY(type, name, length) __shared__ type name[length]
 #define BLOCK_BARRIER() __syncthreads()
-// Keeps the compiler from computing what comes after it before what comes before it, for which it lacks registers.
-#define KEEP_ORDER() __syncwarp()
 #define SHUFFLE_XOR(value, by) __shfl_xor_sync(~0u, value, by)
 #define DEVICE_FENCE() __threadfence()
 // Counts from 0 to `most` and then from 0 again. Returns the count before.

@@ -44,7 +44,6 @@ struct Threads {
 #endif
 #define BLOCK_BARRIER() \
   metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup | metal::mem_flags::mem_device)
-#define KEEP_ORDER()
 #define SHUFFLE_XOR(value, by) metal::simd_shuffle_xor(value, (ushort)(by))
 // Metal orders memory between threadgroups only since version 3.2, so a launch of its own reduces their partial sums.
 #define JOINS_BLOCKS 0

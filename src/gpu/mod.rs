@@ -36,7 +36,7 @@ use crate::formula::{
 use crate::layout::{self, Operand, OperandMut, check_layout, inner_size, num_rows};
 use candle_core::{DType, Layout, StorageRef, WithDType};
 use kernel::{Buffer, Grid, KernelKey, KernelVariant, Limits};
-use params::{Access, IntParams, KernelParams, RowStrides, Saves};
+use params::{Access, IntParams, KernelParams, Outputs, RowStrides, Saves};
 
 /// The number of rows up to which the saved states share the storage of the loss. This saves an allocation. Of more rows, a loss that is
 /// kept or copied to the host would carry too much along.
@@ -296,7 +296,8 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
         let is_class_target = self.variant.targets.is_int();
         let adjacent_classes = logits.class_stride == 1
             && (is_class_target || targets.class_stride == 1)
-            // It adds what the label's r has above that of other classes.
+            // The kernel adds the difference of the label's r to that of other classes. If it were negative, an infinite logit would
+            // give ∞ − ∞.
             && !(is_class_target && self.params.label_is_below);
         match adjacent_classes {
             true => Access::Packs,
@@ -336,6 +337,7 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
     /// Computes the outputs of all rows from the logits. If rows are split, their splits are merged.
     fn forward_rows(&mut self, logits: &S, mut outputs: Outputs<S>) -> Result<()> {
         if self.num_rows() == 0 {
+            // There are no states to read, so any buffer will do.
             return self.merge_states(self.targets, 0, outputs);
         }
         let access = self.access(self.ints.logits.rows_are_adjacent());
@@ -476,21 +478,6 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
         let layout = Layout::new((SAVED_FIELDS, num_rows).into(), vec![1, SAVED_FIELDS], start);
         let saved = wants_saved.then_some(SavedIn { storage: saved, layout, divisor });
         Ok(ForwardOut { loss: out, saved })
-    }
-}
-
-/// The buffers that `forward` and `finish` write.
-struct Outputs<'a, S> {
-    /// The losses of the rows, their reduction, or the softmax states.
-    out: &'a mut S,
-    /// The saved states, if they are not in `out`.
-    saved: Option<&'a mut S>,
-}
-
-impl<S> Outputs<'_, S> {
-    fn buffers(&mut self) -> [Buffer<'_, S>; 2] {
-        let saved = self.saved.as_deref_mut();
-        [Buffer::Output(self.out), Buffer::optional_output(saved)]
     }
 }
 

@@ -3,7 +3,7 @@
 //! The `repr(C)` structs mirror those of `kernels.inc`. The order and the types of
 //! their fields are those of the kernel source and must change with it.
 
-use super::kernel::{GpuStorage, Grid, Limits, MAX_PARTIALS};
+use super::kernel::{Buffer, GpuStorage, Grid, Limits, MAX_PARTIALS};
 use crate::error::{Error, Result};
 use crate::formula::ClassParams;
 use crate::layout::{Operand, RowOffsets, check_layout};
@@ -165,14 +165,30 @@ impl RowStrides {
     }
 }
 
+/// The buffers that `forward` and `finish` write.
+pub(crate) struct Outputs<'a, S> {
+    /// The losses of the rows, their reduction, or the softmax states.
+    pub out: &'a mut S,
+    /// The saved states, if they are not in `out`.
+    pub saved: Option<&'a mut S>,
+}
+
+impl<S> Outputs<'_, S> {
+    pub fn buffers(&mut self) -> [Buffer<'_, S>; 2] {
+        let saved = self.saved.as_deref_mut();
+        [Buffer::Output(self.out), Buffer::optional_output(saved)]
+    }
+}
+
 /// The largest number of threads in a block: `THREADS` in the kernel source.
 const MAX_THREADS_PER_BLOCK: usize = 256;
 /// The size of a pack, the widest access, and the number of packs that a thread loads at once: `PACKS` in the kernel source.
 const PACK_BYTES: usize = 16;
 const PACKS: usize = 4;
 /// The number of packs of a row that a thread has at least, if there are many rows: with more packs, merging the states of the row's
-/// threads is less of the work. Up to 4 threads share a row anyway, so that a warp reads at least 64 bytes of each row at once.
+/// threads is less of the work.
 const MIN_PACKS: usize = 128;
+/// The number of threads that share a row even if they have fewer packs, but at least `PACKS` each. Together they read 64 adjacent bytes.
 const MIN_THREADS: usize = 4;
 
 /// How threads read the classes of a row.
@@ -257,7 +273,7 @@ impl IntParams {
 /// device have two tasks or more.
 fn threads_for_packs(packs: usize, num_rows: usize, limits: Limits) -> usize {
     let block_size = limits.block_size();
-    let threads = (packs / MIN_PACKS).max(packs.min(MIN_THREADS)).clamp(1, block_size);
+    let threads = (packs / MIN_PACKS).max((packs / PACKS).min(MIN_THREADS)).clamp(1, block_size);
     let mut threads = 1 << threads.ilog2();
     let enough = 2 * limits.target_blocks * block_size;
     while threads < block_size

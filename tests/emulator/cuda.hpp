@@ -17,7 +17,6 @@
 // Each exchange has its own number, so that the emulator detects lanes that wait at different exchanges.
 #define SHUFFLE_XOR(value, by) exchange(value, by, __COUNTER__)
 #define DEVICE_FENCE()
-#define KEEP_ORDER()
 #define TAKE_TICKET(ticket, most) gpu::block.take_ticket(ticket, most, __LINE__)
 
 template <class T> T exchange(T value, unsigned by, unsigned place) {

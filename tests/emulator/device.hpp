@@ -93,6 +93,7 @@ class Block {
     if (how.warp < NARROWEST_WARP || how.warp > WIDEST_WARP) fail("no such width of a warp");
     num_blocks = blocks;
     num_threads = threads;
+    tickets = 0;
     manner = how;
     seed = how.order;
     for (unsigned i = 0; i < blocks; i++) run(how.order == 1 ? blocks - 1 - i : i, kernel);
@@ -171,7 +172,10 @@ class Block {
   // Counts from 0 to `most` and then from 0 again. Returns the count before. Blocks run one after another.
   uint32_t take_ticket(uint32_t *ticket, uint32_t most, unsigned line) {
     uint32_t before = *ticket;
-    if (line != manner.without_line) *ticket = before >= most ? 0 : before + 1;
+    if (line != manner.without_line) {
+      *ticket = before >= most ? 0 : before + 1;
+      tickets++;
+    }
     return before;
   }
 
@@ -179,6 +183,8 @@ class Block {
   unsigned lane() const { return index() % manner.warp; }
 
   unsigned num_threads = 0, block_index = 0, num_blocks = 0;
+  // Tickets that the blocks of the launch have taken.
+  unsigned tickets = 0;
   Manner manner = {};
   Meeting barrier;
 

@@ -1,3 +1,10 @@
+// Fails unless each of several blocks has taken one ticket and the last one has set it back to 0.
+inline void check_tickets(unsigned blocks, unsigned tickets, const Scratch *scratch) {
+  if (!JOINS_BLOCKS || blocks == 1) return;
+  if (tickets != blocks) gpu::fail("a block has taken no ticket, or several");
+  if (scratch->ticket != 0) gpu::fail("the ticket is not 0 after a launch");
+}
+
 // Launches the kernel `name` with the buffers `b`. Returns false if there is no such kernel or its parameters have another size.
 extern "C" bool KERNELS(
     const char *name, unsigned blocks, unsigned threads, gpu::Manner how, void *const *b, const void *params, size_t size) {
@@ -11,14 +18,18 @@ extern "C" bool KERNELS(
        p ARGUMENTS_OF_THREAD)
 #define GRADIENT(name) \
   name((LOGITS *)b[0], (TARGETS *)b[1], (Real *)b[2], (Real *)b[3], (Real *)b[4], (LOGITS *)b[5], p ARGUMENTS_OF_THREAD)
-  if (is("forward")) {
-    launch([&] { LOSS(forward); });
-  } else if (is("forward_strided")) {
-    launch([&] { LOSS(forward_strided); });
+  if (is("forward") || is("forward_strided")) {
+    if (is("forward")) {
+      launch([&] { LOSS(forward); });
+    } else {
+      launch([&] { LOSS(forward_strided); });
+    }
+    if (p.reduces || p.num_splits > 1) check_tickets(blocks, block.tickets, (const Scratch *)b[6]);
   } else if (is("finish")) {
     launch([&] {
       finish((TARGETS *)b[0], (Real *)b[1], (Real *)b[2], (Real *)b[3], (Real *)b[4], (Scratch *)b[5], p ARGUMENTS_OF_THREAD);
     });
+    if (p.reduces) check_tickets(blocks, block.tickets, (const Scratch *)b[5]);
 #ifdef HAS_REDUCE
   } else if (is("reduce")) {
     launch([&] { reduce((Real *)b[0], (Real *)b[1], (Scratch *)b[2], p ARGUMENTS_OF_THREAD); });
