@@ -12,7 +12,7 @@
 //! ∂loss/∂x_k = softmax(x)_k·(S + 2·z·lse) − r_k
 //! ```
 //!
-//! The loss and the gradient of an ignored row are 0. Forward and backward have one kernel each, for all options. In terms
+//! The loss and the gradient of an ignored row are 0. Forward and backward are written once, for all options. In terms
 //! of the [`SoftmaxState`] of a row,
 //!
 //! ```text
@@ -97,7 +97,7 @@ pub(crate) enum Divisor<I = ()> {
 /// the fields.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct SoftmaxState<T> {
-    /// The largest logit x; −inf over no classes.
+    /// The largest logit x. Over no classes it is −inf, or on a GPU the lowest finite number.
     pub max: T,
     /// Σ exp(x − max).
     pub sum_exp: T,

@@ -60,7 +60,7 @@ pub fn forward_linear_tiled(
     linear::forward_linear(loss, hidden, weight, bias, targets, Some(tile))
 }
 
-/// The numbers of launches and of allocations on the emulated GPU so far.
+/// The numbers of this thread's launches and allocations on the emulated GPU so far.
 #[cfg(emulator)]
 pub fn gpu_operations() -> (usize, usize) {
     crate::gpu::emulated::operations()

@@ -10,7 +10,8 @@ often a block executes it.
 
 Machine code is translated to Python, a function for each stretch without jumps. To count, the first thread of each warp runs for
 its warp. Numbers that would come from other threads come from itself, which changes no jump, because all logits are equal. The label
-is class 0, so that the first thread does the work for the label, too. To check the accesses, all threads of the block run.
+is class 0, so that the first thread does the work for the label, too. To check the accesses, all threads of the block run. The threads of
+a warp do not diverge here, so where they wait for each other is not checked, but that they do not in the hot loop.
 """
 
 import argparse
@@ -31,8 +32,8 @@ WHEELS = ["nvidia-cuda-nvrtc==13.0.88", "nvidia-cuda-cuobjdump==13.5.37", "nvidi
 CLASSES = [256, 1024, 4096, 16_384, 65_536, 128_256, 262_144]
 # The most instructions per element, in the order of CLASSES.
 LIMITS = {
-    "bf16": {"forward": [11.7, 8.6, 7.8, 7.9, 7.9, 7.8, 7.8], "backward": [10.6, 7.8, 7.1, 7.1, 7.1, 7.0, 7.1]},
-    "f32": {"forward": [12.6, 9.5, 9.0, 9.0, 9.0, 8.8, 8.7], "backward": [11.0, 8.2, 7.8, 7.8, 7.8, 7.6, 7.5]},
+    "bf16": {"forward": [11.8, 8.6, 7.8, 7.9, 7.9, 7.8, 7.8], "backward": [10.6, 7.8, 7.1, 7.1, 7.1, 7.0, 7.1]},
+    "f32": {"forward": [12.7, 9.5, 9.0, 9.1, 9.0, 8.8, 8.7], "backward": [11.0, 8.2, 7.8, 7.8, 7.8, 7.6, 7.5]},
 }
 SIZES = {"bf16": 2, "f32": 4}
 THREADS, WARP, PACK = 256, 32, 16
@@ -66,7 +67,7 @@ def params(classes, rows, threads, tasks):
         "grad_output": {"rank": 1, "lengths": [rows], "strides": [0]},
         "num_rows": rows, "num_classes": classes, "tile_classes": classes, "inner_size": 1, "num_tasks": tasks, "num_splits": 1,
         "classes_per_split": classes, "row_shift": threads.bit_length() - 1, "divisor_start": 1,
-        "has_ignore_index": 1, "ignore_index": -100, "finishes_rows": 1, "saves": 1, "reduces": 1, "weighted": 1, "prob_scale": 0.9,
+        "has_ignore_index": 1, "ignore_index": -100, "saves": 1, "reduces": 1, "weighted": 1, "prob_scale": 0.9,
         "off_value": 0.1 / classes, "on_value": 0.9 + 0.1 / classes, "weight": 1, "divisor": 1, "scale": 1, "unscale": 1,
     }  # fmt: skip
 
@@ -578,6 +579,8 @@ def check(program, source, log, kernel, dtype):
             yield f"for {classes} classes, executes {figure:.2f} instructions per element, more than {limit}"
         yield from (f"for {classes} classes, {failure}" for failure in check_accesses(launch, kernel))
     hot = [program.code[address] for address, times in counts.items() if 2 * times > max(counts.values())]
+    meetings = [i for i in hot if i.name in ("WARPSYNC", "BAR", "SHFL", "VOTE") or i.has("DIV")]
+    yield from (f"makes threads wait for each other in the hot loop: {i.text}" for i in meetings)
     yield from (f"has a narrow access in the hot loop: {i.text}" for i in hot if i.name in ("LDG", "STG", "LD", "ST") and i.size != PACK)
 
 

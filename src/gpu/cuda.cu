@@ -20,10 +20,11 @@ typedef REAL Real;
 #define THREAD
 #define CONSTANT const
 
-// Threads in a block, blocks that a multiprocessor has room for at least, and the most blocks of a forward that reduces.
 #define THREADS 256
 #define MAX_WARP 32
+// A multiprocessor has room for at least so many blocks.
 #define MIN_BLOCKS (sizeof(Real) == 4 ? 4 : 2)
+// The largest number of blocks that sum losses in one launch.
 #define MAX_PARTIALS 4096
 // A launch knows its last block.
 #define JOINS_BLOCKS 1
@@ -120,7 +121,7 @@ FUNCTION void narrow(f64 x, f64 &out) { out = x; }
 // For f32 exp2 of a rounded product, with an error of 2 + |x| ulp.
 FUNCTION f32 exponential(f32 x) { return exp2_approximately(x * 1.44269504f); }
 FUNCTION f64 exponential(f64 x) { return exp(x); }
-// The quotient with an error of 2 ulp, for b from 1 to 2¹²⁶.
+// The quotient with an error of 2 ulp, for b from 1 to 2¹²⁶. The quotient by 0 is infinite or NaN.
 FUNCTION f32 quotient(f32 a, f32 b) { return divide_approximately(a, b); }
 FUNCTION f64 quotient(f64 a, f64 b) { return a / b; }
 FUNCTION f32 logarithm(f32 x) { return logf(x); }
@@ -216,18 +217,18 @@ __global__ void __launch_bounds__(THREADS) finish(
 __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) backward(
     const LOGITS *logits, const TARGETS *targets, const Real *class_params, const Real *grad_output, const Real *saved,
     LOGITS *grad_logits, const __grid_constant__ Params p) {
-  write_rows<ADJACENT>(p, THREAD_INDICES, logits, targets, class_params, grad_output, saved, grad_logits);
+  write_rows<WRITES_PACKS>(p, THREAD_INDICES, logits, targets, class_params, grad_output, saved, grad_logits);
 }
 
 __global__ void __launch_bounds__(THREADS) backward_strided(
     const LOGITS *logits, const TARGETS *targets, const Real *class_params, const Real *grad_output, const Real *saved,
     LOGITS *grad_logits, const __grid_constant__ Params p) {
-  write_rows<STRIDED>(p, THREAD_INDICES, logits, targets, class_params, grad_output, saved, grad_logits);
+  write_rows<WRITES_STRIDED>(p, THREAD_INDICES, logits, targets, class_params, grad_output, saved, grad_logits);
 }
 
 __global__ void __launch_bounds__(THREADS) smooth(
     const TARGETS *targets, const Real *class_params, LOGITS *smoothed, const __grid_constant__ Params p) {
-  write_rows<SMOOTH>(p, THREAD_INDICES, nullptr, targets, class_params, nullptr, nullptr, smoothed);
+  write_rows<WRITES_SMOOTH>(p, THREAD_INDICES, nullptr, targets, class_params, nullptr, nullptr, smoothed);
 }
 
 }

@@ -110,7 +110,8 @@ impl GpuStorage for CudaStorage {
 }
 
 /// The memory of [`Buffer::Scratch`]. Each thread has its own for each stream that it launches on, because the device of candle's
-/// `Device::new_cuda` has a stream for each thread. A launch that fails does not keep it.
+/// `Device::new_cuda` has a stream for each thread. It is freed when the thread ends. A launch that
+/// fails does not keep it.
 struct Scratch {
     stream: (usize, usize),
     slice: CudaSlice<u64>,

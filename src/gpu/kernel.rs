@@ -37,10 +37,10 @@ pub(crate) trait GpuStorage: BackendStorage<Device: BackendDevice<Storage = Self
     ) -> candle_core::Result<()>;
 }
 
-#[cfg(any(feature = "cuda", feature = "metal"))]
 /// The text of a dialect, with the shared text in its place.
+#[cfg(any(feature = "cuda", feature = "metal"))]
 pub(crate) fn source(dialect: &str) -> String {
-    dialect.replace("#include \"kernels.inc\"\n", include_str!("kernels.inc"))
+    dialect.replace("#include \"kernels.inc\"", include_str!("kernels.inc"))
 }
 
 /// The size of a launch. A block is a threadgroup in Metal's terms.

@@ -182,7 +182,7 @@ kernel void backward(
     device LOGITS *grad_logits [[buffer(5)]],
     constant Params &p [[buffer(6)]],
     THREAD_ARGUMENTS) {
-  write_rows<ADJACENT>(p, THREAD_INDICES, logits, targets, class_params, grad_output, saved, grad_logits);
+  write_rows<WRITES_PACKS>(p, THREAD_INDICES, logits, targets, class_params, grad_output, saved, grad_logits);
 }
 
 kernel void backward_strided(
@@ -194,7 +194,7 @@ kernel void backward_strided(
     device LOGITS *grad_logits [[buffer(5)]],
     constant Params &p [[buffer(6)]],
     THREAD_ARGUMENTS) {
-  write_rows<STRIDED>(p, THREAD_INDICES, logits, targets, class_params, grad_output, saved, grad_logits);
+  write_rows<WRITES_STRIDED>(p, THREAD_INDICES, logits, targets, class_params, grad_output, saved, grad_logits);
 }
 
 kernel void smooth(
@@ -203,5 +203,5 @@ kernel void smooth(
     device LOGITS *smoothed [[buffer(2)]],
     constant Params &p [[buffer(3)]],
     THREAD_ARGUMENTS) {
-  write_rows<SMOOTH>(p, THREAD_INDICES, nullptr, targets, class_params, nullptr, nullptr, smoothed);
+  write_rows<WRITES_SMOOTH>(p, THREAD_INDICES, nullptr, targets, class_params, nullptr, nullptr, smoothed);
 }

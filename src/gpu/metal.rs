@@ -61,8 +61,12 @@ impl GpuStorage for MetalStorage {
         let encoder: &ComputeCommandEncoder = guard.as_ref();
         encoder.set_label(kernel.name);
         encoder.set_compute_pipeline_state(&pipeline);
-        // Metal's API validation requires a buffer for every argument, so the scratch memory stands in for the unused ones.
         let scratch = scratch(device)?;
+        // Metal's API validation requires a buffer for every argument, so an input stands in for the unused ones.
+        let placeholder = buffers.iter().find_map(|buffer| match buffer {
+            Buffer::Input(storage) => Some(storage.buffer().clone()),
+            _ => None,
+        });
         // By these two methods candle tracks which kernels have to wait for which.
         let mut index = 0;
         for buffer in buffers {
@@ -74,7 +78,9 @@ impl GpuStorage for MetalStorage {
                     encoder.set_output_buffer(index, Some(storage.buffer()), 0)
                 }
                 Buffer::Scratch => encoder.set_output_buffer(index, Some(&scratch), 0),
-                Buffer::Unused => encoder.set_input_buffer(index, Some(&scratch), 0),
+                Buffer::Unused => {
+                    encoder.set_input_buffer(index, placeholder.as_ref().or(Some(&scratch)), 0)
+                }
             }
             index += 1;
         }

@@ -42,6 +42,9 @@ use params::{Access, IntParams, KernelParams, Outputs, RowStrides, Saves};
 /// kept or copied to the host would carry too much along.
 const MAX_ROWS_WITH_LOSS: usize = 4096;
 
+/// The number of states up to which one block merges those of all splits. More of them take a launch of their own.
+const MAX_JOINED_STATES: usize = 1 << 14;
+
 /// The losses of the rows, or their sum divided.
 pub(crate) fn forward<S: GpuStorage>(
     params: &LossParams,
@@ -152,7 +155,7 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
         };
         check_num_rows("targets", target_rows, num_rows)?;
         // The kernels count rows and classes in 32 bits, also some beyond the last.
-        if num_rows > 0 && num_rows.max(params.num_classes) > (i32::MAX / 2) as usize {
+        if num_rows > 0 && num_rows.max(params.num_classes) > 1 << 30 {
             let what = "logits with more than 2³⁰ rows or classes";
             return Err(Error::TooLarge { what, shape: vec![num_rows, params.num_classes] });
         }
@@ -293,12 +296,8 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
     /// How the kernels read the logits.
     fn access(&self, rows_are_adjacent: bool) -> Access {
         let IntParams { logits, targets, .. } = &self.ints;
-        let is_class_target = self.variant.targets.is_int();
         let adjacent_classes = logits.class_stride == 1
-            && (is_class_target || targets.class_stride == 1)
-            // The kernel adds the difference of the label's r to that of other classes. If it were negative, an infinite logit would
-            // give ∞ − ∞.
-            && !(is_class_target && self.params.label_is_below);
+            && (self.variant.targets.is_int() || targets.class_stride == 1);
         match adjacent_classes {
             true => Access::Packs,
             false if rows_are_adjacent => Access::Rows,
@@ -340,12 +339,21 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
             // There are no states to read, so any buffer will do.
             return self.merge_states(self.targets, 0, outputs);
         }
-        let access = self.access(self.ints.logits.rows_are_adjacent());
+        // The kernel adds the difference of the label's r to that of other classes. If it were negative, an infinite logit would
+        // give ∞ − ∞.
+        let label_is_below = self.variant.targets.is_int() && self.params.label_is_below;
+        let rows_are_adjacent = self.ints.logits.rows_are_adjacent();
+        let access = match self.access(rows_are_adjacent) {
+            Access::Packs if label_is_below => Access::Classes,
+            access => access,
+        };
         let kernel = if access == Access::Packs { "forward" } else { "forward_strided" };
         let limits = self.limits(kernel)?;
         let grid = self.ints.plan_launch(limits, self.variant.logits, access);
         let num_splits = self.ints.num_splits as usize;
-        self.ints.finishes_rows = (num_splits == 1 && self.ints.wants_states == 0).into();
+        let joins_blocks = limits.joins_blocks || grid.blocks == 1;
+        let joins_splits = joins_blocks && num_splits * self.num_rows() <= MAX_JOINED_STATES;
+        self.ints.joins_splits = joins_splits.into();
         let mut split_states = None;
         if num_splits > 1 {
             self.ints.plan_finish(limits, num_splits);
@@ -361,9 +369,9 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
         // before it indexes by it. The grid has at most `MAX_PARTIALS` blocks.
         unsafe { self.run(kernel, grid, &mut buffers)? };
         match split_states {
-            _ if limits.joins_blocks || grid.blocks == 1 => Ok(()),
-            Some(states) => self.merge_states(&states, num_splits, outputs),
-            None => self.end_reduction(grid, outputs),
+            Some(states) if !joins_splits => self.merge_states(&states, num_splits, outputs),
+            None if !joins_blocks => self.end_reduction(grid, outputs),
+            _ => Ok(()),
         }
     }
 

@@ -70,8 +70,8 @@ pub(crate) struct IntParams {
     /// Whether neighbouring threads read neighbouring rows, instead of neighbouring classes of a row.
     pub threads_along_rows: u32,
     pub has_ignore_index: u32,
-    /// Whether `forward` computes the results of the rows, and not only states of them.
-    pub finishes_rows: u32,
+    /// Whether the last block of `forward` merges the states of the splits.
+    pub joins_splits: u32,
     /// Whether to write softmax states, instead of losses.
     pub wants_states: u32,
     /// Whether to merge the states into those of earlier class tiles, which the buffer holds.
@@ -108,7 +108,6 @@ const _: () = assert!(
 );
 
 impl<A: WithDType> KernelParams<A> {
-    /// `num_rows` is the number of rows whose losses are summed.
     pub fn new(
         ints: IntParams,
         class_params: ClassParams<f64>,

@@ -3,12 +3,11 @@
 use super::kernel::{Buffer, GpuStorage, Grid, KernelKey, Limits, SCRATCH_BYTES};
 use candle_core::cpu_backend::CpuDevice;
 use candle_core::{CpuStorage, DType, Result, Storage, bail};
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::env;
 use std::ffi::{CString, c_char, c_uint, c_void};
 use std::str::FromStr;
 use std::sync::LazyLock;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// How the device runs a launch. `device.hpp` has the same struct and documents its fields.
 #[repr(C)]
@@ -49,16 +48,14 @@ static MAX_BLOCKS: LazyLock<usize> = LazyLock::new(|| setting("EMULATOR_GROUPS",
 /// The number of blocks at which a launch aims.
 const TARGET_BLOCKS: usize = 512;
 
-/// The numbers of launches and of allocations so far.
-static LAUNCHES: AtomicUsize = AtomicUsize::new(0);
-static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
-
-/// The numbers of launches and of allocations of this process so far.
+/// The numbers of launches and of allocations of this thread so far.
 pub(crate) fn operations() -> (usize, usize) {
-    (LAUNCHES.load(Ordering::Relaxed), ALLOCATIONS.load(Ordering::Relaxed))
+    (LAUNCHES.get(), ALLOCATIONS.get())
 }
 
 thread_local! {
+    static LAUNCHES: Cell<usize> = const { Cell::new(0) };
+    static ALLOCATIONS: Cell<usize> = const { Cell::new(0) };
     /// The memory of [`Buffer::Scratch`].
     static SCRATCH: RefCell<Vec<u64>> = RefCell::new(vec![0; SCRATCH_BYTES / size_of::<u64>()]);
 }
@@ -109,7 +106,7 @@ impl GpuStorage for CpuStorage {
 
     /// The elements are NaN, so that tests find those that no kernel writes.
     fn alloc(_: &CpuDevice, len: usize, dtype: DType) -> Result<Self> {
-        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        ALLOCATIONS.set(ALLOCATIONS.get() + 1);
         let nan = half::f16::NAN;
         Ok(match dtype {
             DType::F16 => CpuStorage::F16(vec![nan; len]),
@@ -127,7 +124,7 @@ impl GpuStorage for CpuStorage {
         buffers: &mut [Buffer<Self>],
         params: &P,
     ) -> Result<()> {
-        LAUNCHES.fetch_add(1, Ordering::Relaxed);
+        LAUNCHES.set(LAUNCHES.get() + 1);
         let definitions = kernel.variant.definitions()?;
         let all: &[(&str, Kernels)] = if *IS_METAL { &METAL } else { &CUDA };
         let Some((_, kernels)) = all.iter().find(|(variant, _)| *variant == definitions) else {

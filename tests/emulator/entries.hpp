@@ -24,7 +24,7 @@ extern "C" bool KERNELS(
     } else {
       launch([&] { LOSS(forward_strided); });
     }
-    if (p.reduces || p.num_splits > 1) check_tickets(blocks, block.tickets, (const Scratch *)b[6]);
+    if (p.num_splits > 1 ? p.joins_splits : p.reduces) check_tickets(blocks, block.tickets, (const Scratch *)b[6]);
   } else if (is("finish")) {
     launch([&] {
       finish((TARGETS *)b[0], (Real *)b[1], (Real *)b[2], (Real *)b[3], (Real *)b[4], (Scratch *)b[5], p ARGUMENTS_OF_THREAD);

@@ -22,7 +22,6 @@ fn a_step_has_two_launches_and_two_allocations() -> Result<()> {
             let before = testing::gpu_operations();
             loss.forward(&logits, &labels)?.backward()?;
             let after = testing::gpu_operations();
-            // On Metal a launch of its own ends a reduction over several blocks.
             assert_eq!((after.0 - before.0, after.1 - before.1), (2, 2));
         }
     }
