@@ -117,6 +117,10 @@ impl Saved {
         }
     }
 
+    fn lock(&self) -> Locked<'_> {
+        (self.tensor.storage_and_layout().0, &self.layout)
+    }
+
     /// What was saved of `len` rows.
     pub fn rows(&self, first_row: usize, len: usize) -> Result<Self> {
         Ok(Self { layout: self.layout.narrow(1, first_row, len)?, ..self.clone() })
@@ -125,14 +129,9 @@ impl Saved {
 
 impl ComputedLoss {
     fn new(params: &LossParams, out: ForwardOut<Storage>, row_shape: Vec<usize>) -> Self {
-        let ForwardOut { loss, saved } = out;
-        let saved = saved.map(|SavedIn { storage, layout, divisor }| SavedIn {
-            // Only the storage is used, so the shape does not matter.
-            storage: storage.map(|storage| untracked(storage, 0)),
-            layout,
-            divisor,
-        });
-        Self { loss, is_reduced: params.divisor.is_some(), row_shape, saved }
+        // Only the storage is used, so the shape does not matter.
+        let saved = out.saved.map(|saved| saved.map(|storage| untracked(storage, 0)));
+        Self { loss: out.loss, is_reduced: params.divisor.is_some(), row_shape, saved }
     }
 
     fn shape(&self) -> Shape {
@@ -188,9 +187,9 @@ pub(crate) fn backward(
     grad_output: &Tensor,
     saved: &Saved,
 ) -> Result<Tensor> {
-    let [logits_lock, targets, grad_output, saved_lock] =
-        [logits, targets, grad_output, &saved.tensor].map(Tensor::storage_and_layout);
-    let locked = [logits_lock, targets, grad_output, (saved_lock.0, &saved.layout)];
+    let [logits_lock, targets, grad_output] =
+        [logits, targets, grad_output].map(Tensor::storage_and_layout);
+    let locked = [logits_lock, targets, grad_output, saved.lock()];
     let gradient = match Operands::new(&locked)? {
         Operands::Cpu(t) => Storage::Cpu(host::backward(params, t, saved.divisor)?),
         #[cfg(feature = "cuda")]
@@ -209,9 +208,8 @@ pub(crate) fn backward_in_place(
     grad_output: &Tensor,
     saved: &Saved,
 ) -> Result<()> {
-    let [targets, grad_output, saved_lock] =
-        [targets, grad_output, &saved.tensor].map(Tensor::storage_and_layout);
-    let (locked, divisor) = ([targets, grad_output, (saved_lock.0, &saved.layout)], saved.divisor);
+    let [targets, grad_output] = [targets, grad_output].map(Tensor::storage_and_layout);
+    let (locked, divisor) = ([targets, grad_output, saved.lock()], saved.divisor);
     in_place(logits, |logits| match (logits, Operands::new(&locked)?) {
         (AnyOperandMut::Cpu(logits), Operands::Cpu(t)) => {
             host::backward_in_place(params, logits, t, divisor)

@@ -151,12 +151,14 @@ pub(crate) struct SavedIn<S> {
 
 impl<S> ForwardOut<S> {
     pub fn map<U>(self, f: impl Fn(S) -> U) -> ForwardOut<U> {
-        let saved = self.saved.map(|saved| SavedIn {
-            storage: saved.storage.map(&f),
-            layout: saved.layout,
-            divisor: saved.divisor,
-        });
-        ForwardOut { loss: f(self.loss), saved }
+        ForwardOut { saved: self.saved.map(|saved| saved.map(&f)), loss: f(self.loss) }
+    }
+}
+
+impl<S> SavedIn<S> {
+    pub fn map<U>(self, f: impl FnOnce(S) -> U) -> SavedIn<U> {
+        let Self { storage, layout, divisor } = self;
+        SavedIn { storage: storage.map(f), layout, divisor }
     }
 }
 

@@ -32,19 +32,25 @@ def definitions(logits, targets, per_class):
     return "".join(f"#define {name} {value}\n" for name, value in values.items())
 
 
-def compile(library, source, architecture):
-    """Returns the log of the compiler and whether it succeeded."""
-    nvrtc, program, size = ctypes.CDLL(library), ctypes.c_void_p(), ctypes.c_size_t()
+def compile(library, source, architecture, *options):
+    """Returns the log of the compiler and the machine code for sm_*, or PTX for compute_*. There is none if it fails."""
+    nvrtc, program = ctypes.CDLL(library), ctypes.c_void_p()
+
+    def fetch(what):
+        size = ctypes.c_size_t()
+        getattr(nvrtc, f"nvrtcGet{what}Size")(program, ctypes.byref(size))
+        data = ctypes.create_string_buffer(size.value)
+        getattr(nvrtc, f"nvrtcGet{what}")(program, data)
+        return data.raw
+
     if nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"cuda.cu", 0, None, None):
-        return "NVRTC cannot create a program", False
-    options = [f"--gpu-architecture={architecture}".encode(), b"--std=c++17"]
+        return "NVRTC cannot create a program", b""
+    options = [option.encode() for option in (f"--gpu-architecture={architecture}", "--std=c++17", *options)]
     failed = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
-    nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
-    log = ctypes.create_string_buffer(size.value)
-    nvrtc.nvrtcGetProgramLog(program, log)
-    nvrtc.nvrtcGetPTXSize(program, ctypes.byref(size))
+    log = fetch("ProgramLog").rstrip(b"\0").decode().strip()
+    code = b"" if failed else fetch("CUBIN" if architecture.startswith("sm_") else "PTX")
     nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
-    return log.value.decode().strip(), not failed and size.value > 0
+    return log, code
 
 
 def read_source(folder):
@@ -64,8 +70,8 @@ def main(folder, path="src/gpu"):
     with concurrent.futures.ProcessPoolExecutor() as pool:
         results = [pool.submit(compile, library, definitions(*variant) + source, a) for variant, a in jobs]
         for (variant, architecture), result in zip(jobs, results):
-            log, compiled = result.result()
-            if log or not compiled:
+            log, code = result.result()
+            if log or not code:
                 failures += 1
                 print(f"{variant} for {architecture}: {log or 'failed'}")
     print(f"{len(jobs) - failures} of {len(jobs)} compiled")

@@ -26,7 +26,7 @@ import sys
 import tempfile
 import types
 
-from compile import definitions, read_source
+from compile import compile, definitions, read_source
 
 WHEELS = ["nvidia-cuda-nvrtc==13.0.88", "nvidia-cuda-cuobjdump==13.5.37", "nvidia-cuda-nvdisasm==13.5.37"]
 CLASSES = [256, 1024, 4096, 16_384, 65_536, 128_256, 262_144]
@@ -498,23 +498,11 @@ def install(folder):
 
 def compiled(library, tool, source):
     """The machine code of each kernel, as addresses and texts, and what the compiler says."""
-    nvrtc, program = ctypes.CDLL(library), ctypes.c_void_p()
-
-    def fetch(what):
-        size = ctypes.c_size_t()
-        getattr(nvrtc, f"nvrtcGet{what}Size")(program, ctypes.byref(size))
-        data = ctypes.create_string_buffer(size.value)
-        getattr(nvrtc, f"nvrtcGet{what}")(program, data)
-        return data.raw
-
-    nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"cuda.cu", 0, None, None)
-    options = [b"--gpu-architecture=sm_90", b"--std=c++17", b"--ptxas-options=-v"]
-    failed = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
-    log = fetch("ProgramLog").rstrip(b"\0").decode()
-    if failed:
+    log, code = compile(library, source, "sm_90", "--ptxas-options=-v")
+    if not code:
         raise Failure(log)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(fetch("CUBIN"))
+        file.write(code)
         file.flush()
         listing = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
     kernels = {}

@@ -31,7 +31,7 @@ typedef REAL Real;
 
 struct Threads {
   u32 index, block, num_blocks;
-  static constexpr u32 count = THREADS, warp = 32;
+  static constexpr u32 count = THREADS, warp = MAX_WARP;
 };
 
 #define INFINITE __uint_as_float(0x7f800000u)

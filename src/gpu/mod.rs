@@ -216,24 +216,25 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
         if layout.stride() != [1, SAVED_FIELDS] {
             return Err(internal_error(format!("the saved states have the layout {layout:?}")));
         }
-        check_num_rows(
-            "saved states",
-            layout.shape().elem_count() / SAVED_FIELDS,
-            launch.num_rows(),
-        )?;
+        let saved_rows = layout.shape().elem_count() / SAVED_FIELDS;
+        check_num_rows("saved states", saved_rows, launch.num_rows())?;
         launch.ints.saved_start = layout.start_offset() as u64;
-        launch.divisor = match divisor {
-            None => None,
-            Some(Divisor::Number(number)) => Some(number),
-            Some(Divisor::WeightSum(index)) => {
-                launch.check_numbers("numbers", saved, index + 1)?;
-                launch.ints.weighted = 1;
-                launch.ints.divisor_start = index as u32;
-                None
-            }
-        };
-        launch.check_numbers("saved states", saved, 0)?;
+        launch.set_divisor(divisor);
+        let mut min_len = 0;
+        if let Some(Divisor::WeightSum(index)) = divisor {
+            launch.ints.divisor_start = index as u32;
+            min_len = index + 1;
+        }
+        launch.check_numbers("saved numbers", saved, min_len)?;
         Ok(launch)
+    }
+
+    fn set_divisor<I>(&mut self, divisor: Option<Divisor<I>>) {
+        match divisor {
+            None => {}
+            Some(Divisor::Number(number)) => self.divisor = Some(number),
+            Some(Divisor::WeightSum(_)) => self.ints.weighted = 1,
+        }
     }
 
     fn num_rows(&self) -> usize {
@@ -293,15 +294,15 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
         Ok(S::limits(&self.device, self.kernel(kernel))?)
     }
 
-    /// How the kernels read the logits.
-    fn access(&self, rows_are_adjacent: bool) -> Access {
+    /// How the kernels read the logits. `allows_packs` says whether a kernel for packs could do the work.
+    fn access(&self, allows_packs: bool, rows_are_adjacent: bool) -> Access {
         let IntParams { logits, targets, .. } = &self.ints;
         let adjacent_classes = logits.class_stride == 1
             && (self.variant.targets.is_int() || targets.class_stride == 1);
-        match adjacent_classes {
-            true => Access::Packs,
-            false if rows_are_adjacent => Access::Rows,
-            false => Access::Classes,
+        match (allows_packs && adjacent_classes, rows_are_adjacent) {
+            (true, _) => Access::Packs,
+            (false, true) => Access::Rows,
+            (false, false) => Access::Classes,
         }
     }
 
@@ -339,14 +340,10 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
             // There are no states to read, so any buffer will do.
             return self.merge_states(self.targets, 0, outputs);
         }
-        // The kernel adds the difference of the label's r to that of other classes. If it were negative, an infinite logit would
-        // give ∞ − ∞.
+        // The kernel for packs adds the difference of the label's r to that of other classes. If it were negative, an
+        // infinite logit would give ∞ − ∞.
         let label_is_below = self.variant.targets.is_int() && self.params.label_is_below;
-        let rows_are_adjacent = self.ints.logits.rows_are_adjacent();
-        let access = match self.access(rows_are_adjacent) {
-            Access::Packs if label_is_below => Access::Classes,
-            access => access,
-        };
+        let access = self.access(!label_is_below, self.ints.logits.rows_are_adjacent());
         let kernel = if access == Access::Packs { "forward" } else { "forward_strided" };
         let limits = self.limits(kernel)?;
         let grid = self.ints.plan_launch(limits, self.variant.logits, access);
@@ -422,10 +419,8 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
         if self.num_rows() == 0 {
             return Ok(());
         }
-        let mut access = self.access(self.ints.inner_size > 1);
-        if access == Access::Packs && self.ints.inner_size > 1 {
-            access = Access::Rows;
-        }
+        let rows_are_adjacent = self.ints.inner_size > 1;
+        let access = self.access(!rows_are_adjacent, rows_are_adjacent);
         let kernel = if access == Access::Packs { "backward" } else { "backward_strided" };
         let limits = self.limits(kernel)?;
         let grid = self.ints.plan_launch(limits, self.variant.logits, access);
@@ -459,26 +454,19 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
         let divisor_start = if with_loss { losses } else { 0 };
         let start = divisor_start + usize::from(reduces);
         let saved_end = start + SAVED_FIELDS * num_rows;
+        self.set_divisor(self.params.divisor);
         let divisor = self.params.divisor.map(|divisor| match divisor {
-            Divisor::Number(number) => {
-                self.divisor = Some(number);
-                Divisor::Number(number)
-            }
-            Divisor::WeightSum(()) => {
-                self.ints.weighted = 1;
-                Divisor::WeightSum(divisor_start)
-            }
+            Divisor::Number(number) => Divisor::Number(number),
+            Divisor::WeightSum(()) => Divisor::WeightSum(divisor_start),
         });
-        let mut out = self.alloc(if wants_saved && with_loss { saved_end } else { losses })?;
-        let mut saved = match wants_saved && !with_loss {
-            true => Some(self.alloc(saved_end)?),
-            false => None,
+        let (saves, out_len, saved_len) = match (wants_saved, with_loss) {
+            (false, _) => (Saves::Nothing, losses, None),
+            (true, false) => (Saves::Apart, losses, Some(saved_end)),
+            (true, true) => (Saves::WithLoss, saved_end, None),
         };
-        self.ints.saves = match (wants_saved, with_loss) {
-            (false, _) => Saves::Nothing,
-            (true, false) => Saves::Apart,
-            (true, true) => Saves::WithLoss,
-        };
+        let mut out = self.alloc(out_len)?;
+        let mut saved = saved_len.map(|len| self.alloc(len)).transpose()?;
+        self.ints.saves = saves;
         self.ints.saved_start = start as u64;
         self.ints.divisor_start = divisor_start as u32;
         compute(&mut self, Outputs { out: &mut out, saved: saved.as_mut() })?;

@@ -13,23 +13,25 @@ extern "C" bool KERNELS(
   gpu::Block &block = gpu::block;
   auto is = [&](const char *kernel_name) { return strcmp(name, kernel_name) == 0; };
   auto launch = [&](auto kernel_body) { block.launch(blocks, threads, how, kernel_body); };
+  // A launch whose last block continues, if `joins`.
+  auto launch_joining = [&](bool joins, void *scratch, auto kernel_body) {
+    launch(kernel_body);
+    if (joins) check_tickets(blocks, block.tickets, (const Scratch *)scratch);
+  };
+  bool joins_forward = p.num_splits > 1 ? p.joins_splits : p.reduces;
 #define LOSS(name)                                                                                                \
   name((LOGITS *)b[0], (TARGETS *)b[1], (Real *)b[2], (Real *)b[3], (Real *)b[4], (Real *)b[5], (Scratch *)b[6], \
        p ARGUMENTS_OF_THREAD)
 #define GRADIENT(name) \
   name((LOGITS *)b[0], (TARGETS *)b[1], (Real *)b[2], (Real *)b[3], (Real *)b[4], (LOGITS *)b[5], p ARGUMENTS_OF_THREAD)
-  if (is("forward") || is("forward_strided")) {
-    if (is("forward")) {
-      launch([&] { LOSS(forward); });
-    } else {
-      launch([&] { LOSS(forward_strided); });
-    }
-    if (p.num_splits > 1 ? p.joins_splits : p.reduces) check_tickets(blocks, block.tickets, (const Scratch *)b[6]);
+  if (is("forward")) {
+    launch_joining(joins_forward, b[6], [&] { LOSS(forward); });
+  } else if (is("forward_strided")) {
+    launch_joining(joins_forward, b[6], [&] { LOSS(forward_strided); });
   } else if (is("finish")) {
-    launch([&] {
+    launch_joining(p.reduces, b[5], [&] {
       finish((TARGETS *)b[0], (Real *)b[1], (Real *)b[2], (Real *)b[3], (Real *)b[4], (Scratch *)b[5], p ARGUMENTS_OF_THREAD);
     });
-    if (p.reduces) check_tickets(blocks, block.tickets, (const Scratch *)b[5]);
 #ifdef HAS_REDUCE
   } else if (is("reduce")) {
     launch([&] { reduce((Real *)b[0], (Real *)b[1], (Scratch *)b[2], p ARGUMENTS_OF_THREAD); });
