@@ -121,6 +121,10 @@ fn bench_shape(
         let (logits, targets) = &*inputs;
         b.iter(|| loss.forward(logits, targets).expect("a loss"))
     });
+    forward.bench_function("fused, with metrics", |b| {
+        let (logits, targets) = &*inputs;
+        b.iter(|| loss.forward_with_metrics(logits, targets).expect("a loss"))
+    });
     forward.bench_function("stock ops", |b| {
         let (logits, targets) = &*inputs;
         b.iter(|| reference::forward(&loss, logits, targets).expect("a loss"))

@@ -12,10 +12,13 @@ use crate::gpu as host;
 
 use crate::cpu;
 use crate::error::{Error, Result};
-use crate::formula::{Divisor, ForwardOut, LossParams, STATE_FIELDS, SavedIn, result_dtype};
+use crate::formula::{
+    Divisor, ForwardOut, LossParams, METRIC_FIELDS, RowMetrics, SavedIn, result_dtype,
+};
 #[cfg(any(feature = "cuda", feature = "metal"))]
 use crate::gpu;
 use crate::layout::{Operand, OperandMut, check_layout, row_shape};
+use crate::metrics::Metrics;
 use candle_core::op::BackpropOp;
 use candle_core::{
     CpuStorage, CudaStorage, CustomOp3, DType, Device, InplaceOp1, Layout, MetalStorage, Shape,
@@ -42,13 +45,18 @@ pub(crate) fn forward(
     Ok(ComputedLoss::new(params, out, row_shape(logits.dims(), params.class_dim)))
 }
 
-/// The softmax states of `num_rows` rows, to be written by [`merge_tile`]. On the CPU they are f64 for any logits.
-pub(crate) fn new_states(num_rows: usize, logits_dtype: DType, device: &Device) -> Result<Tensor> {
+/// The states of `num_rows` rows, to be written by [`merge_tile`]. On the CPU they are f64 for any logits.
+pub(crate) fn new_states(
+    params: &LossParams,
+    num_rows: usize,
+    logits_dtype: DType,
+    device: &Device,
+) -> Result<Tensor> {
     let dtype = match runs_on_cpu(device) {
         true => DType::F64,
         false => result_dtype(logits_dtype),
     };
-    Ok(Tensor::zeros((STATE_FIELDS, num_rows), dtype, device)?)
+    Ok(Tensor::zeros((params.num_state_fields(), num_rows), dtype, device)?)
 }
 
 /// Runs the forward kernel on the logits of a range of the classes, and merges the result into the states of the
@@ -95,6 +103,7 @@ pub(crate) struct ComputedLoss {
     is_reduced: bool,
     row_shape: Vec<usize>,
     saved: Option<SavedIn<Tensor>>,
+    metrics: Option<RowMetrics<Tensor>>,
 }
 
 /// What backward needs of forward, for all rows or some of them.
@@ -102,7 +111,7 @@ pub(crate) struct ComputedLoss {
 pub(crate) struct Saved {
     /// A tensor whose storage holds the rows' [`SavedState`](crate::formula::SavedState).
     tensor: Tensor,
-    /// Where they are, ([`SAVED_FIELDS`](crate::formula::SAVED_FIELDS), rows).
+    /// Where they are, ([`num_saved_fields`](LossParams::num_saved_fields), rows).
     layout: Layout,
     /// What the sum of the losses was divided by: a number, or the index of an element of the storage.
     divisor: Option<Divisor<usize>>,
@@ -131,7 +140,18 @@ impl ComputedLoss {
     fn new(params: &LossParams, out: ForwardOut<Storage>, row_shape: Vec<usize>) -> Self {
         // Only the storage is used, so the shape does not matter.
         let saved = out.saved.map(|saved| saved.map(|storage| untracked(storage, 0)));
-        Self { loss: out.loss, is_reduced: params.divisor.is_some(), row_shape, saved }
+        let num_rows: usize = row_shape.iter().product();
+        let metrics = out.metrics.map(|metrics| RowMetrics {
+            values: untracked(metrics.values, (METRIC_FIELDS, num_rows)),
+            predictions: untracked(metrics.predictions, row_shape.as_slice()),
+        });
+        Self { loss: out.loss, is_reduced: params.divisor.is_some(), row_shape, saved, metrics }
+    }
+
+    /// The metrics of the rows, if they were asked for.
+    pub fn metrics(&self) -> Result<Option<Metrics>> {
+        let metrics = self.metrics.as_ref();
+        metrics.map(|metrics| Metrics::new(metrics, &self.row_shape)).transpose()
     }
 
     fn shape(&self) -> Shape {
@@ -253,8 +273,16 @@ pub(crate) fn check_class_targets(
 ) -> Result<()> {
     match &*targets.storage_and_layout().0 {
         Storage::Cpu(storage) => {
-            cpu::read_labels((storage, targets.layout()), num_classes, ignore_index).map(drop)
+            cpu::check_labels((storage, targets.layout()), num_classes, ignore_index)
         }
+        _ => Err(no_backend()),
+    }
+}
+
+/// Checks the row weights and the class targets of the rows that count, on the CPU.
+pub(crate) fn check_rows(params: &LossParams, targets: &Tensor) -> Result<()> {
+    match &*targets.storage_and_layout().0 {
+        Storage::Cpu(storage) => cpu::check_rows(params, (storage, targets.layout())),
         _ => Err(no_backend()),
     }
 }
@@ -320,7 +348,7 @@ fn no_backend() -> Error {
 pub(crate) fn check_storage(tensor: &Tensor) -> Result<()> {
     let (storage, layout) = tensor.storage_and_layout();
     let len = match &*storage {
-        Storage::Cpu(storage) => cpu::float_len(storage),
+        Storage::Cpu(storage) => cpu::readable_len(storage),
         #[cfg(feature = "cuda")]
         Storage::Cuda(storage) => Some(gpu::GpuStorage::len(storage)),
         #[cfg(feature = "metal")]

@@ -30,6 +30,15 @@ pub enum Error {
         coefficient: f64,
     },
 
+    /// A logit scale or a softcap that is not finite and greater than 0.
+    #[error("the {what} is {value}, expected a finite number greater than 0")]
+    NotPositive {
+        /// Which option.
+        what: &'static str,
+        /// The value given.
+        value: f64,
+    },
+
     /// Class weights or a prior that are not a list of floating-point numbers.
     #[error(
         "the {what} have dtype {dtype:?} and shape {shape:?}, expected floating-point numbers of shape [num_classes]"
@@ -187,7 +196,7 @@ pub enum Error {
     /// Integer targets whose shape is not the logits' without the class dimension.
     #[error(
         "class targets ({dtype:?}) have shape {targets:?}, expected {expected:?}: the shape of the logits {logits:?} without their class dimension {class_dim}{}",
-        shape_hint(targets, expected, logits)
+        shape_hint(targets, expected, logits, *class_dim)
     )]
     ClassTargetsShape {
         /// The targets' dtype.
@@ -204,7 +213,8 @@ pub enum Error {
 
     /// Floating-point targets whose shape is not the logits'.
     #[error(
-        "floating-point targets ({dtype:?}) are probabilities and need the shape of the logits {logits:?}, got {targets:?}; class indices need an integer dtype: to_dtype(DType::I64)"
+        "floating-point targets ({dtype:?}) are probabilities and need the shape of the logits {logits:?}, got {targets:?}{}",
+        probabilities_hint(targets, logits)
     )]
     ProbabilityTargetsShape {
         /// The targets' dtype.
@@ -239,13 +249,72 @@ pub enum Error {
 
     /// `ignore_index` together with probability targets.
     #[error(
-        "ignore_index {ignore_index} was set, but the targets ({dtype:?}) are probabilities, which name no class to ignore: leave it unset, and pass only the rows that count"
+        "ignore_index {ignore_index} was set, but the targets ({dtype:?}) are probabilities, which name no class to ignore: leave it unset, and give such rows the weight 0 with weigh_rows"
     )]
     IgnoreIndexWithProbabilities {
         /// The index set.
         ignore_index: i64,
         /// The targets' dtype.
         dtype: DType,
+    },
+
+    /// Metrics with probability targets.
+    #[error(
+        "the targets ({dtype:?}) are probabilities, and metrics need class indices: use forward or forward_linear, or targets of an integer dtype"
+    )]
+    MetricsOfProbabilities {
+        /// The targets' dtype.
+        dtype: DType,
+    },
+
+    /// [`over_unmasked`](crate::Smoothing::over_unmasked) in [`smooth_targets`](crate::smooth_targets), which has no logits.
+    #[error(
+        "smooth_targets does not know which classes the logits mask, which Smoothing::over_unmasked needs: use another smoothing, or the loss itself"
+    )]
+    SmoothTargetsUnmasked,
+
+    /// Row weights of an unsupported dtype.
+    #[error(
+        "the row weights have dtype {dtype:?}, expected U8, F8E4M3, F16, BF16, F32 or F64: to_dtype(DType::F32)"
+    )]
+    RowWeightsDType {
+        /// The dtype given.
+        dtype: DType,
+    },
+
+    /// Row weights whose shape is not the logits' without the class dimension.
+    #[error(
+        "the row weights have shape {weights:?}, expected {expected:?}: the shape of the logits {logits:?} without their class dimension {class_dim}"
+    )]
+    RowWeightsShape {
+        /// The row weights' shape.
+        weights: Vec<usize>,
+        /// The shape they should have.
+        expected: Vec<usize>,
+        /// The logits' shape.
+        logits: Vec<usize>,
+        /// The class dimension.
+        class_dim: usize,
+    },
+
+    /// Logits and row weights on different devices.
+    #[error(
+        "the logits are on {logits:?} and the row weights on {weights:?}, expected one device: weights.to_device(logits.device())"
+    )]
+    RowWeightsDevice {
+        /// Where the logits are.
+        logits: DeviceLocation,
+        /// Where the row weights are.
+        weights: DeviceLocation,
+    },
+
+    /// A row weight that is negative or not finite, on the CPU.
+    #[error("the weight of row {row} is {value}, expected a finite number >= 0")]
+    RowWeightValue {
+        /// The row, counted over all dimensions but the classes' in row-major order.
+        row: usize,
+        /// Its weight.
+        value: f64,
     },
 
     /// Logits and targets on different devices.
@@ -259,7 +328,7 @@ pub enum Error {
         targets: DeviceLocation,
     },
 
-    /// Logits, targets or labels in f64 on a Metal device.
+    /// Logits, targets, row weights or labels in f64 on a Metal device.
     #[error(
         "the {what} have dtype F64, which Metal does not have: make them F32 before they go there, or use the CPU"
     )]
@@ -269,7 +338,7 @@ pub enum Error {
     },
 
     /// A class target out of range, on the CPU.
-    #[error("target {target} of row {row} is no class: expected at least 0 and less than {num_classes}{}", range_hint(*target, *num_classes))]
+    #[error("target {target} of row {row} is no class: expected at least 0 and less than {num_classes}{}", range_hint(*target, *num_classes, *function))]
     TargetOutOfRange {
         /// The row, counted over all dimensions but the classes' in row-major order.
         row: usize,
@@ -277,6 +346,8 @@ pub enum Error {
         target: i64,
         /// The number of classes.
         num_classes: usize,
+        /// The function that found it, which says how to ignore such targets.
+        function: TargetsOf,
     },
 
     /// A tensor whose layout reaches beyond its storage. Only unchecked constructors make such tensors.
@@ -313,6 +384,30 @@ pub enum Error {
     Candle(candle_core::Error),
 }
 
+/// A function that takes class targets. Each has its own way to ignore some.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum TargetsOf {
+    /// [`LabelSmoothingLoss`](crate::LabelSmoothingLoss): `with_ignore_index`.
+    Loss,
+    /// [`check_targets`](crate::check_targets): its argument `ignore_index`.
+    CheckTargets,
+    /// [`smooth_targets`](crate::smooth_targets), which cannot.
+    SmoothTargets,
+}
+
+impl Error {
+    /// The error that `function` returns for this one, which was found in reading targets.
+    pub(crate) fn in_function(self, function: TargetsOf) -> Self {
+        match self {
+            Self::TargetOutOfRange { row, target, num_classes, .. } => {
+                Self::TargetOutOfRange { row, target, num_classes, function }
+            }
+            error => error,
+        }
+    }
+}
+
 fn or_none(value: &Option<impl fmt::Debug>) -> String {
     value.as_ref().map_or("none".to_string(), |value| format!("{value:?}"))
 }
@@ -327,7 +422,7 @@ fn dtype_hint(logits: DType) -> &'static str {
 }
 
 /// A hint for the commonest causes of class targets of another shape.
-fn shape_hint(targets: &[usize], expected: &[usize], logits: &[usize]) -> String {
+fn shape_hint(targets: &[usize], expected: &[usize], logits: &[usize], class_dim: usize) -> String {
     // The length of a broadcast view may overflow.
     let len = |dims: &[usize]| dims.iter().try_fold(1usize, |len, dim| len.checked_mul(*dim));
     let lens = |dims: &[usize]| dims.iter().copied().filter(|len| *len != 1).collect::<Vec<_>>();
@@ -336,7 +431,9 @@ fn shape_hint(targets: &[usize], expected: &[usize], logits: &[usize]) -> String
     if targets == logits && len(targets) == len(expected) {
         TWO_LOGITS.to_string()
     } else if targets == logits {
-        "; one-hot targets are probabilities: to_dtype(DType::F32)".to_string()
+        format!(
+            "; the loss takes one class a row, for one-hot targets their argmax({class_dim}). Rows with several labels need a binary cross-entropy for each class: this loss of the logits 0 and x, Tensor::stack(&[&logits.zeros_like()?, &logits], D::Minus1)"
+        )
     } else if let Some(dim) =
         (0..logits.len()).find(|&dim| logits[..dim].iter().chain(&logits[dim + 1..]).eq(targets))
     {
@@ -350,11 +447,31 @@ fn shape_hint(targets: &[usize], expected: &[usize], logits: &[usize]) -> String
     }
 }
 
+/// A hint for the commonest causes of probabilities of another shape.
+fn probabilities_hint(targets: &[usize], logits: &[usize]) -> String {
+    let without = |dim: usize| logits[..dim].iter().chain(&logits[dim + 1..]);
+    if (0..logits.len()).any(|dim| without(dim).eq(targets)) {
+        return "; class indices need an integer dtype: to_dtype(DType::I64)".to_string();
+    }
+    // The dimension of the targets for each of the logits', the first that is not taken.
+    let mut order = Vec::new();
+    for len in logits {
+        match (0..targets.len()).find(|dim| targets[*dim] == *len && !order.contains(dim)) {
+            Some(dim) => order.push(dim),
+            None => return String::new(),
+        }
+    }
+    match order.len() == targets.len() {
+        true => format!("; if their dimensions are in another order, permute({order:?}) mends it"),
+        false => String::new(),
+    }
+}
+
 const TWO_LOGITS: &str = "; two classes need two logits a row, not one";
 
 /// A hint for the commonest causes of a target out of range: one logit for two classes, classes counted from 1, and
 /// padding.
-fn range_hint(target: i64, num_classes: usize) -> String {
+fn range_hint(target: i64, num_classes: usize, function: TargetsOf) -> String {
     // A negative i32 stored as u32.
     let as_i32 = u32::try_from(target).map_or(target, |t| i64::from(t.cast_signed()));
     if num_classes == 1 && (target == 1 || target == 255) {
@@ -362,11 +479,26 @@ fn range_hint(target: i64, num_classes: usize) -> String {
     } else if target > 0 && usize::try_from(target) == Ok(num_classes) {
         "; classes are counted from 0".to_string()
     } else if target < 0 || target == 255 {
-        format!("; to leave such rows out of a loss, use with_ignore_index({target})")
+        match function {
+            TargetsOf::Loss => {
+                format!("; to leave such rows out of the loss, use with_ignore_index({target})")
+            }
+            TargetsOf::CheckTargets => {
+                format!("; to accept such targets, pass Some({target}) as ignore_index")
+            }
+            TargetsOf::SmoothTargets => String::new(),
+        }
     } else if as_i32 < 0 {
-        format!(
-            "; if it was {as_i32} before it was a u32, keep such targets in i64 and use with_ignore_index({as_i32})"
-        )
+        let advice = match function {
+            TargetsOf::Loss => {
+                format!(": keep such targets in i64 and use with_ignore_index({as_i32})")
+            }
+            TargetsOf::CheckTargets => {
+                format!(": keep such targets in i64 and pass Some({as_i32}) as ignore_index")
+            }
+            TargetsOf::SmoothTargets => String::new(),
+        };
+        format!("; perhaps it was {as_i32} before it was a u32{advice}")
     } else {
         String::new()
     }

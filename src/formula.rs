@@ -12,8 +12,9 @@
 //! ∂loss/∂x_k = softmax(x)_k·(S + 2·z·lse) − r_k
 //! ```
 //!
-//! The loss and the gradient of an ignored row are 0. Forward and backward are written once, for all options. In terms
-//! of the [`SoftmaxState`] of a row,
+//! The logits x are those given, or their [`LogitMap`]. With [`unmasked_epsilon`](LossParams::unmasked_epsilon) e, and n classes in the
+//! row whose logit is not −∞, these classes get e·weight_k/n more in r_k. The loss is multiplied by the row's weight. The loss and the
+//! gradient of an ignored row are 0. Forward and backward are written once, for all options. In terms of the [`SoftmaxState`] of a row,
 //!
 //! ```text
 //! lse  = max + log sum_exp
@@ -74,12 +75,27 @@ pub(crate) struct LossParams {
     pub class_table: ClassTable,
     /// Whether the weighted target of the label is below that of other classes of the same weight.
     pub label_is_below: bool,
+    /// What is spread over the classes of a row whose logit is not −∞, if it is not 0.
+    pub unmasked_epsilon: f64,
     pub ignore_index: Option<i64>,
+    /// A weight for each row, of dtype U8 or a floating-point dtype, detached, in the shape of the rows.
+    pub row_weights: Option<Tensor>,
+    pub logit_map: Option<LogitMap<f64>>,
     pub z_loss: f64,
     /// The divisor of the sum of the rows' losses. `None` means that they are not summed.
     pub divisor: Option<Divisor>,
+    /// Whether the loss and the gradient are 0 if the divisor is.
+    pub zero_if_empty: bool,
     /// Whether backward will need the rows' [`SavedState`].
     pub saves_state: bool,
+    pub wants_metrics: bool,
+}
+
+/// What the logits of every formula are: cap·tanh(scale·x/cap), or scale·x without a cap. −∞ stays −∞.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct LogitMap<T> {
+    pub scale: T,
+    pub cap: Option<T>,
 }
 
 /// The divisor of the sum of the rows' losses.
@@ -120,8 +136,42 @@ impl<T> SoftmaxState<T> {
     }
 }
 
-/// The fields of a row's [`SoftmaxState`] over all classes that backward reads. A tensor (SAVED_FIELDS, N) stores them
-/// for all rows.
+/// What some options need of a row over a range of the classes, beside its [`SoftmaxState`]. A tensor of states has these fields too, after
+/// those of the softmax state, if [`needs_extras`](LossParams::needs_extras).
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ExtraState<T> {
+    /// The number of classes whose logit is not −∞.
+    pub num_unmasked: T,
+    /// The sum of their class weights.
+    pub unmasked_sum: T,
+    /// Σ weight·(x − max) over them.
+    pub unmasked_dot: T,
+    /// Σ exp(x − max)·(x − max).
+    pub exp_dot: T,
+    /// The label's logit, or −∞ if the label is not in the range.
+    pub label_logit: T,
+    /// The first class whose logit is the largest.
+    pub prediction: T,
+}
+
+pub(crate) const EXTRA_FIELDS: usize = 6;
+
+impl<T> ExtraState<T> {
+    pub fn from_fields(fields: [T; EXTRA_FIELDS]) -> Self {
+        let [num_unmasked, unmasked_sum, unmasked_dot, exp_dot, label_logit, prediction] = fields;
+        Self { num_unmasked, unmasked_sum, unmasked_dot, exp_dot, label_logit, prediction }
+    }
+
+    pub fn into_fields(self) -> [T; EXTRA_FIELDS] {
+        let Self { num_unmasked, unmasked_sum, unmasked_dot, exp_dot, label_logit, prediction } =
+            self;
+        [num_unmasked, unmasked_sum, unmasked_dot, exp_dot, label_logit, prediction]
+    }
+}
+
+/// The fields of a row's [`SoftmaxState`] over all classes that backward reads. A tensor (fields, N) stores them for all rows. If
+/// [`unmasked_epsilon`](LossParams::unmasked_epsilon) e is not 0, it has a fourth field, the share e/n that a class of weight 1 gets more
+/// if its logit is not −∞.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct SavedState<T> {
     pub max: T,
@@ -129,7 +179,22 @@ pub(crate) struct SavedState<T> {
     pub target_sum: T,
 }
 
-pub(crate) const SAVED_FIELDS: usize = 3;
+impl LossParams {
+    /// Whether an option needs the [`ExtraState`] of the rows.
+    pub fn needs_extras(&self) -> bool {
+        self.unmasked_epsilon != 0. || self.wants_metrics
+    }
+
+    /// The number of fields of a row's state in memory.
+    pub fn num_state_fields(&self) -> usize {
+        if self.needs_extras() { STATE_FIELDS + EXTRA_FIELDS } else { STATE_FIELDS }
+    }
+
+    /// The number of fields that are saved of a row.
+    pub fn num_saved_fields(&self) -> usize {
+        if self.unmasked_epsilon == 0. { 3 } else { 4 }
+    }
+}
 
 /// What a backend's forward returns, in storages of type `S`.
 pub(crate) struct ForwardOut<S> {
@@ -137,13 +202,26 @@ pub(crate) struct ForwardOut<S> {
     pub loss: S,
     /// What backward will need, if it was asked for.
     pub saved: Option<SavedIn<S>>,
+    /// The metrics of the rows, if they were asked for.
+    pub metrics: Option<RowMetrics<S>>,
 }
+
+/// The metrics of all rows. The storages begin with their first row.
+pub(crate) struct RowMetrics<S> {
+    /// ([`METRIC_FIELDS`], N) in the dtype of the arithmetic: nll, correct, confidence, entropy, lse and counted of
+    /// [`Metrics`](crate::Metrics).
+    pub values: S,
+    /// (N), u32.
+    pub predictions: S,
+}
+
+pub(crate) const METRIC_FIELDS: usize = 6;
 
 /// Where a forward has saved what backward needs.
 pub(crate) struct SavedIn<S> {
     /// The storage, or `None` for that of the loss.
     pub storage: Option<S>,
-    /// Where the [`SavedState`]s are in the storage, ([`SAVED_FIELDS`], N).
+    /// Where the [`SavedState`]s are in the storage, ([`num_saved_fields`](LossParams::num_saved_fields), N).
     pub layout: Layout,
     /// What the sum of the losses was divided by: a number, or the index of an element of the storage.
     pub divisor: Option<Divisor<usize>>,
@@ -151,7 +229,14 @@ pub(crate) struct SavedIn<S> {
 
 impl<S> ForwardOut<S> {
     pub fn map<U>(self, f: impl Fn(S) -> U) -> ForwardOut<U> {
-        ForwardOut { saved: self.saved.map(|saved| saved.map(&f)), loss: f(self.loss) }
+        ForwardOut {
+            saved: self.saved.map(|saved| saved.map(&f)),
+            metrics: self.metrics.map(|metrics| RowMetrics {
+                values: f(metrics.values),
+                predictions: f(metrics.predictions),
+            }),
+            loss: f(self.loss),
+        }
     }
 }
 

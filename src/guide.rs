@@ -1,8 +1,8 @@
 //! Short guides to using the loss.
 //!
 //! - Getting started: [`epsilon`], [`migration`].
-//! - Targets and classes: [`padding`], [`segmentation`], [`soft_targets`], [`class_weights`].
-//! - Training: [`accumulation`], [`mixed_precision`], [`large_vocabularies`].
+//! - Targets and classes: [`padding`], [`masks`], [`segmentation`], [`soft_targets`], [`class_weights`].
+//! - Training: [`metrics`], [`accumulation`], [`mixed_precision`], [`language_models`], [`large_vocabularies`].
 //! - The design of the crate: [`architecture`].
 
 #[doc = include_str!("guide/epsilon.md")]
@@ -13,6 +13,15 @@ pub mod migration {}
 
 #[doc = include_str!("guide/padding.md")]
 pub mod padding {}
+
+#[doc = include_str!("guide/masks.md")]
+pub mod masks {}
+
+#[doc = include_str!("guide/metrics.md")]
+pub mod metrics {}
+
+#[doc = include_str!("guide/language_models.md")]
+pub mod language_models {}
 
 #[doc = include_str!("guide/soft_targets.md")]
 pub mod soft_targets {}

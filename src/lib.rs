@@ -24,43 +24,51 @@
 //! # The formula
 //!
 //! For a row of logits x over K classes and its target distribution p (the one-hot vector of a class
-//! label, or given probabilities), with q the smoothed target, w the class weights and z the z-loss
-//! coefficient:
+//! label, or given probabilities), with q the smoothed target, w the class weights, z the z-loss
+//! coefficient and v the weight of the row:
 //!
 //! ```text
 //! q_k  = (1−ε)·p_k + ε/K                   Smoothing::over_all(ε)
 //!      = (1−ε)·p_k + ε·(1−p_k)/(K−1)       Smoothing::over_others(ε)
 //!      = (1−ε)·p_k + ε·prior_k             Smoothing::toward(ε, prior)
+//!      = (1−ε)·p_k + ε/n                   Smoothing::over_unmasked(ε), for the n classes with x_k > −∞
+//!      = (1−ε)·p_k                             and for the others
 //!
 //! lse  = log Σ_k exp(x_k)
-//! loss = Σ_k w_k·q_k·(lse − x_k) + z·lse²
-//! ∂loss/∂x_k = softmax(x)_k·(Σ_j w_j·q_j + 2·z·lse) − w_k·q_k
+//! loss = v·(Σ_k w_k·q_k·(lse − x_k) + z·lse²)
+//! ∂loss/∂x_k = v·(softmax(x)_k·(Σ_j w_j·q_j + 2·z·lse) − w_k·q_k)
 //! ```
+//!
+//! Options that are not set have w = 1, z = 0 and v = 1. With a logit scale s and a softcap c, x is not the given logit a, but
+//! x = c·tanh(s·a/c), or s·a without a softcap. The gradient of a then has the factor s·(1 − tanh²(s·a/c)), or s.
 //!
 //! Every logit is taken relative to the largest logit of its row. The arithmetic runs in f32 for f16, bf16 and f32 logits and in f64 for f64
 //! logits. The loss takes one pass over the logits, and the gradient one more.
 //!
 //! # Overview
 //!
-//! - [`LabelSmoothingLoss`]: the loss, with class weights, an ignored index, any class dimension,
-//!   z-loss and three reductions.
+//! - [`LabelSmoothingLoss`]: the loss, with class weights, row weights, an ignored index, any class dimension, z-loss, a logit
+//!   scale, a softcap and four [reductions](Reduction).
+//! - [`LabelSmoothingLoss::forward_with_metrics`]: the loss, and the [`Metrics`] of the rows from the same read of the logits:
+//!   negative log-likelihood, prediction, confidence, entropy.
 //! - [`LabelSmoothingLoss::forward_linear`]: the same loss from hidden states and a classifier's weight, for logits
 //!   that are too large for the memory.
 //! - [`Smoothing`]: the conventions of label smoothing. Libraries use this one name for several formulas.
 //! - [`smooth_targets`]: the smoothed targets as a tensor.
 //! - [`check_targets`]: checks that class targets are in range. On a GPU, `forward` does not check them.
-//! - [`guide`]: which ε and which convention, coming from PyTorch, padding, mixup, class weights, batches in
-//!   pieces, half types, large vocabularies.
+//! - [`guide`]: which ε and which convention, coming from PyTorch, padding, masks, mixup, class weights, metrics, batches in
+//!   pieces, half types, language models, large vocabularies.
 //!
 //! # Devices
 //!
 //! The crate supports the CPU, NVIDIA's GPUs with the feature `cuda`, and Apple's GPUs with the feature `metal`. Apple's
-//! GPUs have no f64 ([`Error::MetalF64`]). Logits and targets must be on one device, where the loss and the gradient are computed. Class
-//! weights and priors may be on any device.
+//! GPUs have no f64 ([`Error::MetalF64`]). Logits, targets and row weights must be on one device, where the loss and the gradient are
+//! computed. Class weights and priors may be on any device.
 //!
 //! On a GPU the loss and the gradient are computed without waiting for the device. Only the first call with class weights or a prior
 //! waits, until they are copied. A class target that is out of range is
-//! an error on the CPU. On a GPU such a target makes its row's loss and gradient NaN, and [`check_targets`] finds it. The CPU sums the rows' losses in f64, a GPU by compensated
+//! an error on the CPU. On a GPU such a target makes its row's loss and gradient NaN, and [`check_targets`] finds it. The same holds for a row
+//! weight that is negative or not finite, but no function finds it. The CPU sums the rows' losses in f64, a GPU by compensated
 //! summation in the dtype of the arithmetic. Results have the same bits in every run, on the CPU for every number of
 //! threads. Results of two devices differ by some roundings.
 //!
@@ -85,6 +93,7 @@ mod gpu_compile;
 pub mod guide;
 mod layout;
 mod loss;
+mod metrics;
 #[doc(hidden)]
 pub mod reference;
 mod smoothing;
@@ -94,8 +103,9 @@ pub mod testing;
 // `linear` comes after `loss`, so that the documentation of its type begins with `new`.
 mod linear;
 
-pub use error::{Error, Result};
+pub use error::{Error, Result, TargetsOf};
 pub use loss::{LabelSmoothingLoss, Reduction, check_targets};
+pub use metrics::Metrics;
 pub use smoothing::{Smoothing, smooth_targets};
 
 /// The README's program, compiled and run with the documentation's examples.

@@ -6,9 +6,10 @@
 
 use crate::autograd::{self, Saved, check_storage};
 use crate::error::{Error, Result};
-use crate::formula::{LossParams, SAVED_FIELDS, STATE_FIELDS, is_logits_dtype, result_dtype};
+use crate::formula::{LossParams, METRIC_FIELDS, is_logits_dtype, result_dtype};
 use crate::layout::{check_memory, row_shape};
-use crate::loss::{LabelSmoothingLoss, LogitsInfo};
+use crate::loss::{LabelSmoothingLoss, LogitsInfo, ask_for_metrics, no_metrics};
+use crate::metrics::Metrics;
 use candle_core::{D, DType, Device, Tensor};
 
 impl LabelSmoothingLoss {
@@ -69,7 +70,23 @@ impl LabelSmoothingLoss {
         bias: Option<&Tensor>,
         targets: &Tensor,
     ) -> Result<Tensor> {
-        forward_linear(self, hidden, weight, bias, targets, None)
+        Ok(forward_linear(self, hidden, weight, bias, targets, None, false)?.0)
+    }
+
+    /// [`forward_linear`](Self::forward_linear) for class indices, with the [`Metrics`] of the rows from the same logits. The loss and its
+    /// gradients have the bits of [`forward_linear`](Self::forward_linear).
+    ///
+    /// # Errors
+    /// Those of [`forward_linear`](Self::forward_linear), and targets that are probabilities.
+    pub fn forward_linear_with_metrics(
+        &self,
+        hidden: &Tensor,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+        targets: &Tensor,
+    ) -> Result<(Tensor, Metrics)> {
+        let (loss, metrics) = forward_linear(self, hidden, weight, bias, targets, None, true)?;
+        Ok((loss, metrics.ok_or_else(no_metrics)?))
     }
 }
 
@@ -97,11 +114,7 @@ impl TileSize {
     }
 }
 
-/// Numbers kept for a row at most: its saved state, loss and weight, and its softmax state twice while the row tiles are
-/// concatenated.
-const MAX_FLOATS_PER_ROW: usize = 2 * STATE_FIELDS + SAVED_FIELDS + 2;
-
-/// [`LabelSmoothingLoss::forward_linear`], with tiles of any size.
+/// [`LabelSmoothingLoss::forward_linear`], with tiles of any size, and the metrics if they are asked for.
 pub(crate) fn forward_linear(
     loss: &LabelSmoothingLoss,
     hidden: &Tensor,
@@ -109,19 +122,26 @@ pub(crate) fn forward_linear(
     bias: Option<&Tensor>,
     targets: &Tensor,
     tile: Option<TileSize>,
-) -> Result<Tensor> {
+    wants_metrics: bool,
+) -> Result<(Tensor, Option<Metrics>)> {
     let dims = logits_shape(loss, hidden, weight, bias)?;
     let is_tracked = [Some(hidden), Some(weight), bias].iter().flatten().any(|t| t.track_op());
     let (dtype, device) = (hidden.dtype(), hidden.device());
     let logits = LogitsInfo { dims: &dims, dtype, device, is_tracked };
-    let (params, targets) = loss.validate(&logits, targets)?;
+    let (mut params, targets) = loss.validate(&logits, targets)?;
+    if wants_metrics {
+        ask_for_metrics(&mut params, &targets)?;
+    }
     let rows = row_shape(&dims, params.class_dim);
 
     let num_rows: usize = rows.iter().product();
     let hidden_size = weight.dims()[1];
     let tile = tile.unwrap_or_else(|| TileSize::new(num_rows, hidden_size, device));
     let tile = TileSize { rows: tile.rows.max(1), classes: tile.classes.max(1) };
-    check_memory("what is kept of rows", &rows, num_rows.saturating_mul(MAX_FLOATS_PER_ROW))?;
+    // What is kept of a row: what was saved, its loss and weight, its metrics, and its state twice while the row tiles are concatenated.
+    let num_metrics = if wants_metrics { METRIC_FIELDS + 1 } else { 0 };
+    let per_row = 2 * params.num_state_fields() + params.num_saved_fields() + 2 + num_metrics;
+    check_memory("what is kept of rows", &rows, num_rows.saturating_mul(per_row))?;
     // A GPU reports itself that its memory is too small.
     if device.is_cpu() {
         let len = num_rows.min(tile.rows).saturating_mul(hidden_size);
@@ -135,13 +155,16 @@ pub(crate) fn forward_linear(
     let states = tiled.forward_states(&h, &w, b.as_ref())?;
     let dtype = matmul_dtype(hidden);
     let computed = autograd::finish(&tiled.params, dtype, &states, rows, &tiled.targets)?;
+    let metrics = computed.metrics()?;
     let has_bias = bias.is_some();
     // Without a bias, a constant takes its place.
     let constant = tiled.targets.clone();
     let inputs = [hidden, weight, bias.unwrap_or(&constant)];
-    computed.attach_backward(inputs, move |[hidden, weight, bias], grad_output, saved| {
-        tiled.backward(hidden, weight, has_bias.then_some(bias), grad_output, saved)
-    })
+    let loss =
+        computed.attach_backward(inputs, move |[hidden, weight, bias], grad_output, saved| {
+            tiled.backward(hidden, weight, has_bias.then_some(bias), grad_output, saved)
+        })?;
+    Ok((loss, metrics))
 }
 
 /// The shape of the logits that hidden states, weight and bias make. Checks their shapes, dtypes, storages and devices, and the class dimension.
@@ -237,7 +260,6 @@ impl RowTile {
 
 /// The rows of the weight and bias that make a range of the classes, in the dtype of the multiplication.
 struct WeightTile {
-    params: LossParams,
     weight: Tensor,
     bias: Option<Tensor>,
 }
@@ -276,16 +298,18 @@ impl TiledLoss {
         let mut states = Vec::with_capacity(self.row_tiles.len());
         for tile in &self.row_tiles {
             let (hidden, targets) = (tile.hidden(hidden)?, tile.narrow(&self.targets)?);
-            let tile_states = autograd::new_states(tile.num_rows(), dtype, device)?;
+            let mut params = self.params_of(tile)?;
+            let tile_states = autograd::new_states(&params, tile.num_rows(), dtype, device)?;
             for first_class in self.class_starts() {
                 let weight_tile = self.weight_tile(weight, bias, first_class)?;
                 let logits = weight_tile.logits(&hidden, tile)?;
-                autograd::merge_tile(&weight_tile.params, &tile_states, &logits, &targets)?;
+                params.first_class = first_class;
+                autograd::merge_tile(&params, &tile_states, &logits, &targets)?;
             }
             states.push(tile_states);
         }
         match &states[..] {
-            [] => autograd::new_states(0, dtype, device),
+            [] => autograd::new_states(&self.params, 0, dtype, device),
             _ => Ok(Tensor::cat(&states, 1)?),
         }
     }
@@ -306,9 +330,10 @@ impl TiledLoss {
         let (hidden, weight, bias) = (hidden.detach(), weight.detach(), bias.map(Tensor::detach));
         let narrow = |tile: &RowTile| {
             let saved = saved.rows(tile.first_row, tile.num_rows())?;
-            Ok((tile.narrow(&self.targets)?, tile.narrow(grad_output)?, saved))
+            let params = self.params_of(tile)?;
+            Ok((params, tile.narrow(&self.targets)?, tile.narrow(grad_output)?, saved))
         };
-        let row_inputs = self.row_tiles.iter().map(narrow).collect::<Result<Vec<_>>>()?;
+        let mut row_inputs = self.row_tiles.iter().map(narrow).collect::<Result<Vec<_>>>()?;
 
         let mut grad_hidden = vec![None; self.row_tiles.len()];
         let grad_weight = wants_weight.then(|| weight.zeros_like()).transpose()?;
@@ -316,11 +341,11 @@ impl TiledLoss {
         for first_class in self.class_starts() {
             let weight_tile = self.weight_tile(&weight, bias.as_ref(), first_class)?;
             let (mut grad_weight_tile, mut grad_bias_tile) = (None, None);
-            let row_tiles = self.row_tiles.iter().zip(&row_inputs).zip(&mut grad_hidden);
-            for ((tile, (targets, grad_output, saved)), grad_hidden) in row_tiles {
+            let row_tiles = self.row_tiles.iter().zip(&mut row_inputs).zip(&mut grad_hidden);
+            for ((tile, (params, targets, grad_output, saved)), grad_hidden) in row_tiles {
                 let hidden = tile.hidden(&hidden)?;
                 let logits = weight_tile.logits(&hidden, tile)?;
-                let params = &weight_tile.params;
+                params.first_class = first_class;
                 autograd::backward_in_place(params, &logits, targets, grad_output, saved)?;
                 let grad_logits = logits.reshape((tile.num_rows(), ()))?;
                 if wants_hidden {
@@ -347,14 +372,20 @@ impl TiledLoss {
         Ok([grad_hidden, grad_weight, grad_bias])
     }
 
-    /// Checks class targets on the CPU. The kernels check each tile again, but their error would count rows from the start
-    /// of the tile. Backward calls this function too, because the targets may have changed since forward.
+    /// Checks class targets and row weights on the CPU. The kernels check each tile again, but their error would count rows from the start
+    /// of the tile. Backward calls this function too, because the tensors may have changed since forward.
     fn check_targets(&self) -> Result<()> {
-        let LossParams { num_classes, ignore_index, .. } = self.params;
-        match self.targets.dtype().is_int() && autograd::runs_on_cpu(self.targets.device()) {
-            true => autograd::check_class_targets(&self.targets, num_classes, ignore_index),
+        match autograd::runs_on_cpu(self.targets.device()) {
+            true => autograd::check_rows(&self.params, &self.targets),
             false => Ok(()),
         }
+    }
+
+    /// The params of a tile of the rows.
+    fn params_of(&self, tile: &RowTile) -> Result<LossParams> {
+        let row_weights = self.params.row_weights.as_ref();
+        let row_weights = row_weights.map(|weights| tile.narrow(weights)).transpose()?;
+        Ok(LossParams { row_weights, ..self.params.clone() })
     }
 
     /// The first class of each tile.
@@ -371,11 +402,7 @@ impl TiledLoss {
         let len = self.classes_per_tile.min(self.params.num_classes - first_class);
         let dtype = matmul_dtype(weight);
         let tile = |t: &Tensor| t.narrow(0, first_class, len)?.to_dtype(dtype)?.contiguous();
-        Ok(WeightTile {
-            params: LossParams { first_class, ..self.params.clone() },
-            weight: tile(weight)?,
-            bias: bias.map(tile).transpose()?,
-        })
+        Ok(WeightTile { weight: tile(weight)?, bias: bias.map(tile).transpose()? })
     }
 }
 

@@ -1,12 +1,13 @@
 //! The loss: its options, their validation, and the call of the kernels.
 
 use crate::autograd;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, TargetsOf};
 use crate::formula::{
-    ClassTable, Divisor, LossParams, check_device_dtype, check_target_dtype, is_logits_dtype,
-    result_dtype,
+    ClassTable, Divisor, LogitMap, LossParams, check_device_dtype, check_target_dtype,
+    is_logits_dtype, result_dtype,
 };
 use crate::layout::{check_size, num_rows, row_shape};
+use crate::metrics::Metrics;
 use crate::smoothing::{self, Smoothing};
 use candle_core::{DType, Device, Tensor};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -23,9 +24,13 @@ pub enum Reduction {
     /// The mean of the rows' losses, a scalar, by PyTorch's rule. For class targets the divisor is Σ w_y over the rows
     /// that are not ignored (their number, without class weights). For probability targets it is the number of rows.
     /// Without rows, or if all are ignored, the mean is NaN and the gradient 0. If the weights of all targets are 0, the
-    /// division by 0 makes the mean and the gradient infinite or NaN.
+    /// division by 0 makes the mean and the gradient infinite or NaN. With [`weigh_rows`](LabelSmoothingLoss::weigh_rows) the weight of
+    /// each row is a factor of its term in the divisor.
     #[default]
     Mean,
+    /// [`Mean`](Self::Mean), but 0 with gradient exactly 0 where that divides by 0: without rows, if no row counts, or if the weights of all
+    /// targets are 0. It suits a mask under which a batch may be empty. Elsewhere it has the bits of the mean. On a GPU the kernel decides.
+    MeanOrZero,
 }
 
 /// Cross-entropy with label smoothing, of logits and class indices or probabilities.
@@ -85,6 +90,10 @@ pub struct LabelSmoothingLoss {
     ignore_index: Option<i64>,
     class_dim: Option<usize>,
     z_loss: f64,
+    logit_scale: f64,
+    softcap: Option<f64>,
+    /// Detached.
+    row_weights: Option<Tensor>,
     /// [`ClassTable::PerClass`], one tensor for each device and dtype used so far.
     class_tables: Arc<Mutex<Vec<Tensor>>>,
 }
@@ -99,6 +108,9 @@ impl LabelSmoothingLoss {
             ignore_index: None,
             class_dim: None,
             z_loss: 0.,
+            logit_scale: 1.,
+            softcap: None,
+            row_weights: None,
             class_tables: Arc::default(),
         }
     }
@@ -113,8 +125,8 @@ impl LabelSmoothingLoss {
     /// constant, and this function copies it to the host.
     ///
     /// As in PyTorch, the weight w_k is a factor of each class's term of the sum. So with smoothing the weights of the
-    /// other classes count too. For class targets [`Reduction::Mean`] divides by the weights of the targets. The
-    /// weights are rounded to the dtype of the arithmetic, f32 unless the logits are f64.
+    /// other classes count too. For class targets [`Reduction::Mean`] divides by the weights of the targets. If these are all 0 in a
+    /// batch, the mean and its gradient are NaN or infinite; with [`Reduction::MeanOrZero`] both are 0. The weights are rounded to the dtype of the arithmetic, f32 unless the logits are f64.
     /// [The guide](crate::guide::class_weights) says how to choose them.
     ///
     /// # Errors
@@ -162,6 +174,62 @@ impl LabelSmoothingLoss {
         Ok(self)
     }
 
+    /// Multiplies the logits by `scale` before everything else, in every formula, metric and gradient. A scale of 1/T is a temperature T.
+    ///
+    /// # Errors
+    /// The scale must be finite and greater than 0.
+    pub fn with_logit_scale(mut self, scale: f64) -> Result<Self> {
+        check_positive("logit scale", scale)?;
+        self.logit_scale = scale;
+        Ok(self)
+    }
+
+    /// Replaces the logits x by cap·tanh(x/cap), after [the scale](Self::with_logit_scale), in every formula, metric and gradient. This is the softcap
+    /// of [Gemma 2](https://arxiv.org/abs/2408.00118), whose cap is 30. A logit of −∞ stays −∞, since it marks a masked class.
+    ///
+    /// On the CPU the capped logit is right to 4 units of its last place, in f32 and f64. The arithmetic's normal numbers limit the
+    /// cap and the scale: in f32, 1e-38 to 3e38.
+    ///
+    /// # Errors
+    /// The cap must be finite and greater than 0.
+    pub fn with_softcap(mut self, cap: f64) -> Result<Self> {
+        check_positive("softcap", cap)?;
+        self.softcap = Some(cap);
+        Ok(self)
+    }
+
+    /// This loss for a batch whose rows have these weights. It is a clone that shares the class weights on each device, so make
+    /// one for each batch.
+    ///
+    /// `weights` has a number for each row, in the shape of class indices: the logits' shape without the class dimension. Its dtype is U8 (a
+    /// mask, or any number) or F8E4M3, F16, BF16, F32 or F64, its device the logits', and its layout any. It is a constant. The weight
+    /// multiplies the row's whole loss, its z-loss included. [`Reduction::Mean`] divides by the sum of the products of the row weights and the
+    /// labels' class weights, or for probabilities by the sum of the row weights.
+    ///
+    /// A row of weight 0 is an ignored row: loss and gradient are exactly 0 even if its logits are NaN, and its target is not looked at.
+    /// Row weights work for class indices, also beside an ignored index, and for probabilities. Another call replaces the weights.
+    /// [The guide](crate::guide::masks) has examples.
+    ///
+    /// ```
+    /// use candle_core::{Device, Tensor};
+    /// use candle_label_smoothing::{LabelSmoothingLoss, Reduction, Smoothing};
+    ///
+    /// let loss = LabelSmoothingLoss::new(Smoothing::none()).with_reduction(Reduction::MeanOrZero);
+    /// let logits = Tensor::new(&[[1f32, 2.], [f32::NAN, 0.]], &Device::Cpu)?;
+    /// let targets = Tensor::new(&[1u32, 7], &Device::Cpu)?;
+    /// let mask = Tensor::new(&[1u8, 0], &Device::Cpu)?;
+    /// let loss = loss.weigh_rows(&mask)?.forward(&logits, &targets)?;
+    /// assert!((loss.to_scalar::<f32>()? - 0.3133).abs() < 1e-4);
+    /// # Ok::<(), candle_label_smoothing::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// None: [`forward`](Self::forward) checks the weights. Another shape, dtype or device is an error there, and on the CPU a weight that is
+    /// negative or not finite. On a GPU such a weight makes the loss and the gradient of its row NaN.
+    pub fn weigh_rows(&self, weights: &Tensor) -> Result<Self> {
+        Ok(Self { row_weights: Some(weights.detach()), ..self.clone() })
+    }
+
     /// The loss of `logits` for `targets`.
     ///
     /// `logits` are unnormalised: do not apply a softmax before. Their shape is (.., K), of any rank >= 1, unless
@@ -181,36 +249,60 @@ impl LabelSmoothingLoss {
     /// arithmetic runs in the result's dtype. The gradient has the logits' dtype. Only first-order gradients exist, as
     /// everywhere in candle. This function reads the logits once, and `backward` once more. Neither logits nor targets may
     /// change in between. Only the gradient is as large as the logits. Beside it a few numbers a row are allocated, and on
-    /// the CPU 32 bytes for each 16384 classes of a row that is longer.
+    /// the CPU 80 bytes for each 16384 classes of a row that is longer.
     ///
     /// # Errors
     /// Shapes, dtypes or devices that do not fit together or are not supported, a class dimension that does not exist,
-    /// K = 0, K = 1 with [`Smoothing::over_others`], class weights or a prior whose length is not K, `ignore_index` with
-    /// probabilities, class weights that are too small or too large for the arithmetic, a class target that is neither in
-    /// 0 to K−1 nor the ignored index, and sizes beyond the memory. On a GPU a class target out of range is not an error. It
-    /// makes its row's loss and gradient NaN, and with them the sum or mean: see [`check_targets`]. A GPU takes at most 16
-    /// dimensions whose strides do not follow from each other. Errors of the device and its compiler are candle's own.
+    /// K = 0, K = 1 with [`Smoothing::over_others`], class weights or a prior whose length is not K, row weights of another shape or
+    /// dtype or on another device or, on the CPU, negative or not finite, `ignore_index` with probabilities, class weights that are too
+    /// small or too large for the arithmetic, a class target that is neither in 0 to K−1 nor the ignored index, and sizes beyond
+    /// the memory. On a GPU a class target out of range is not an error. It makes its row's loss and gradient NaN, and with them
+    /// the sum or mean: see [`check_targets`]. A GPU takes at most 16 dimensions whose strides do not follow from each other.
+    /// Errors of the device and its compiler are candle's own.
     pub fn forward(&self, logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
         let (params, targets) = self.validate(&LogitsInfo::of(logits), targets)?;
-        let computed = autograd::forward(&params, logits, &targets)?;
-        // The targets are constants. They only fill the places of an op with three inputs.
-        let constants = targets.clone();
-        let inputs = [logits, &constants, &constants];
-        computed.attach_backward(inputs, move |[logits, ..], grad_output, saved| {
-            let gradient = autograd::backward(&params, logits, &targets, grad_output, saved)?;
-            Ok([Some(gradient), None, None])
-        })
+        Ok(forward(params, logits, targets)?.0)
+    }
+
+    /// [`forward`](Self::forward) for class indices, with the [`Metrics`] of the rows from the same read of the logits. The loss and its gradient have
+    /// the bits of [`forward`](Self::forward).
+    ///
+    /// ```
+    /// use candle_core::{Device, Tensor};
+    /// use candle_label_smoothing::{LabelSmoothingLoss, Smoothing};
+    ///
+    /// let logits = Tensor::new(&[[2f32, 0., 0.], [0., 1., 3.]], &Device::Cpu)?;
+    /// let targets = Tensor::new(&[0u32, 1], &Device::Cpu)?;
+    /// let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?);
+    /// let (_loss, metrics) = loss.forward_with_metrics(&logits, &targets)?;
+    /// assert_eq!(metrics.prediction.to_vec1::<u32>()?, [0, 2]);
+    /// assert_eq!(metrics.accuracy()?.to_scalar::<f32>()?, 0.5);
+    /// # Ok::<(), candle_label_smoothing::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// Those of [`forward`](Self::forward), and targets that are probabilities.
+    pub fn forward_with_metrics(
+        &self,
+        logits: &Tensor,
+        targets: &Tensor,
+    ) -> Result<(Tensor, Metrics)> {
+        let (mut params, targets) = self.validate(&LogitsInfo::of(logits), targets)?;
+        ask_for_metrics(&mut params, &targets)?;
+        let (loss, metrics) = forward(params, logits, targets)?;
+        Ok((loss, metrics.ok_or_else(no_metrics)?))
     }
 
     /// The divisor of the sum of the losses; `None` if they are not summed.
     fn divisor(&self, num_rows: usize, targets: &Tensor) -> Option<Divisor> {
-        let is_weighted = targets.dtype().is_int()
+        let has_weighted_labels = targets.dtype().is_int()
             && (self.class_weights.is_some() || self.ignore_index.is_some());
+        let is_weighted = has_weighted_labels || self.row_weights.is_some();
         match self.reduction {
             Reduction::None => None,
             Reduction::Sum => Some(Divisor::Number(1.)),
-            Reduction::Mean if is_weighted => Some(Divisor::WeightSum(())),
-            Reduction::Mean => Some(Divisor::Number(num_rows as f64)),
+            Reduction::Mean | Reduction::MeanOrZero if is_weighted => Some(Divisor::WeightSum(())),
+            Reduction::Mean | Reduction::MeanOrZero => Some(Divisor::Number(num_rows as f64)),
         }
     }
 
@@ -243,6 +335,7 @@ impl LabelSmoothingLoss {
         check_device_dtype("targets", targets.dtype(), targets.device())?;
         self.check_target_shape(dims, targets, class_dim)?;
         check_target_dtype(targets.dtype())?;
+        self.check_row_weights(dims, device, class_dim)?;
 
         let params = LossParams {
             class_dim,
@@ -250,10 +343,15 @@ impl LabelSmoothingLoss {
             first_class: 0,
             class_table: self.class_table(num_classes, result_dtype(dtype), device)?,
             label_is_below: self.smoothing.label_is_below(num_classes),
+            unmasked_epsilon: self.smoothing.unmasked_epsilon(),
             ignore_index: self.ignore_index,
+            row_weights: self.row_weights.clone(),
+            logit_map: self.logit_map(result_dtype(dtype)),
             z_loss: self.z_loss,
             divisor: self.divisor(num_rows(dims, class_dim), targets),
+            zero_if_empty: self.reduction == Reduction::MeanOrZero,
             saves_state: is_tracked,
+            wants_metrics: false,
         };
         Ok((params, targets.detach()))
     }
@@ -308,6 +406,45 @@ impl LabelSmoothingLoss {
         Ok(())
     }
 
+    fn check_row_weights(
+        &self,
+        logits: &[usize],
+        logits_device: &Device,
+        class_dim: usize,
+    ) -> Result<()> {
+        let Some(weights) = &self.row_weights else {
+            return Ok(());
+        };
+        let dtype = weights.dtype();
+        if dtype != DType::U8 && !(dtype.is_float() && check_target_dtype(dtype).is_ok()) {
+            return Err(Error::RowWeightsDType { dtype });
+        }
+        let (logits_device, device) = (logits_device.location(), weights.device().location());
+        if device != logits_device {
+            return Err(Error::RowWeightsDevice { logits: logits_device, weights: device });
+        }
+        check_device_dtype("row weights", weights.dtype(), weights.device())?;
+        let expected = row_shape(logits, class_dim);
+        if weights.dims() != expected {
+            let (weights, logits) = (weights.dims().to_vec(), logits.to_vec());
+            return Err(Error::RowWeightsShape { weights, expected, logits, class_dim });
+        }
+        Ok(())
+    }
+
+    /// The scale and the softcap, for arithmetic in `dtype`; `None` if neither is set.
+    fn logit_map(&self, dtype: DType) -> Option<LogitMap<f64>> {
+        let (least, most) = match dtype {
+            DType::F64 => (f64::MIN_POSITIVE, f64::MAX),
+            _ => (f32::MIN_POSITIVE.into(), f32::MAX.into()),
+        };
+        let is_set = self.logit_scale != 1. || self.softcap.is_some();
+        is_set.then(|| LogitMap {
+            scale: self.logit_scale.clamp(least, most),
+            cap: self.softcap.map(|cap| cap.clamp(least, most)),
+        })
+    }
+
     /// The class params, for arithmetic in `dtype`. Class weights and priors are uploaded to a device once, which waits for the
     /// device.
     fn class_table(&self, num_classes: usize, dtype: DType, device: &Device) -> Result<ClassTable> {
@@ -326,6 +463,45 @@ impl LabelSmoothingLoss {
             tables.push(table.clone());
         }
         Ok(class_table)
+    }
+}
+
+/// The loss as a node of the graph, and the metrics if they were asked for.
+fn forward(
+    params: LossParams,
+    logits: &Tensor,
+    targets: Tensor,
+) -> Result<(Tensor, Option<Metrics>)> {
+    let computed = autograd::forward(&params, logits, &targets)?;
+    let metrics = computed.metrics()?;
+    // The targets are constants. They only fill the places of an op with three inputs.
+    let constants = targets.clone();
+    let inputs = [logits, &constants, &constants];
+    let loss = computed.attach_backward(inputs, move |[logits, ..], grad_output, saved| {
+        let gradient = autograd::backward(&params, logits, &targets, grad_output, saved)?;
+        Ok([Some(gradient), None, None])
+    })?;
+    Ok((loss, metrics))
+}
+
+/// Makes forward compute metrics too.
+pub(crate) fn ask_for_metrics(params: &mut LossParams, targets: &Tensor) -> Result<()> {
+    if !targets.dtype().is_int() {
+        return Err(Error::MetricsOfProbabilities { dtype: targets.dtype() });
+    }
+    params.wants_metrics = true;
+    Ok(())
+}
+
+/// The error for metrics that a backend did not compute, which only a mistake in this crate causes.
+pub(crate) fn no_metrics() -> Error {
+    candle_core::Error::Msg("the metrics were not computed".to_string()).into()
+}
+
+fn check_positive(what: &'static str, value: f64) -> Result<()> {
+    match value.is_finite() && value > 0. {
+        true => Ok(()),
+        false => Err(Error::NotPositive { what, value }),
     }
 }
 
@@ -385,4 +561,5 @@ pub fn check_targets(
     }
     check_size("targets", targets.dims())?;
     autograd::check_class_targets(&targets.to_device(&Device::Cpu)?, num_classes, ignore_index)
+        .map_err(|error| error.in_function(TargetsOf::CheckTargets))
 }

@@ -2,10 +2,10 @@
 //! benchmarks. Outside semantic versioning.
 //!
 //! It follows the formula line by line and makes a tensor of the logits' size at almost every step. It does not handle
-//! −inf and NaN logits, except in ignored rows.
+//! NaN logits, except in rows that do not count, nor −inf logits, except with `over_unmasked`.
 
 use crate::error::Result;
-use crate::formula::{ClassParams, ClassTable, result_dtype};
+use crate::formula::{ClassParams, ClassTable, LogitMap, LossParams, result_dtype};
 use crate::layout::row_shape;
 use crate::loss::{LabelSmoothingLoss, LogitsInfo, Reduction};
 use candle_core::{DType, Tensor};
@@ -16,60 +16,92 @@ pub fn forward(loss: &LabelSmoothingLoss, logits: &Tensor, targets: &Tensor) -> 
     let dtype = result_dtype(logits.dtype());
 
     let by_row = |t: &Tensor| classes_last(t, params.class_dim)?.to_dtype(dtype);
-    let mut x = by_row(logits)?;
+    let (labels, row_weights) = labels_and_row_weights(&params, &targets, dtype)?;
+    let counted = row_weights.as_ref().map(|weights| weights.ne(0.)).transpose()?;
+    // The numbers of a row that does not count may be NaN.
+    let of_counted = |t: Tensor| match &counted {
+        Some(counted) => counted.broadcast_as(t.shape())?.where_cond(&t, &t.zeros_like()?),
+        None => Ok(t),
+    };
 
-    let (labels, counted) = labels_and_mask(&targets, params.ignore_index)?;
-    if let Some(mask) = &counted {
-        x = mask.broadcast_as(x.shape())?.where_cond(&x, &x.zeros_like()?)?;
-    }
-
+    let given = of_counted(by_row(logits)?)?;
+    let x = params.logit_map.map_or(Ok(given.clone()), |map| mapped(&given, map))?;
     let max = x.max_keepdim(1)?.detach();
     let x = x.broadcast_sub(&max)?;
     let log_sum = x.exp()?.sum_keepdim(1)?.log()?;
     let log_softmax = x.broadcast_sub(&log_sum)?;
     let lse = (log_sum + max)?;
 
-    // Σ r·log softmax, and the rows' weights, (N, 1) both.
+    // Σ r·log softmax, and the divisor's terms, (N, 1) both.
     let gather_label = |values: Tensor| {
         values.flatten_all()?.index_select(&labels.flatten_all()?, 0)?.unsqueeze(1)
     };
     let is_class = targets.dtype().is_int();
+    let probabilities = || match is_class {
+        true => given.zeros_like()?.detach().scatter_add(&labels, &lse.ones_like()?.detach(), 1),
+        false => of_counted(by_row(&targets)?),
+    };
     let (weighted, mut weights) = match &params.class_table {
+        _ if params.unmasked_epsilon != 0. => {
+            let c = class_rows(&params, &given)?;
+            let unmasked = given.ne(f64::NEG_INFINITY)?.to_dtype(dtype)?;
+            let share = unmasked.broadcast_div(&unmasked.sum_keepdim(1)?)?;
+            let share = share.broadcast_mul(&(&c.weight * params.unmasked_epsilon)?)?;
+            let r = (probabilities()?.broadcast_mul(&c.prob_scale)? + share)?;
+            // 0·∞ is 0 here.
+            let terms = r.ne(0.)?.where_cond(&(log_softmax * &r)?, &r.zeros_like()?)?;
+            let weights = if is_class { gather_label(c.weight)? } else { lse.ones_like()? };
+            (terms.sum_keepdim(1)?, weights)
+        }
         ClassTable::Uniform(c) if is_class => {
             let label = (log_softmax.gather(&labels, 1)? * (c.on_value - c.off_value))?;
             ((label + (log_softmax.sum_keepdim(1)? * c.off_value)?)?, lse.ones_like()?)
         }
         ClassTable::Uniform(c) => {
-            let r = by_row(&targets)?.affine(c.prob_scale, c.off_value)?;
+            let r = probabilities()?.affine(c.prob_scale, c.off_value)?;
             ((log_softmax * r)?.sum_keepdim(1)?, lse.ones_like()?)
         }
-        ClassTable::PerClass(table) => {
-            let c = ClassParams::from_fields(std::array::from_fn(|i| table.narrow(0, i, 1)));
-            let off_value = c.off_value?;
+        ClassTable::PerClass(_) => {
+            let c = class_rows(&params, &given)?;
             if is_class {
-                let delta = gather_label((c.on_value? - &off_value)?)?;
+                let delta = gather_label((c.on_value - &c.off_value)?)?;
                 let label = (log_softmax.gather(&labels, 1)? * delta)?;
-                let others = log_softmax.broadcast_mul(&off_value)?.sum_keepdim(1)?;
-                ((label + others)?, gather_label(c.weight?)?)
+                let others = log_softmax.broadcast_mul(&c.off_value)?.sum_keepdim(1)?;
+                ((label + others)?, gather_label(c.weight)?)
             } else {
-                let r =
-                    by_row(&targets)?.broadcast_mul(&c.prob_scale?)?.broadcast_add(&off_value)?;
+                let r = probabilities()?.broadcast_mul(&c.prob_scale)?;
+                let r = r.broadcast_add(&c.off_value)?;
                 ((log_softmax * r)?.sum_keepdim(1)?, lse.ones_like()?)
             }
         }
     };
 
     let mut losses = ((lse.sqr()? * params.z_loss)? - weighted)?;
-    if let Some(mask) = counted {
-        let mask = mask.to_dtype(dtype)?;
-        losses = (losses * &mask)?;
-        weights = (weights * mask)?;
+    if let Some(row_weights) = row_weights {
+        losses = (losses * &row_weights)?;
+        weights = (weights * row_weights)?;
     }
+    let divisor = weights.detach().sum_all()?;
     Ok(match loss.reduction() {
         Reduction::None => losses.reshape(row_shape(logits.dims(), params.class_dim))?,
         Reduction::Sum => losses.sum_all()?,
-        Reduction::Mean => losses.sum_all()?.div(&weights.sum_all()?)?,
+        Reduction::MeanOrZero if divisor.to_dtype(DType::F64)?.to_scalar::<f64>()? == 0. => {
+            // A sum over the logits in which each is replaced by 0.
+            let zeros = given.zeros_like()?.detach();
+            zeros.to_dtype(DType::U8)?.where_cond(&given, &zeros)?.sum_all()?
+        }
+        Reduction::Mean | Reduction::MeanOrZero => losses.sum_all()?.div(&divisor)?,
     })
+}
+
+/// cap·tanh(scale·x/cap), or scale·x. −inf stays −inf.
+fn mapped(x: &Tensor, map: LogitMap<f64>) -> candle_core::Result<Tensor> {
+    let scaled = (x * map.scale)?;
+    let Some(cap) = map.cap else {
+        return Ok(scaled);
+    };
+    let capped = ((scaled / cap)?.tanh()? * cap)?;
+    x.ne(f64::NEG_INFINITY)?.where_cond(&capped, x)
 }
 
 /// The tensor with the class dimension last and the others merged, (N, K).
@@ -79,19 +111,52 @@ fn classes_last(tensor: &Tensor, class_dim: usize) -> candle_core::Result<Tensor
     tensor.permute(dims)?.contiguous()?.reshape(((), tensor.dim(class_dim)?))
 }
 
-/// The targets (N, 1), and which rows count if some may be ignored. Ignored rows get label 0.
-fn labels_and_mask(
+/// The params of the classes, (1, K) each. `like` has the dtype and the device.
+fn class_rows(params: &LossParams, like: &Tensor) -> candle_core::Result<ClassParams<Tensor>> {
+    let c = match &params.class_table {
+        ClassTable::PerClass(table) => {
+            ClassParams::from_fields(std::array::from_fn(|i| table.narrow(0, i, 1)))
+        }
+        ClassTable::Uniform(c) => c.map(|value| {
+            Tensor::full(value, (1, params.num_classes), like.device())?.to_dtype(like.dtype())
+        }),
+    };
+    Ok(ClassParams {
+        prob_scale: c.prob_scale?,
+        off_value: c.off_value?,
+        on_value: c.on_value?,
+        weight: c.weight?,
+    })
+}
+
+/// The targets and the rows' weights, (N, 1) both. Ignored rows have weight 0, and rows of weight 0 have label 0. Without a weight
+/// and an ignored index, there is no tensor of weights.
+fn labels_and_row_weights(
+    params: &LossParams,
     targets: &Tensor,
-    ignore_index: Option<i64>,
+    dtype: DType,
 ) -> candle_core::Result<(Tensor, Option<Tensor>)> {
-    let mut labels = targets.flatten_all()?.unsqueeze(1)?;
-    if matches!(labels.dtype(), DType::I16 | DType::I32) || ignore_index.is_some() {
+    let column = |t: &Tensor| t.flatten_all()?.unsqueeze(1);
+    let mut row_weights = params.row_weights.as_ref().map(column).transpose()?;
+    if let Some(weights) = &mut row_weights {
+        // candle 0.11.1's conversion from f8 to f64 overflows the stack.
+        let exact = if weights.dtype() == DType::F8E4M3 { DType::F32 } else { dtype };
+        *weights = weights.to_dtype(exact)?.to_dtype(dtype)?;
+    }
+    let mut labels = column(targets)?;
+    if !targets.dtype().is_int() {
+        return Ok((labels, row_weights));
+    }
+    if matches!(labels.dtype(), DType::I16 | DType::I32) || params.ignore_index.is_some() {
         labels = labels.to_dtype(DType::I64)?;
     }
-    let Some(index) = ignore_index else {
-        return Ok((labels, None));
-    };
-    let mask = labels.ne(&Tensor::full(index, labels.shape(), labels.device())?)?;
-    let labels = mask.where_cond(&labels, &labels.zeros_like()?)?;
-    Ok((labels, Some(mask)))
+    if let Some(index) = params.ignore_index {
+        let ignored = Tensor::full(index, labels.shape(), labels.device())?;
+        let mask = labels.ne(&ignored)?.to_dtype(dtype)?;
+        row_weights = Some(row_weights.map_or(Ok(mask.clone()), |weights| weights * &mask)?);
+    }
+    if let Some(weights) = &row_weights {
+        labels = weights.ne(0.)?.where_cond(&labels, &labels.zeros_like()?)?;
+    }
+    Ok((labels, row_weights))
 }

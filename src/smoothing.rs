@@ -1,7 +1,7 @@
 //! The conventions of label smoothing, as params of the classes.
 
 use crate::autograd;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, TargetsOf};
 use crate::formula::{
     CLASS_FIELDS, ClassParams, ClassTable, LossParams, check_device_dtype, check_target_dtype,
 };
@@ -36,6 +36,7 @@ enum Spread {
     All,
     Others,
     Prior(Arc<[f64]>),
+    Unmasked,
 }
 
 impl Smoothing {
@@ -87,6 +88,19 @@ impl Smoothing {
         Self::new(epsilon, Spread::Prior(prior.into()))
     }
 
+    /// Spreads ε evenly over the classes of a row whose logit is not −∞: q_k = (1−ε)·p_k + ε/n for these n classes, and (1−ε)·p_k for the others.
+    ///
+    /// It is for logits in which −∞ marks classes that are not allowed, such as actions that are not possible or a constrained
+    /// vocabulary. There the loss with [`over_all`](Self::over_all) is infinite, because it gives each masked class a share. What counts is the logit as given,
+    /// before a scale and a softcap. A label that is masked itself has an infinite loss, unless ε is 1. A row whose logits are all −∞ is NaN.
+    /// Without a masked class this is [`over_all`](Self::over_all). [The guide](crate::guide::masks) has an example.
+    ///
+    /// # Errors
+    /// ε must lie in 0 to 1, ends included. [`smooth_targets`] returns an error, since it does not know the logits.
+    pub fn over_unmasked(epsilon: f64) -> Result<Self> {
+        Self::new(epsilon, Spread::Unmasked)
+    }
+
     fn new(epsilon: f64, spread: Spread) -> Result<Self> {
         // The range does not contain NaN.
         if !(0. ..=1.).contains(&epsilon) {
@@ -100,7 +114,15 @@ impl Smoothing {
         match &self.spread {
             Spread::Others if num_classes == 1 => Err(Error::OneClass),
             Spread::Prior(prior) => check_length("prior probabilities", prior, num_classes),
-            Spread::All | Spread::Others => Ok(()),
+            Spread::All | Spread::Others | Spread::Unmasked => Ok(()),
+        }
+    }
+
+    /// What is spread over the classes whose logit is not −∞. The class params do not contain it.
+    pub(crate) fn unmasked_epsilon(&self) -> f64 {
+        match self.spread {
+            Spread::Unmasked => self.epsilon,
+            _ => 0.,
         }
     }
 
@@ -158,6 +180,7 @@ impl Smoothing {
                 let prior = prior.get(class).copied().unwrap_or(0.);
                 (1. - epsilon, epsilon * prior, None)
             }
+            Spread::Unmasked => (1. - epsilon, 0., None),
         };
         ClassParams {
             prob_scale: weight * prob_scale,
@@ -232,7 +255,7 @@ pub(crate) fn check_length(what: &'static str, values: &[f64], num_classes: usiz
 /// # Errors
 /// A label outside 0 to K−1 (on a GPU its distribution is NaN instead), probabilities whose last
 /// dimension is not K, an unsupported dtype, f64 on Metal, K = 0, K = 1
-/// with [`Smoothing::over_others`], a prior of another length than K, and sizes beyond the memory.
+/// with [`Smoothing::over_others`], [`Smoothing::over_unmasked`], a prior of another length than K, and sizes beyond the memory.
 pub fn smooth_targets(
     labels: &Tensor,
     num_classes: usize,
@@ -242,6 +265,9 @@ pub fn smooth_targets(
         return Err(Error::NoClasses { shape: [labels.dims(), &[0]].concat() });
     }
     smoothing.check(num_classes)?;
+    if matches!(smoothing.spread, Spread::Unmasked) {
+        return Err(Error::SmoothTargetsUnmasked);
+    }
     check_device_dtype("labels", labels.dtype(), labels.device())?;
     check_target_dtype(labels.dtype())?;
     if labels.dtype().is_float() && labels.dim(D::Minus1).ok() != Some(num_classes) {
@@ -262,10 +288,16 @@ pub fn smooth_targets(
         first_class: 0,
         class_table: smoothing.class_table(None, num_classes, DType::F32, labels.device())?,
         label_is_below: smoothing.label_is_below(num_classes),
+        unmasked_epsilon: 0.,
         ignore_index: None,
+        row_weights: None,
+        logit_map: None,
         z_loss: 0.,
         divisor: None,
+        zero_if_empty: false,
         saves_state: false,
+        wants_metrics: false,
     };
     autograd::smooth_targets(&params, labels, shape)
+        .map_err(|error| error.in_function(TargetsOf::SmoothTargets))
 }

@@ -9,7 +9,8 @@ use crate::error::Result;
 use crate::formula::LossParams;
 use crate::layout::row_shape;
 use crate::linear;
-use crate::loss::{LabelSmoothingLoss, LogitsInfo};
+use crate::loss::{LabelSmoothingLoss, LogitsInfo, no_metrics};
+use crate::metrics::Metrics;
 use candle_core::{Shape, Tensor};
 
 /// What [`backward_rows`] needs of [`forward_rows`].
@@ -57,7 +58,7 @@ pub fn forward_linear_tiled(
     targets: &Tensor,
     tile: TileSize,
 ) -> Result<Tensor> {
-    linear::forward_linear(loss, hidden, weight, bias, targets, Some(tile))
+    Ok(linear::forward_linear(loss, hidden, weight, bias, targets, Some(tile), false)?.0)
 }
 
 /// The numbers of this thread's launches and allocations on the emulated GPU so far.
@@ -75,4 +76,18 @@ pub fn instruction_sets() -> Vec<&'static str> {
 /// lacks it.
 pub fn choose_instruction_set(name: &str) -> bool {
     simd::choose(name)
+}
+
+/// [`LabelSmoothingLoss::forward_linear_with_metrics`] with tiles of this size.
+pub fn forward_linear_tiled_with_metrics(
+    loss: &LabelSmoothingLoss,
+    hidden: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    targets: &Tensor,
+    tile: TileSize,
+) -> Result<(Tensor, Metrics)> {
+    let (loss, metrics) =
+        linear::forward_linear(loss, hidden, weight, bias, targets, Some(tile), true)?;
+    Ok((loss, metrics.ok_or_else(no_metrics)?))
 }

@@ -2,9 +2,10 @@
 
 mod common;
 
-use candle_core::{DType, DeviceLocation, Result, Shape, Storage, Tensor, Var};
+use candle_core::{D, DType, DeviceLocation, Result, Shape, Storage, Tensor, Var};
 use candle_label_smoothing::{
-    Error, LabelSmoothingLoss, Reduction, Smoothing, check_targets, smooth_targets, testing,
+    Error, LabelSmoothingLoss, Metrics, Reduction, Smoothing, check_targets, smooth_targets,
+    testing,
 };
 use common::{CPU, random, random_labels, values};
 
@@ -44,6 +45,7 @@ fn epsilon_outside_0_to_1() -> Result<()> {
             Smoothing::over_all(epsilon),
             Smoothing::over_others(epsilon),
             Smoothing::toward(epsilon, &prior),
+            Smoothing::over_unmasked(epsilon),
         ] {
             assert_error(smoothing, &["epsilon", given, "0 to 1"]);
         }
@@ -51,6 +53,7 @@ fn epsilon_outside_0_to_1() -> Result<()> {
     for epsilon in [0., 1., -0.] {
         assert!(Smoothing::over_all(epsilon).is_ok());
         assert!(Smoothing::over_others(epsilon).is_ok());
+        assert!(Smoothing::over_unmasked(epsilon).is_ok());
     }
     Ok(())
 }
@@ -59,6 +62,26 @@ fn epsilon_outside_0_to_1() -> Result<()> {
 fn invalid_z_loss() {
     for (coefficient, given) in [(-1., "-1"), (f64::NAN, "NaN"), (f64::INFINITY, "inf")] {
         assert_error(loss().with_z_loss(coefficient), &["z-loss", given, ">= 0"]);
+    }
+}
+
+#[test]
+fn logit_scale_and_softcap_not_positive_or_not_finite() {
+    for (value, given) in [
+        (0., "is 0,"),
+        (-0., "is -0,"),
+        (-2.5, "-2.5"),
+        (f64::NAN, "NaN"),
+        (f64::INFINITY, "inf"),
+        (f64::NEG_INFINITY, "-inf"),
+    ] {
+        let expected = |what| [what, given, "finite number greater than 0"];
+        assert_error(loss().with_logit_scale(value), &expected("logit scale"));
+        assert_error(loss().with_softcap(value), &expected("softcap"));
+    }
+    for value in [f64::MIN_POSITIVE, 30., f64::MAX] {
+        assert!(loss().with_logit_scale(value).is_ok());
+        assert!(loss().with_softcap(value).is_ok());
     }
 }
 
@@ -128,7 +151,7 @@ fn mismatched_shapes() -> Result<()> {
     assert_error(forward(loss(), &[4], &[1], labels), &["[1]", "[]", "reshape"]);
     assert_error(
         forward(loss(), &[3, 4], &[3, 4], labels),
-        &["[3, 4]", "[3]", "one-hot", "to_dtype(DType::F32)"],
+        &["[3, 4]", "[3]", "one-hot", "argmax(1)"],
     );
     assert_error(
         forward(loss(), &[2, 5, 3, 4], &[2, 3, 4], labels),
@@ -155,6 +178,96 @@ fn mismatched_shapes() -> Result<()> {
         &["F32", "probabilities", "[3]", "[3, 4]", "to_dtype(DType::I64)"],
     );
     assert_error(forward(loss(), &[3, 4], &[4, 3], DType::F32), &["[4, 3]", "[3, 4]"]);
+    Ok(())
+}
+
+/// The advice for integer targets of the logits' shape is not to make them floats: several labels a row would then train a
+/// softmax loss.
+#[test]
+fn one_hot_and_multi_hot_integers() -> Result<()> {
+    let logits = random(&[2, 3, 4, 5], 2., 1)?;
+    let labels = random_labels(&[2, 4, 5], 3, 2)?;
+    let loss = loss().with_class_dim(1);
+    let expected = loss.forward(&logits, &labels)?.to_scalar::<f64>()?;
+    for dtype in [DType::U8, DType::U32, DType::I16, DType::I32, DType::I64] {
+        let one_hot = smooth_targets(&labels, 3, &Smoothing::none())?.permute([0, 3, 1, 2])?;
+        let one_hot = one_hot.to_dtype(dtype)?;
+        let result = loss.forward(&logits, &one_hot);
+        assert_error(
+            result,
+            &[
+                &format!("{dtype:?}"),
+                "[2, 3, 4, 5]",
+                "[2, 4, 5]",
+                "one class a row",
+                "one-hot",
+                "argmax(1)",
+                "several labels",
+                "binary cross-entropy for each class",
+                "Tensor::stack(&[&logits.zeros_like()?, &logits], D::Minus1)",
+            ],
+        );
+        let message = loss.forward(&logits, &one_hot).expect_err("no error").to_string();
+        assert!(!message.contains("to_dtype") && !message.contains("F32"), "{message}");
+        // The advice works.
+        let of_argmax = loss.forward(&logits, &one_hot.argmax(1)?)?.to_scalar::<f64>()?;
+        assert_eq!(of_argmax, expected, "{dtype:?}");
+        let pairs = Tensor::stack(&[&logits.zeros_like()?, &logits], D::Minus1)?;
+        let binary = LabelSmoothingLoss::new(Smoothing::none()).with_reduction(Reduction::None);
+        let terms = values(&binary.forward(&pairs, &one_hot)?)?;
+        let labels = values(&one_hot)?;
+        for ((term, x), label) in terms.iter().zip(values(&logits)?).zip(labels) {
+            let probability = 1. / (1. + (-x).exp());
+            let expected = if label == 1. { -probability.ln() } else { -(1. - probability).ln() };
+            assert!((term - expected).abs() < 1e-12, "{term}, expected {expected}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn probabilities_in_another_order_of_dimensions() -> Result<()> {
+    let loss = loss().with_class_dim(1);
+    let logits = random(&[2, 3, 4, 5], 2., 1)?;
+    let labels = random_labels(&[2, 4, 5], 3, 2)?;
+    let one_hot = smooth_targets(&labels, 3, &Smoothing::none())?;
+    assert_eq!(one_hot.dims(), [2, 4, 5, 3]);
+    let result = loss.forward(&logits, &one_hot);
+    assert_error(result, &["F32", "[2, 3, 4, 5]", "[2, 4, 5, 3]", "permute([0, 3, 1, 2])"]);
+    let message = loss.forward(&logits, &one_hot).expect_err("no error").to_string();
+    assert!(!message.contains("integer"), "{message}");
+    let permuted = loss.forward(&logits, &one_hot.permute([0, 3, 1, 2])?)?;
+    let expected = loss.forward(&logits, &labels)?;
+    assert!((permuted - expected)?.to_scalar::<f64>()?.abs() < 1e-12);
+
+    // Two dimensions of the same length.
+    let square = zeros(&[2, 3, 4, 4], DType::F32)?;
+    let result = loss.forward(&square, &zeros(&[2, 4, 4, 3], DType::F32)?);
+    assert_error(result, &["permute([0, 3, 1, 2])"]);
+    let result = LabelSmoothingLoss::new(Smoothing::none())
+        .forward(&zeros(&[3, 4], DType::F32)?, &zeros(&[4, 3], DType::F32)?);
+    assert_error(result, &["[4, 3]", "permute([1, 0])"]);
+    Ok(())
+}
+
+/// Floats are taken for class indices only if their shape is that of class indices.
+#[test]
+fn class_indices_in_a_float_dtype() -> Result<()> {
+    let message = |logits: &[usize], targets: &[usize]| -> Result<String> {
+        let result = loss().forward(&zeros(logits, DType::F32)?, &zeros(targets, DType::F32)?);
+        Ok(result.expect_err("no error").to_string())
+    };
+    for (logits, targets) in
+        [(&[3, 4][..], &[3][..]), (&[2, 3, 4], &[2, 3]), (&[2, 5, 3, 4], &[2, 3, 4]), (&[4], &[])]
+    {
+        let message = message(logits, targets)?;
+        assert!(message.contains("to_dtype(DType::I64)"), "{message}");
+        assert!(!message.contains("permute"), "{message}");
+    }
+    for targets in [&[2, 3, 5][..], &[3, 4, 4], &[7], &[2, 3, 4, 1], &[]] {
+        let message = message(&[2, 3, 4], targets)?;
+        assert!(message.ends_with(&format!("got {targets:?}")), "no hint fits: {message}");
+    }
     Ok(())
 }
 
@@ -202,7 +315,114 @@ fn kernels_for_benchmarks_match_forward() -> Result<()> {
 fn ignore_index_with_probabilities() -> Result<()> {
     let logits = zeros(&[2, 3], DType::F32)?;
     let result = loss().with_ignore_index(-100).forward(&logits, &logits);
-    assert_error(result, &["ignore_index -100", "probabilities", "unset"]);
+    let expected = ["ignore_index -100", "probabilities", "leave it unset", "weigh_rows"];
+    assert_error(result, &expected);
+    Ok(())
+}
+
+#[test]
+fn metrics_of_probabilities() -> Result<()> {
+    let (hidden, weight) = (random(&[2, 4], 1., 1)?, random(&[3, 4], 1., 2)?);
+    let probabilities = (zeros(&[2, 3], DType::F32)? + 1. / 3.)?;
+    let expected = ["F32", "probabilities", "metrics need class indices", "use forward"];
+    let logits = zeros(&[2, 3], DType::F64)?;
+    assert_error(loss().forward_with_metrics(&logits, &probabilities), &expected);
+    let result = loss().forward_linear_with_metrics(&hidden, &weight, None, &probabilities);
+    assert_error(result, &expected);
+    // Other errors come first.
+    let result = loss().forward_with_metrics(&logits, &zeros(&[2], DType::F32)?);
+    assert_error(result, &["[2, 3]", "got [2]", "to_dtype(DType::I64)"]);
+    Ok(())
+}
+
+#[test]
+fn row_weights_of_another_dtype_or_shape() -> Result<()> {
+    let (logits, labels) = (zeros(&[2, 3], DType::F32)?, zeros(&[2], DType::U32)?);
+    let weighted = |weights: &Tensor| loss().weigh_rows(weights)?.forward(&logits, &labels);
+    for dtype in [DType::U32, DType::I16, DType::I32, DType::I64] {
+        let expected = ["row weights", &format!("{dtype:?}"), "U8", "to_dtype(DType::F32)"];
+        assert_error(weighted(&zeros(&[2], dtype)?), &expected);
+    }
+    let storage = Storage::Cpu(candle_core::CpuStorage::F8E8M0(vec![0; 2]));
+    let none = candle_core::op::BackpropOp::none();
+    let scales = Tensor::from_storage(storage, Shape::from(2), none, false);
+    assert_error(weighted(&scales), &["row weights", "F8E8M0"]);
+
+    let forward = |class_dim: usize, weights: &[usize], targets: &[usize], dtype| {
+        let loss = loss().with_class_dim(class_dim).weigh_rows(&zeros(weights, DType::U8)?)?;
+        loss.forward(&zeros(&[2, 3, 4], DType::F32)?, &zeros(targets, dtype)?)
+    };
+    let expected = ["row weights", "[2, 4]", "[2, 3]", "[2, 3, 4]", "class dimension 2"];
+    assert_error(forward(2, &[2, 4], &[2, 3], DType::U32), &expected);
+    let expected = ["row weights", "[2, 3]", "[2, 4]", "[2, 3, 4]", "class dimension 1"];
+    assert_error(forward(1, &[2, 3], &[2, 4], DType::U32), &expected);
+    assert_error(forward(2, &[6], &[2, 3], DType::U32), &["[6]", "[2, 3]"]);
+    // With probabilities, the row weights do not have the targets' shape.
+    assert_error(forward(2, &[2, 3, 4], &[2, 3, 4], DType::F32), &["expected [2, 3]"]);
+
+    let (hidden, weight) = (random(&[2, 4], 1., 1)?, random(&[3, 4], 1., 2)?);
+    let loss = loss().weigh_rows(&zeros(&[3], DType::F32)?)?;
+    let result = loss.forward_linear(&hidden, &weight, None, &zeros(&[2], DType::U32)?);
+    assert_error(result, &["row weights", "[3]", "[2]", "[2, 3]"]);
+    Ok(())
+}
+
+/// The row in the message counts over all dimensions and, in `forward_linear`, over all tiles.
+#[test]
+fn row_weights_that_are_negative_or_not_finite() -> Result<()> {
+    let logits = zeros(&[2, 3, 4], DType::F32)?;
+    let (labels, probabilities) = (zeros(&[2, 3], DType::U32)?, zeros(&[2, 3, 4], DType::F32)?);
+    let bad =
+        [(-1f32, "-1"), (f32::NAN, "NaN"), (f32::INFINITY, "inf"), (f32::NEG_INFINITY, "-inf")];
+    for (value, given) in bad {
+        for dtype in [DType::F16, DType::BF16, DType::F32, DType::F64] {
+            let weights = Tensor::new(&[[1f32, 0., 2.], [1., value, value]], &CPU)?;
+            let weighted = loss().weigh_rows(&weights.to_dtype(dtype)?)?;
+            let expected = ["weight of row 4", given, "finite number >= 0"];
+            assert_error(weighted.forward(&logits, &labels), &expected);
+            assert_error(weighted.forward(&logits, &probabilities), &expected);
+            assert_error(weighted.forward_with_metrics(&logits, &labels), &expected);
+        }
+        // Views: the rows are counted in the order of the weights' dimensions.
+        let transposed = Tensor::new(&[[1f32, 1.], [1., value], [1., 1.]], &CPU)?.t()?;
+        let result = loss().weigh_rows(&transposed)?.forward(&logits, &labels);
+        assert_error(result, &["weight of row 4", given]);
+
+        let (hidden, weight) = (random(&[2, 3, 4], 1., 1)?, random(&[5, 4], 1., 2)?);
+        let weights = Tensor::new(&[[1f32, 0., 2.], [1., value, value]], &CPU)?;
+        let weighted = loss().weigh_rows(&weights)?;
+        let expected = ["weight of row 4", given];
+        let result = weighted.forward_linear(&hidden, &weight, None, &labels);
+        assert_error(result, &expected);
+        let result = weighted.forward_linear_with_metrics(&hidden, &weight, None, &labels);
+        assert_error(result, &expected);
+        let tile = testing::TileSize { rows: 2, classes: 3 };
+        let result =
+            testing::forward_linear_tiled(&weighted, &hidden, &weight, None, &labels, tile);
+        assert_error(result, &expected);
+    }
+    // -0 is 0, and a u8 is a number.
+    let weights = Tensor::new(&[[1f32, -0., 2.]; 2], &CPU)?;
+    assert!(loss().weigh_rows(&weights)?.forward(&logits, &labels).is_ok());
+    let weights = Tensor::new(&[[1u8, 255, 2]; 2], &CPU)?;
+    assert!(loss().weigh_rows(&weights)?.forward(&logits, &labels).is_ok());
+    Ok(())
+}
+
+/// The target of a row of weight 0 is not looked at; those of other rows are.
+#[test]
+fn targets_of_rows_of_weight_0() -> Result<()> {
+    let logits = zeros(&[3, 4], DType::F32)?;
+    let masked = loss().weigh_rows(&Tensor::new(&[1u8, 0, 1], &CPU)?)?;
+    assert!(masked.forward(&logits, &Tensor::new(&[0i64, 99, 3], &CPU)?).is_ok());
+    let result = masked.forward(&logits, &Tensor::new(&[0i64, 99, 4], &CPU)?);
+    assert_error(result, &["target 4", "row 2"]);
+    let (hidden, weight) = (random(&[3, 2], 1., 1)?, random(&[4, 2], 1., 2)?);
+    let forward = |labels: &[i64; 3]| {
+        masked.forward_linear(&hidden, &weight, None, &Tensor::new(labels, &CPU)?)
+    };
+    assert!(forward(&[0, 99, 3]).is_ok());
+    assert_error(forward(&[0, 99, 4]), &["target 4", "row 2"]);
     Ok(())
 }
 
@@ -230,7 +450,7 @@ fn targets_out_of_range() -> Result<()> {
     let padded = targets([0, 1, -100])?.to_dtype(DType::U32)?;
     assert_error(
         loss().forward(&logits, &padded),
-        &["target 4294967196", "-100 before it was a u32", "i64"],
+        &["target 4294967196", "-100 before it was a u32", "i64", "with_ignore_index(-100)"],
     );
     let unlabelled = targets([0, 255, 1])?.to_dtype(DType::U8)?;
     assert_error(loss().forward(&logits, &unlabelled), &["target 255", "with_ignore_index(255)"]);
@@ -250,6 +470,41 @@ fn targets_out_of_range() -> Result<()> {
         smooth_targets(&targets([0, 1, 3])?, 3, &Smoothing::none()),
         &["target 3", "row 2", "less than 3"],
     );
+    Ok(())
+}
+
+/// Each function advises its own way to ignore a target, and `smooth_targets`, which has none, advises nothing.
+#[test]
+fn advice_for_ignored_targets_fits_the_function() -> Result<()> {
+    let logits = zeros(&[1, 5], DType::F32)?;
+    for (target, dtype, index) in [
+        (-100i64, DType::I64, -100),
+        (-1, DType::I64, -1),
+        (255, DType::U8, 255),
+        (-1, DType::U32, -1),
+        (-100, DType::U32, -100),
+    ] {
+        let targets = Tensor::new(&[target], &CPU)?.to_dtype(dtype)?;
+        let (option, argument) =
+            (format!("with_ignore_index({index})"), format!("pass Some({index}) as ignore_index"));
+        let message = |error: Error| error.to_string();
+        let result = loss().forward(&logits, &targets);
+        let of_loss = message(result.expect_err("no error"));
+        assert!(of_loss.contains(&option) && !of_loss.contains(&argument), "{of_loss}");
+        let of_check = message(check_targets(&targets, 5, None).expect_err("no error"));
+        assert!(of_check.contains(&argument) && !of_check.contains(&option), "{of_check}");
+        let result = smooth_targets(&targets, 5, &Smoothing::none());
+        let of_smooth = message(result.expect_err("no error"));
+        assert!(!of_smooth.contains("ignore"), "{of_smooth}");
+        assert_eq!(of_smooth.contains("before it was a u32"), dtype == DType::U32, "{of_smooth}");
+        assert_error(loss().forward(&logits, &targets), &[&option]);
+        assert_error(check_targets(&targets, 5, None), &[&argument]);
+
+        // The advice works. A u32 is to become an i64 before.
+        let targets = Tensor::new(&[target], &CPU)?;
+        assert!(loss().with_ignore_index(index).forward(&logits, &targets).is_ok());
+        assert!(check_targets(&targets, 5, Some(index)).is_ok());
+    }
     Ok(())
 }
 
@@ -280,6 +535,10 @@ fn smooth_targets_rejects_invalid_arguments() -> Result<()> {
     let scalar = zeros(&[], DType::F32)?;
     assert_error(smooth_targets(&scalar, 4, &none), &["num_classes = 4", "[]"]);
     assert_error(smooth_targets(&labels, usize::MAX, &none), &["too large"]);
+    let unmasked = Smoothing::over_unmasked(0.1)?;
+    let expected = ["smooth_targets", "mask", "Smoothing::over_unmasked", "the loss itself"];
+    assert_error(smooth_targets(&labels, 4, &unmasked), &expected);
+    assert_error(smooth_targets(&probabilities, 3, &unmasked), &expected);
     Ok(())
 }
 
@@ -485,6 +744,7 @@ fn public_types_are_send_sync_and_debug() {
     check::<LabelSmoothingLoss>();
     check::<Smoothing>();
     check::<Reduction>();
+    check::<Metrics>();
     check::<Error>();
 }
 
@@ -498,4 +758,10 @@ fn device_errors_name_the_device_and_the_dtype() {
         targets: DeviceLocation::Cpu,
     };
     assert_error(Err::<(), _>(mismatch), &["logits", "Cuda", "targets", "Cpu"]);
+    let mismatch = Error::RowWeightsDevice {
+        logits: DeviceLocation::Cuda { gpu_id: 0 },
+        weights: DeviceLocation::Cpu,
+    };
+    let expected = ["logits", "Cuda", "row weights", "Cpu", "weights.to_device(logits.device())"];
+    assert_error(Err::<(), _>(mismatch), &expected);
 }

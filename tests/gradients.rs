@@ -6,7 +6,10 @@ use approx::assert_abs_diff_eq;
 use candle_core::{DType, Result, Tensor, Var};
 use candle_label_smoothing::{LabelSmoothingLoss, Reduction, Smoothing};
 use candle_nn::{Linear, Module};
-use common::{CPU, Case, OnDevice, grid, random, random_labels, sum_with_grad_output, values};
+use common::{
+    CPU, Case, OnDevice, fewer_on_emulator, grid, random, random_labels, sum_with_grad_output,
+    values,
+};
 
 /// Central differences in f64.
 ///
@@ -16,7 +19,7 @@ use common::{CPU, Case, OnDevice, grid, random, random_labels, sum_with_grad_out
 #[test]
 fn gradient_matches_central_differences_for_every_combination_of_options() -> Result<()> {
     let step = 1e-4;
-    for case in [grid(&[3, 4], 1)?, grid(&[2, 3, 2], 1)?].concat() {
+    for case in fewer_on_emulator([grid(&[3, 4], 1)?, grid(&[2, 3, 2], 1)?].concat()) {
         let (_, gradient) = case.run(DType::F64)?;
         let gradient = values(&gradient)?;
         let logits = values(&case.logits)?;
@@ -25,12 +28,12 @@ fn gradient_matches_central_differences_for_every_combination_of_options() -> Re
                 let mut shifted = logits.clone();
                 shifted[i] += by;
                 let logits = Tensor::from_vec(shifted, case.logits.dims(), &CPU)?;
-                sum_with_grad_output(&case.loss.on_device(&logits, &case.targets)?)?
-                    .to_scalar::<f64>()
+                sum_with_grad_output(&case.forward(&logits)?)?.to_scalar::<f64>()
             };
             let difference = (loss_at(step)? - loss_at(-step)?) / (2. * step);
+            // A mean over no rows is NaN.
             assert!(
-                (gradient[i] - difference).abs() < 1e-7,
+                (gradient[i] - difference).abs() < 1e-7 || difference.is_nan() && gradient[i] == 0.,
                 "{}, logit {i}: gradient {}, difference {difference}",
                 case.name,
                 gradient[i]
@@ -88,7 +91,7 @@ fn loss_is_tracked_only_if_the_logits_are() -> Result<()> {
 fn gradient_is_proportional_to_grad_output() -> Result<()> {
     for case in grid(&[3, 4], 1)? {
         let logits = Var::from_tensor(&case.logits)?;
-        let loss = case.loss.on_device(&logits, &case.targets)?;
+        let loss = case.forward(&logits)?;
         let gradient = |grad_output: f64| -> Result<Vec<f64>> {
             // A tensor, because candle drops the graph in a multiplication by the number 0.
             let grad_output = Tensor::full(grad_output, loss.shape(), &CPU)?;
@@ -109,7 +112,7 @@ fn gradient_is_proportional_to_grad_output() -> Result<()> {
 fn second_backward_gives_the_same_gradient() -> Result<()> {
     for case in grid(&[3, 4], 1)? {
         let logits = Var::from_tensor(&case.logits)?;
-        let loss = sum_with_grad_output(&case.loss.on_device(&logits, &case.targets)?)?;
+        let loss = sum_with_grad_output(&case.forward(&logits)?)?;
         let first = values(loss.backward()?.get(&logits).expect("no gradient"))?;
         let second = values(loss.backward()?.get(&logits).expect("no gradient"))?;
         assert_eq!(first, second, "{}", case.name);
@@ -142,12 +145,13 @@ fn gradient_descent_converges_to_the_smoothed_targets() -> Result<()> {
     let case = Case {
         name: "descent".to_string(),
         loss: LabelSmoothingLoss::new(Smoothing::over_others(0.1)?),
+        row_weights: None,
         logits: random(&[1, 3], 1., 1)?,
         targets: Tensor::new(&[1u32], &CPU)?,
     };
     let logits = Var::from_tensor(&case.logits)?;
     for _ in 0..2000 {
-        let gradients = case.loss.on_device(&logits, &case.targets)?.backward()?;
+        let gradients = case.forward(&logits)?.backward()?;
         let gradient = gradients.get(&logits).expect("no gradient");
         logits.set(&(logits.as_tensor() - gradient)?)?;
     }
@@ -156,7 +160,7 @@ fn gradient_descent_converges_to_the_smoothed_targets() -> Result<()> {
         assert_abs_diff_eq!(*actual, target, epsilon = 1e-9);
     }
     let entropy = -(0.9f64 * 0.9f64.ln() + 2. * 0.05 * 0.05f64.ln());
-    let loss = case.loss.on_device(&logits, &case.targets)?;
+    let loss = case.forward(&logits)?;
     assert_abs_diff_eq!(loss.to_scalar::<f64>()?, entropy, epsilon = 1e-12);
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! The loss and its gradient against PyTorch's results, in every dtype.
 //!
-//! `data/parity.safetensors` holds inputs, losses and gradients for four tables of cases.
+//! `data/parity.safetensors` holds inputs, losses and gradients for five tables of cases, and metrics for the last one.
 //! `data/parity.py` made it with torch in f64 and describes the tables. The tests need only the
 //! file. Every input is exact in bf16 and f16 too, so the f64 results are the reference for every
 //! dtype. The only errors are the rounding of the arithmetic and the rounding of the result.
@@ -15,7 +15,7 @@ use std::error::Error;
 
 use approx::abs_diff_eq;
 use candle_core::{DType, Device, Tensor, Var};
-use candle_label_smoothing::{LabelSmoothingLoss, Reduction, Smoothing};
+use candle_label_smoothing::{LabelSmoothingLoss, Metrics, Reduction, Smoothing, reference};
 
 use common::OnDevice;
 
@@ -25,9 +25,9 @@ const FLOATS: [DType; 4] = [DType::F64, DType::F32, DType::F16, DType::BF16];
 const INTEGERS: [DType; 5] = [DType::U8, DType::U32, DType::I16, DType::I32, DType::I64];
 
 /// Number of cases in each table. PyTorch's ModuleInfo has 3 reductions × (5 options × 4 ranks + 3
-/// options × 5 more shapes), its OpInfo 11 × 2 - 1. The other two tables are this crate's own.
-const TABLES: [(&str, usize); 4] =
-    [("moduleinfo", 105), ("opinfo", 21), ("torch", 198), ("formula", 488)];
+/// options × 5 more shapes), its OpInfo 11 × 2 - 1. The other tables are this crate's own.
+const TABLES: [(&str, usize); 5] =
+    [("moduleinfo", 105), ("opinfo", 21), ("torch", 198), ("formula", 488), ("options", 60)];
 
 #[test]
 fn moduleinfo() -> Result<()> {
@@ -49,6 +49,44 @@ fn formula() -> Result<()> {
     run("formula")
 }
 
+#[test]
+fn options() -> Result<()> {
+    run("options")
+}
+
+/// The logits are at most 9, and 13.5 after the scale. The size of the numbers and of their terms is below 20.
+#[test]
+fn metrics() -> Result<()> {
+    let (file, mut wrong, mut count) = (load()?, Vec::new(), 0);
+    for case in cases(&file)? {
+        let Some(expected) = file.get(&format!("metrics/{}", case.name)) else { continue };
+        count += 1;
+        let targets = &targets(tensor(&file, case.need("targets")?)?)?[0];
+        for dtype in common::dtypes() {
+            let logits = tensor(&file, case.need("logits")?)?.to_dtype(dtype)?;
+            let row_weights = case.row_weights(&file, dtype)?;
+            let loss = case.loss(&file, dtype)?;
+            let (_, metrics) = loss.metrics_on_device(row_weights.as_ref(), &logits, targets)?;
+            let Metrics { nll, prediction, confidence, entropy, lse, .. } = &metrics;
+            for (i, field) in [nll, prediction, confidence, entropy, lse].into_iter().enumerate() {
+                let expected = numbers(&expected.get(i)?)?;
+                let actual = numbers(&field.to_device(&Device::Cpu)?)?;
+                assert_eq!(actual.len(), expected.len(), "{}", case.name);
+                for (actual, expected) in actual.iter().zip(expected) {
+                    let tolerance = arithmetic(dtype, LOSS_ROUNDINGS, 20.0);
+                    if !abs_diff_eq!(*actual, expected, epsilon = tolerance) {
+                        let name = &case.name;
+                        wrong.push(format!("{name} {dtype:?}, {i}: {actual} is not {expected}"));
+                    }
+                }
+            }
+        }
+    }
+    assert_eq!(count, 30, "cases with metrics");
+    report(&wrong);
+    Ok(())
+}
+
 /// The reference of the other tests matches torch too. The test runs in f64 only, as the other
 /// tests use the reference in f64.
 #[test]
@@ -58,8 +96,7 @@ fn reference_matches_every_table() -> Result<()> {
     for case in cases(&file)? {
         let targets = &targets(tensor(&file, case.need("targets")?)?)?[0];
         let (name, worst) = (&case.name, &mut Worst::default());
-        let forward = candle_label_smoothing::reference::forward;
-        match compare(&file, &case, forward, DType::F64, targets, name, worst) {
+        match compare(&file, &case, by_reference, DType::F64, targets, name, worst) {
             Ok(more) => wrong.extend(more),
             Err(error) => wrong.push(format!("{name}: {error}")),
         }
@@ -84,7 +121,10 @@ fn every_case_and_tensor_of_the_file_is_used() -> Result<()> {
     let mut read = BTreeSet::from(["cases".to_string()]);
     for case in &cases {
         read.extend(["loss", "grad", "size"].map(|kind| format!("{kind}/{}", case.name)));
-        for key in ["logits", "targets", "weights", "prior", "upstream"] {
+        if case.table() == "options" && tensor(&file, case.need("targets")?)?.dtype().is_int() {
+            read.insert(format!("metrics/{}", case.name));
+        }
+        for key in ["logits", "targets", "weights", "prior", "upstream", "row_weights"] {
             read.extend(case.get(key).map(str::to_string));
         }
     }
@@ -103,6 +143,9 @@ fn every_case_and_tensor_of_the_file_is_used() -> Result<()> {
 //   loss of a row    Σ_k t_k·(lse - x_k + 1) + z·(lse² + |lse|)
 //   its gradient     softmax_k·(Σ_j t_j + 2z·|lse|)·(1 + lse - x_k) + t_k
 //   with             t_k = |(1-e)·w_k·p_k| + |e·w_k·π_k|
+//
+// With a scale or a softcap, 1 + lse - x_k grows by |x_k| and by its mean over the softmax, since
+// the logits are rounded themselves, and the gradient has the factor scale·(1 + tanh²).
 //
 // Both are multiplied by grad_output, or divided by the divisor of the mean. The factor lse - x_k
 // accounts for the relative rounding of the logarithm and of the exponent. The term 1 accounts for
@@ -154,7 +197,7 @@ fn load() -> Result<File> {
 
 /// Keys that a line of the table may have. The parser rejects others, because an option that is not
 /// read is not tested.
-const KEYS: [&str; 11] = [
+const KEYS: [&str; 14] = [
     "logits",
     "targets",
     "reduction",
@@ -166,6 +209,9 @@ const KEYS: [&str; 11] = [
     "prior",
     "upstream",
     "z",
+    "row_weights",
+    "scale",
+    "cap",
 ];
 
 /// One line of the table: the case's name, then `key=value` with names of tensors and options.
@@ -220,6 +266,7 @@ impl Case {
             "none" => Smoothing::none(),
             "over_all" => Smoothing::over_all(epsilon()?)?,
             "over_others" => Smoothing::over_others(epsilon()?)?,
+            "over_unmasked" => Smoothing::over_unmasked(epsilon()?)?,
             "toward" => {
                 let prior = tensor(file, self.need("prior")?)?.to_dtype(dtype)?;
                 Smoothing::toward(epsilon()?, &prior)?
@@ -239,7 +286,20 @@ impl Case {
         if let Some(z) = self.get("z") {
             loss = loss.with_z_loss(z.parse()?)?;
         }
+        if let Some(scale) = self.get("scale") {
+            loss = loss.with_logit_scale(scale.parse()?)?;
+        }
+        if let Some(cap) = self.get("cap") {
+            loss = loss.with_softcap(cap.parse()?)?;
+        }
         Ok(loss)
+    }
+
+    /// A mask in u8, or numbers in `dtype`.
+    fn row_weights(&self, file: &File, dtype: DType) -> Result<Option<Tensor>> {
+        let Some(weights) = self.input(file, "row_weights")? else { return Ok(None) };
+        let dtype = if weights.dtype().is_int() { DType::U8 } else { dtype };
+        Ok(Some(weights.to_dtype(dtype)?))
     }
 
     fn reduction(&self) -> Result<Reduction> {
@@ -329,15 +389,37 @@ fn report(wrong: &[String]) {
     assert!(wrong.is_empty(), "{} wrong:\n{}", wrong.len(), shown.join("\n"));
 }
 
-/// The function under test.
-type Forward = fn(&LabelSmoothingLoss, &Tensor, &Tensor) -> candle_label_smoothing::Result<Tensor>;
+/// The function under test, of the loss, row weights, logits and targets.
+type Forward = fn(
+    &LabelSmoothingLoss,
+    Option<&Tensor>,
+    &Tensor,
+    &Tensor,
+) -> candle_label_smoothing::Result<Tensor>;
 
 fn fused(
     loss: &LabelSmoothingLoss,
+    row_weights: Option<&Tensor>,
     logits: &Tensor,
     targets: &Tensor,
 ) -> candle_label_smoothing::Result<Tensor> {
-    loss.on_device(logits, targets)
+    match row_weights {
+        Some(weights) => loss.weighted_on_device(weights, logits, targets),
+        None => loss.on_device(logits, targets),
+    }
+}
+
+fn by_reference(
+    loss: &LabelSmoothingLoss,
+    row_weights: Option<&Tensor>,
+    logits: &Tensor,
+    targets: &Tensor,
+) -> candle_label_smoothing::Result<Tensor> {
+    let loss = match row_weights {
+        Some(weights) => loss.weigh_rows(weights)?,
+        None => loss.clone(),
+    };
+    reference::forward(&loss, logits, targets)
 }
 
 /// Runs every case of a table, in every dtype of the logits and of the targets.
@@ -381,7 +463,8 @@ fn compare(
 ) -> Result<Vec<String>> {
     let logits = tensor(file, case.need("logits")?)?.to_dtype(dtype)?;
     let logits = Var::from_tensor(&logits)?;
-    let loss = forward(&case.loss(file, dtype)?, &logits, targets)?;
+    let row_weights = case.row_weights(file, dtype)?;
+    let loss = forward(&case.loss(file, dtype)?, row_weights.as_ref(), &logits, targets)?;
     // The loss is f32 for half types, whose precision is too low for a loss.
     let of_loss = if dtype == DType::F64 { dtype } else { DType::F32 };
     let arrived = match case.input(file, "upstream")? {

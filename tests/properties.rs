@@ -16,6 +16,16 @@ enum Convention {
     All(f64),
     Others(f64),
     Toward(f64),
+    /// Over the classes that are not masked. Some logits are masked.
+    Unmasked(f64),
+}
+
+/// The weights of the rows. The last two have zeros.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum RowWeights {
+    None,
+    Mask,
+    Numbers,
 }
 
 /// Parameters of a random loss and its inputs.
@@ -27,6 +37,9 @@ struct Example {
     weighted: bool,
     ignores: bool,
     z_loss: f64,
+    row_weights: RowWeights,
+    scale: Option<f64>,
+    cap: Option<f64>,
     /// Whether the targets are probabilities.
     soft: bool,
     range: f64,
@@ -60,6 +73,7 @@ impl Example {
                 let prior = random_probabilities(&[self.num_classes()], 0, self.seed + 3)?;
                 Smoothing::toward(epsilon, &prior)?
             }
+            Convention::Unmasked(epsilon) => Smoothing::over_unmasked(epsilon)?,
         })
     }
 
@@ -67,7 +81,19 @@ impl Example {
         random(&[self.num_classes()], 1., self.seed + 4)?.abs()
     }
 
-    fn loss(&self, reduction: Reduction) -> Result<LabelSmoothingLoss> {
+    /// The weights of the rows, in the shape of the rows.
+    fn row_weights(&self) -> Result<Option<Tensor>> {
+        let random = random(&self.rows(), 1., self.seed + 5)?;
+        let mask = random.gt(-0.4)?;
+        Ok(match self.row_weights {
+            RowWeights::None => None,
+            RowWeights::Mask => Some(mask),
+            RowWeights::Numbers => Some(((random + 1.)? * mask.to_dtype(DType::F64)?)?),
+        })
+    }
+
+    /// The loss without weights for the rows.
+    fn unweighted_loss(&self, reduction: Reduction) -> Result<LabelSmoothingLoss> {
         let mut loss = LabelSmoothingLoss::new(self.smoothing()?)
             .with_class_dim(self.class_dim)
             .with_reduction(reduction)
@@ -78,21 +104,68 @@ impl Example {
         if self.ignores && !self.soft {
             loss = loss.with_ignore_index(0);
         }
+        if let Some(scale) = self.scale {
+            loss = loss.with_logit_scale(scale)?;
+        }
+        if let Some(cap) = self.cap {
+            loss = loss.with_softcap(cap)?;
+        }
         Ok(loss)
     }
 
+    fn loss(&self, reduction: Reduction) -> Result<LabelSmoothingLoss> {
+        let loss = self.unweighted_loss(reduction)?;
+        match self.row_weights()? {
+            Some(weights) => Ok(loss.weigh_rows(&weights)?),
+            None => Ok(loss),
+        }
+    }
+
+    /// The masked logits, of which none is the label's; `None` without masks.
+    fn mask(&self) -> Result<Option<Tensor>> {
+        if !matches!(self.convention, Convention::Unmasked(_)) {
+            return Ok(None);
+        }
+        let mut shape = vec![1; self.dims.len()];
+        shape[self.class_dim] = self.num_classes();
+        let classes = (0..self.num_classes() as i64).collect();
+        let classes = Tensor::from_vec::<_, i64>(classes, shape, &CPU)?;
+        let is_other = classes.broadcast_ne(&self.labels()?.unsqueeze(self.class_dim)?)?;
+        Ok(Some((random(&self.dims, 1., self.seed + 6)?.lt(0.)? * is_other)?))
+    }
+
+    /// The tensor with `value` at the masked logits.
+    fn masked(&self, tensor: Tensor, value: f64) -> Result<Tensor> {
+        match self.mask()? {
+            Some(mask) => mask.where_cond(&Tensor::full(value, tensor.dims(), &CPU)?, &tensor),
+            None => Ok(tensor),
+        }
+    }
+
     fn logits(&self) -> Result<Tensor> {
-        random(&self.dims, self.range, self.seed)
+        self.masked(random(&self.dims, self.range, self.seed)?, f64::NEG_INFINITY)
     }
 
     fn labels(&self) -> Result<Tensor> {
         random_labels(&self.rows(), self.num_classes(), self.seed + 1)
     }
 
+    /// The sum of masked probabilities is below 1.
     fn targets(&self) -> Result<Tensor> {
         match self.soft {
-            true => random_probabilities(&self.dims, self.class_dim, self.seed + 2),
+            true => {
+                let dim = self.class_dim;
+                self.masked(random_probabilities(&self.dims, dim, self.seed + 2)?, 0.)
+            }
             false => self.labels(),
+        }
+    }
+
+    /// The targets of [`by_row`](Self::by_row).
+    fn targets_by_row(&self) -> Result<Tensor> {
+        match self.soft {
+            true => self.by_row(&self.targets()?),
+            false => self.targets()?.flatten_all(),
         }
     }
 
@@ -111,20 +184,46 @@ fn example() -> impl Strategy<Value = Example> {
         (0f64..=1.).prop_map(Convention::All),
         (0f64..=1.).prop_map(Convention::Others),
         (0f64..=1.).prop_map(Convention::Toward),
+        (0f64..=1.).prop_map(Convention::Unmasked),
     ];
     let dims = prop_oneof![
         prop::collection::vec(1usize..6, 1..5),
         prop::collection::vec(1usize..70, 2..3),
         prop::collection::vec(250usize..600, 1..2),
     ];
-    (dims, any::<prop::sample::Index>(), convention, any::<[bool; 4]>(), 0.1f64..30., 0u64..1 << 40)
-        .prop_map(|(dims, class_dim, convention, flags, range, seed)| {
+    let row_weights = prop_oneof![
+        2 => Just(RowWeights::None),
+        1 => Just(RowWeights::Mask),
+        1 => Just(RowWeights::Numbers),
+    ];
+    let map = (prop::option::of(0.1f64..3.), prop::option::of(1f64..40.));
+    let index = any::<prop::sample::Index>();
+    let numbers = (0.1f64..30., 0u64..1 << 40);
+    (dims, index, convention, any::<[bool; 4]>(), numbers, row_weights, map).prop_map(
+        |(dims, class_dim, convention, flags, (range, seed), row_weights, (scale, cap))| {
             let class_dim = class_dim.index(dims.len());
             let [weighted, ignores, has_z, soft] = flags;
             let z_loss = if has_z { 0.01 } else { 0. };
-            Example { dims, class_dim, convention, weighted, ignores, z_loss, soft, range, seed }
-        })
+            Example {
+                dims,
+                class_dim,
+                convention,
+                weighted,
+                ignores,
+                z_loss,
+                row_weights,
+                scale,
+                cap,
+                soft,
+                range,
+                seed,
+            }
+        },
+    )
 }
+
+const REDUCTIONS: [Reduction; 4] =
+    [Reduction::None, Reduction::Sum, Reduction::Mean, Reduction::MeanOrZero];
 
 /// The loss, and the logits' gradient of its sum.
 fn run(loss: &LabelSmoothingLoss, logits: &Tensor, targets: &Tensor) -> Result<(Tensor, Tensor)> {
@@ -170,14 +269,14 @@ macro_rules! property {
 
 property! {
     fn forward_and_backward_match_the_reference(example) {
-        for reduction in [Reduction::None, Reduction::Sum, Reduction::Mean] {
+        for reduction in REDUCTIONS {
             let loss = example.loss(reduction)?;
             let (logits, targets) = (example.logits()?, example.targets()?);
             let (actual, gradient) = run(&loss, &logits, &targets)?;
             let var = Var::from_tensor(&logits)?;
             let expected = reference::forward(&loss, &var, &targets)?;
             close("loss", &actual, &expected)?;
-            // If all rows are ignored, the mean is NaN and the gradient is 0.
+            // If no row counts, the mean is NaN and the gradient is 0.
             if numbers(&actual)?.iter().all(|loss| loss.is_finite()) {
                 let gradients = expected.sum_all().and_then(|sum| sum.backward())?;
                 close("gradient", &gradient, gradients.get(&var).expect("a gradient"))?;
@@ -185,25 +284,32 @@ property! {
         }
     }
 
-    /// Σ_k ∂loss/∂x_k is 2·z·lse, and 0 without z-loss.
+    /// Σ_k ∂loss/∂x_k is 2·z·lse times the row's weight, and 0 without z-loss. A scale and a softcap give each class another factor.
     fn gradient_of_a_row_sums_to_the_z_loss_term(example) {
+        let example = Example { scale: None, cap: None, ..example };
         let loss = example.loss(Reduction::None)?;
         let (logits, targets) = (example.logits()?, example.targets()?);
         let (_, gradient) = run(&loss, &logits, &targets)?;
         let sums = example.by_row(&gradient).and_then(|rows| rows.sum(1))?;
         let lse = example.by_row(&logits).and_then(|rows| rows.log_sum_exp(1))?;
-        let ignored = match example.ignores && !example.soft {
-            true => numbers(&targets)?.iter().map(|label| *label == 0.).collect(),
-            false => vec![false; example.num_rows()],
+        let mut weights = match example.row_weights()? {
+            Some(weights) => numbers(&weights)?,
+            None => vec![1.; example.num_rows()],
         };
-        for ((sum, lse), ignored) in numbers(&sums)?.iter().zip(numbers(&lse)?).zip(ignored) {
-            let expected = if ignored { 0. } else { 2. * example.z_loss * lse };
+        if example.ignores && !example.soft {
+            for (weight, label) in weights.iter_mut().zip(numbers(&targets)?) {
+                *weight *= if label == 0. { 0. } else { 1. };
+            }
+        }
+        for ((sum, lse), weight) in numbers(&sums)?.iter().zip(numbers(&lse)?).zip(weights) {
+            let expected = 2. * example.z_loss * lse * weight;
             prop_assert!((sum - expected).abs() < 1e-12 * (1. + lse.abs()), "{sum}, not {expected}");
         }
     }
 
+    /// A softcap does not commute with the addition.
     fn adding_a_constant_to_all_logits_changes_nothing_without_z_loss(example) {
-        let example = Example { z_loss: 0., ..example };
+        let example = Example { z_loss: 0., cap: None, ..example };
         let loss = example.loss(Reduction::None)?;
         let (logits, targets) = (example.logits()?, example.targets()?);
         // The addition of a power of two hardly rounds.
@@ -246,6 +352,8 @@ property! {
         let classes = example.num_classes() as f64;
         prop_assume!(classes > 1.);
         let others = 0.7 * (classes - 1.) / classes;
+        // The logits are not masked.
+        let example = Example { convention: Convention::None, ..example };
         let (logits, targets) = (example.logits()?, example.targets()?);
         let of = |convention| {
             run(&Example { convention, ..example.clone() }.loss(Reduction::Mean)?, &logits, &targets)
@@ -277,15 +385,28 @@ property! {
                 continue;
             }
             let weights = example.weights().and_then(|w| w.index_select(&labels.flatten_all()?, 0));
-            let sum: f64 = numbers(&weights?)?.iter().sum();
-            let scale = sum / example.num_rows() as f64;
+            let row_weights = match example.row_weights()? {
+                Some(weights) => numbers(&weights)?,
+                None => vec![1.; example.num_rows()],
+            };
+            let of_labels = numbers(&weights?)?;
+            let sum: f64 = of_labels.iter().zip(&row_weights).map(|(w, v)| w * v).sum();
+            let scale = sum / row_weights.iter().sum::<f64>();
             close("weighted mean", &(actual.0 * scale)?, &expected.0)?;
         }
     }
 
     fn without_smoothing_matches_candle_nn_cross_entropy(example) {
         let example = Example {
-            convention: Convention::None, weighted: false, ignores: false, z_loss: 0., soft: false, ..example
+            convention: Convention::None,
+            weighted: false,
+            ignores: false,
+            z_loss: 0.,
+            row_weights: RowWeights::None,
+            scale: None,
+            cap: None,
+            soft: false,
+            ..example
         };
         let (logits, labels) = (example.logits()?, example.labels()?);
         let actual = run(&example.loss(Reduction::Mean)?, &logits, &labels)?;
@@ -298,9 +419,14 @@ property! {
         close("gradient", &actual.1, gradients.get(&var).expect("a gradient"))?;
     }
 
-    /// The tolerance is that of f32, the dtype of the smoothed targets.
+    /// The tolerance is that of f32, the dtype of the smoothed targets. `smooth_targets` has no logits, so it knows no masks.
     fn smooth_targets_sum_to_1_and_give_the_same_loss(example) {
-        let example = Example { weighted: false, ignores: false, soft: false, ..example };
+        let convention = match example.convention {
+            Convention::Unmasked(epsilon) => Convention::All(epsilon),
+            other => other,
+        };
+        let example =
+            Example { convention, weighted: false, ignores: false, soft: false, ..example };
         let (logits, labels) = (example.logits()?, example.labels()?);
         let rows = example.by_row(&logits)?;
         let labels = labels.flatten_all()?;
@@ -319,22 +445,98 @@ property! {
     }
 
     fn sums_over_a_split_batch_add_up(example) {
-        let loss = example.loss(Reduction::Sum)?.with_class_dim(1);
+        let loss = example.unweighted_loss(Reduction::Sum)?.with_class_dim(1);
         let rows = example.by_row(&example.logits()?)?;
-        let targets = match example.soft {
-            true => example.targets().and_then(|targets| example.by_row(&targets)),
-            false => example.targets().and_then(|targets| targets.flatten_all()),
-        };
-        let targets = targets?;
+        let targets = example.targets_by_row()?;
+        let weights = example.row_weights()?;
         let first = example.num_rows() / 2;
         let part = |start, len| -> Result<(Tensor, Tensor)> {
+            let loss = match &weights {
+                Some(weights) => {
+                    loss.weigh_rows(&weights.flatten_all()?.narrow(0, start, len)?)?
+                }
+                None => loss.clone(),
+            };
             run(&loss, &rows.narrow(0, start, len)?, &targets.narrow(0, start, len)?)
         };
-        let whole = run(&loss, &rows, &targets)?;
+        let whole = part(0, example.num_rows())?;
         let (a, b) = (part(0, first), part(first, example.num_rows() - first));
         let (a, b) = (a?, b?);
         close("loss", &(a.0 + b.0)?, &whole.0)?;
         close("gradient", &Tensor::cat(&[a.1, b.1], 0)?, &whole.1)?;
+    }
+
+    /// The gradient of the other rows is 0.
+    fn a_mask_has_the_loss_of_the_kept_rows(example) {
+        let example = Example { row_weights: RowWeights::Mask, ..example };
+        let mask = example.row_weights()?.expect("a mask").flatten_all()?;
+        let kept: Vec<u32> = (0..).zip(numbers(&mask)?).filter(|(_, v)| *v == 1.).map(|v| v.0).collect();
+        let kept = Tensor::from_vec(kept.clone(), kept.len(), &CPU)?;
+        let rows = example.by_row(&example.logits()?)?;
+        let targets = example.targets_by_row()?;
+        for reduction in [Reduction::Sum, Reduction::Mean, Reduction::MeanOrZero] {
+            let loss = example.unweighted_loss(reduction)?.with_class_dim(1);
+            let few = (rows.index_select(&kept, 0)?, targets.index_select(&kept, 0)?);
+            let expected = run(&loss, &few.0, &few.1)?;
+            let actual = run(&loss.weigh_rows(&mask)?, &rows, &targets)?;
+            close("loss", &actual.0, &expected.0)?;
+            close("gradient", &actual.1.index_select(&kept, 0)?, &expected.1)?;
+            let rest = actual.1.broadcast_mul(&mask.eq(0u8)?.to_dtype(DType::F64)?.unsqueeze(1)?)?;
+            prop_assert!(numbers(&rest)?.iter().all(|g| *g == 0.));
+        }
+    }
+
+    /// The metrics have the numbers of other losses: `nll` is the loss without smoothing, and with a z-loss of 1 it has lse² more.
+    fn metrics_agree_with_forward(example) {
+        let example = Example { soft: false, ..example };
+        let (logits, labels) = (example.logits()?, example.targets()?);
+        let loss = example.loss(Reduction::Mean)?;
+        let (actual, metrics) = loss.forward_with_metrics(&logits, &labels)?;
+        let (actual, expected) = (numbers(&actual)?, numbers(&loss.forward(&logits, &labels)?)?);
+        prop_assert!(actual == expected || actual[0].is_nan() && expected[0].is_nan());
+
+        let counted = &metrics.counted;
+        let zeros = counted.zeros_like()?;
+        let of_counted =
+            |tensor: &Tensor| counted.to_dtype(DType::U8)?.where_cond(tensor, &zeros);
+        // The logits keep their masks.
+        let plain = LabelSmoothingLoss::new(Smoothing::none())
+            .with_class_dim(example.class_dim)
+            .with_reduction(Reduction::None)
+            .with_logit_scale(example.scale.unwrap_or(1.))?;
+        let plain = match example.cap {
+            Some(cap) => plain.with_softcap(cap)?,
+            None => plain,
+        };
+        let nll = plain.forward(&logits, &labels)?;
+        close("nll", &metrics.nll, &of_counted(&nll)?)?;
+        let squared = (plain.with_z_loss(1.)?.forward(&logits, &labels)? - nll)?;
+        let squares = numbers(&of_counted(&squared)?)?;
+        for (lse, squared) in numbers(&metrics.lse)?.iter().zip(squares) {
+            prop_assert!((lse * lse - squared).abs() <= 1e-11 * (1. + squared), "{lse}");
+        }
+
+        // A row counts if it is neither ignored nor of weight 0.
+        let mut rows = numbers(&labels.to_dtype(DType::F64)?)?;
+        rows.iter_mut().for_each(|y| *y = if example.ignores && *y == 0. { 0. } else { 1. });
+        if let Some(weights) = example.row_weights()? {
+            let weights = numbers(&weights)?;
+            rows.iter_mut().zip(weights).for_each(|(row, v)| *row *= if v == 0. { 0. } else { 1. });
+        }
+        prop_assert_eq!(numbers(counted)?, rows);
+        let correct = numbers(&metrics.correct)?;
+        let hits = numbers(&metrics.prediction.eq(&labels.to_dtype(DType::U32)?)?)?;
+        for ((correct, hit), counted) in correct.iter().zip(hits).zip(numbers(counted)?) {
+            prop_assert_eq!(*correct, hit * counted);
+        }
+        // The entropy is at most log K, and the confidence at least 1/K.
+        let classes = example.num_classes() as f64;
+        for (entropy, confidence) in
+            numbers(&metrics.entropy)?.iter().zip(numbers(&metrics.confidence)?)
+        {
+            prop_assert!((-1e-12..=classes.ln() + 1e-12).contains(entropy), "{entropy}");
+            prop_assert!(confidence == 0. || confidence > (1. - 1e-12) / classes, "{confidence}");
+        }
     }
 
     /// For any tile, hidden size, layout of hidden states and weight, and grad_output.
@@ -358,8 +560,7 @@ property! {
         let bias = Var::from_tensor(&random(&[classes], 1., seed + 12)?)?;
         let targets = example.targets()?;
         let has_bias = !seed.is_multiple_of(3);
-        let reductions = [Reduction::None, Reduction::Sum, Reduction::Mean];
-        let loss = example.loss(reductions[(seed % 3) as usize])?;
+        let loss = example.loss(REDUCTIONS[(seed % 4) as usize])?;
         let gradients_of = |loss: &Tensor| -> Result<[Option<Tensor>; 3]> {
             let grad_output = random(loss.dims(), 1., seed + 13)?;
             let gradients = (loss * grad_output)?.sum_all()?.backward()?;
@@ -406,5 +607,10 @@ fn strategy_covers_shapes_and_options() {
     assert!(examples.iter().any(|example| example.num_classes() > 256));
     assert!(examples.iter().any(|example| example.num_classes() == 1));
     assert!(examples.iter().any(|example| example.soft && example.weighted));
+    let masked = |example: &&Example| matches!(example.convention, Convention::Unmasked(_));
+    assert!(examples.iter().filter(masked).any(|example| example.cap.is_some()));
+    for row_weights in [RowWeights::None, RowWeights::Mask, RowWeights::Numbers] {
+        assert!(examples.iter().any(|example| example.row_weights == row_weights));
+    }
     assert_eq!(examples[0].logits().expect("logits").dtype(), DType::F64);
 }

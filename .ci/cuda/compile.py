@@ -17,17 +17,20 @@ ARCHITECTURES = ["sm_90", "sm_100", "sm_120"]
 LOGITS_DTYPES = ["f16", "bf16", "f32", "f64"]
 LABEL_DTYPES = ["u8", "u32", "i16", "i32", "i64"]
 PROBABILITY_DTYPES = ["f8", "f16", "bf16", "f32", "f64"]
-# The dtypes of logits and targets, and whether the class params differ between classes.
-COMPILED_VARIANTS = [("bf16", "u32", 0), ("f16", "bf16", 0), ("f32", "i64", 1), ("f64", "f8", 1)]
+# The options that are set alone, and their sum. A cap comes with a scale.
+SINGLE_OPTIONS, ALL_OPTIONS = [1, 3, 4, 8, 16], 31
+# The dtypes of logits and targets, whether the class params differ between classes, and the options.
+COMPILED_VARIANTS = [("bf16", "u32", 0, 0), ("f16", "bf16", 0, 0), ("f32", "i64", 1, ALL_OPTIONS), ("f64", "f8", 1, 0)]
 
 
-def definitions(logits, targets, per_class):
+def definitions(logits, targets, per_class, options=0):
     values = {
         "LOGITS": logits,
         "REAL": "f64" if logits == "f64" else "f32",
         "TARGETS": targets,
         "CLASS_TARGETS": int(targets in LABEL_DTYPES),
         "PER_CLASS": per_class,
+        "OPTIONS": options,
     }
     return "".join(f"#define {name} {value}\n" for name, value in values.items())
 
@@ -62,9 +65,11 @@ def read_source(folder):
 def main(folder, path="src/gpu"):
     source = read_source(path)
     (library,) = glob.glob(f"{folder}/libnvrtc.so.*")
-    variants = [(l, t, c) for l in LOGITS_DTYPES for t in LABEL_DTYPES + PROBABILITY_DTYPES for c in [0, 1]]
+    variants = [(l, t, c, 0) for l in LOGITS_DTYPES for t in LABEL_DTYPES + PROBABILITY_DTYPES for c in [0, 1]]
+    with_options = [(l, t, c, ALL_OPTIONS) for l in LOGITS_DTYPES for t, c in [("i64", 0), ("u8", 1), ("f32", 1), ("bf16", 0)]]
+    with_options += [("bf16", "u32", 0, option) for option in SINGLE_OPTIONS]
     jobs = [(variant, architecture) for variant in COMPILED_VARIANTS for architecture in ARCHITECTURES]
-    jobs += [(variant, PTX_ARCHITECTURE) for variant in variants]
+    jobs += [(variant, PTX_ARCHITECTURE) for variant in variants + with_options]
     jobs += [(variant, OLD_PTX_ARCHITECTURE) for variant in variants if variant[0] in ["f16", "bf16"]]
     failures = 0
     with concurrent.futures.ProcessPoolExecutor() as pool:

@@ -65,10 +65,12 @@ def params(classes, rows, threads, tasks):
         "logits": {"class_stride": 1, "rank": 1, "lengths": [rows], "strides": [classes]},
         "targets": {"rank": 1, "lengths": [rows], "strides": [1]},
         "grad_output": {"rank": 1, "lengths": [rows], "strides": [0]},
+        "row_weights": {"rank": 1, "lengths": [rows], "strides": [1]}, "logit_scale": 1, "softcap": 1, "inverse_softcap": 1,
         "num_rows": rows, "num_classes": classes, "tile_classes": classes, "inner_size": 1, "num_tasks": tasks, "num_splits": 1,
         "classes_per_split": classes, "row_shift": threads.bit_length() - 1, "divisor_start": 1,
         "has_ignore_index": 1, "ignore_index": -100, "saves": 1, "reduces": 1, "weighted": 1, "prob_scale": 0.9,
         "off_value": 0.1 / classes, "on_value": 0.9 + 0.1 / classes, "weight": 1, "divisor": 1, "scale": 1, "unscale": 1,
+        "empty_divisor": math.nan,
     }  # fmt: skip
 
 
@@ -78,6 +80,7 @@ def buffers(classes, rows, size):
     return {
         "logits": (logits, one[-size:]), "targets": (4 * rows, zero), "out": (8, zero), "saved": (12 * rows, one),
         "scratch": (1 << 17, zero), "grad_output": (4, one), "divisor": (8, one), "grad_logits": (logits, zero),
+        "row_weights": (rows, b"\1"), "metrics": (24 * rows, zero), "predictions": (4 * rows, zero),
     }  # fmt: skip
 
 
@@ -576,12 +579,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", metavar="FOLDER", help="of the compiler and the disassembler")
     parser.add_argument("--source", metavar="FOLDER", default=os.path.join(os.path.dirname(__file__), "../../src/gpu"))
+    parser.add_argument("--options", type=int, default=0, help="what the macro OPTIONS is, for information: the limits are those of 0")
     parser.add_argument("--listing", nargs=3, metavar=("KERNEL", "DTYPE", "K"))
     options = parser.parse_args()
     library, tool = install(options.folder)
     source, failures = read_source(options.source), 0
     for dtype, kernels in LIMITS.items():
-        code, log = compiled(library, tool, definitions(dtype, "u32", 0) + source)
+        code, log = compiled(library, tool, definitions(dtype, "u32", 0, options.options) + source)
         for kernel in kernels:
             program = Program(code[kernel])
             if options.listing and options.listing[:2] == [kernel, dtype]:

@@ -70,6 +70,18 @@ fn limits(dtype: DType) -> (f64, f64, f64) {
     }
 }
 
+/// Above this limit, a result may overflow or not, depending on the order of the operations.
+fn limit(dtype: DType) -> f64 {
+    if dtype == DType::F64 { 1e290 } else { 1e30 }
+}
+
+/// The library rounds in vectors within blocks of 256 classes and merges the blocks in f64. This crate's functions round once for
+/// each class, in f64.
+fn relative_error(classes: usize, dtype: DType) -> f64 {
+    let formula_error = classes as f64 * f64::EPSILON;
+    (64 + classes.min(256) / 4) as f64 * unit_roundoff(compute_dtype(dtype)) + formula_error
+}
+
 /// Half the distance from 1 to the next larger number.
 pub fn unit_roundoff(dtype: DType) -> f64 {
     limits(dtype).0
@@ -86,6 +98,7 @@ pub enum SmoothingKind {
     All,
     Others,
     Toward(Vec<f64>),
+    Unmasked,
 }
 
 /// The options of a valid loss, in f64.
@@ -97,6 +110,16 @@ pub struct Formula {
     pub ignore_index: Option<i64>,
     pub z_loss: f64,
     pub reduction: Reduction,
+    pub row_weights: Option<Vec<f64>>,
+    pub scale: f64,
+    pub cap: Option<f64>,
+}
+
+/// The metrics of a row: nll, confidence, entropy and lse. The prediction may be any class whose logit is near the largest one.
+pub struct RowMetrics {
+    pub values: [Approx; 4],
+    pub predictions: Vec<usize>,
+    pub counts: bool,
 }
 
 /// A label for each row, or a probability for each logit.
@@ -144,7 +167,8 @@ impl Formula {
         let (epsilon, classes) = (self.epsilon, classes as f64);
         let (prob_scale, off_value) = match &self.kind {
             SmoothingKind::None => (1., 0.),
-            SmoothingKind::All => (1. - epsilon, epsilon / classes),
+            // Of a row without masked classes. `evaluate` knows the others.
+            SmoothingKind::All | SmoothingKind::Unmasked => (1. - epsilon, epsilon / classes),
             SmoothingKind::Others => {
                 let (on_value, off_value) = (1. - epsilon, epsilon / (classes - 1.));
                 let value = on_value * p + off_value * (1. - p);
@@ -158,6 +182,112 @@ impl Formula {
 
     fn weight(&self, class: usize) -> f64 {
         self.class_weights.as_ref().map_or(1., |weights| weights[class])
+    }
+
+    pub fn row_weight(&self, row: usize) -> f64 {
+        self.row_weights.as_ref().map_or(1., |weights| weights[row])
+    }
+
+    fn is_mapped(&self) -> bool {
+        self.scale != 1. || self.cap.is_some()
+    }
+
+    /// The scaled and capped logit, and the factor of its gradient.
+    fn map(&self, x: f64, dtype: DType) -> (f64, f64) {
+        let (_, least, most) = limits(compute_dtype(dtype));
+        let scale = self.scale.clamp(least, most);
+        match self.cap.map(|cap| cap.clamp(least, most)) {
+            Some(cap) if x > f64::NEG_INFINITY => {
+                let tanh = (scale * x / cap).tanh();
+                (cap * tanh, scale * (1. - tanh * tanh))
+            }
+            _ => (scale * x, scale),
+        }
+    }
+
+    /// A bound on the error of the mapped logits of a row; infinite if it is not small.
+    fn map_error(&self, x: &[f64], logit_error: f64, dtype: DType) -> f64 {
+        if !self.is_mapped() {
+            return logit_error;
+        }
+        let finite = x.iter().filter(|x| x.is_finite());
+        let largest = finite.fold(0f64, |largest, x| largest.max(x.abs()));
+        let limit = limit(dtype);
+        let is_in_range = |number: f64| (1. / limit..limit).contains(&number);
+        let numbers = [self.scale, self.cap.unwrap_or(1.), self.scale / self.cap.unwrap_or(1.)];
+        let error = logit_error * self.scale + 8. * unit_roundoff(compute_dtype(dtype)) * largest;
+        if error < 0.01 && numbers.into_iter().all(is_in_range) { error } else { f64::INFINITY }
+    }
+
+    fn counts(&self, targets: &Targets, row: usize) -> bool {
+        let is_ignored = match targets {
+            Targets::Labels(labels) => Some(labels[row]) == self.ignore_index,
+            Targets::Probabilities(_) => false,
+        };
+        self.row_weight(row) != 0. && !is_ignored
+    }
+
+    /// The metrics of the rows. An infinite `logit_error` accepts any numbers.
+    pub fn metrics(
+        &self,
+        logits: &[f64],
+        logit_error: f64,
+        shape: Shape,
+        labels: &[i64],
+        dtype: DType,
+    ) -> Vec<RowMetrics> {
+        let Shape { rows, classes, .. } = shape;
+        let targets = Targets::Labels(labels.to_vec());
+        let row_metrics = |row: usize| {
+            if !self.counts(&targets, row) {
+                let values = [Approx::default(); 4];
+                return RowMetrics { values, predictions: vec![0], counts: false };
+            }
+            let given = (0..classes).map(|class| logits[shape.index(row, class)]);
+            let x: Vec<f64> = given.map(|x| self.map(x, dtype).0).collect();
+            let logit_error = self.map_error(&x, logit_error, dtype);
+            if !logit_error.is_finite() {
+                let values = [Approx::UNKNOWN; 4];
+                return RowMetrics { values, predictions: (0..classes).collect(), counts: true };
+            }
+            let max = x.iter().fold(f64::NEG_INFINITY, |max, x| max.max(*x));
+            if max == f64::NEG_INFINITY || x.iter().any(|x| x.is_nan()) {
+                let values = [Approx::exact(f64::NAN); 4];
+                return RowMetrics { values, predictions: vec![0], counts: true };
+            }
+            let is_near = |class: &usize| x[*class] >= max - 2. * logit_error;
+            let mut predictions: Vec<usize> = (0..classes).filter(is_near).collect();
+            if logit_error == 0. {
+                predictions.truncate(1);
+            }
+            if max.abs() >= limit(dtype) {
+                let values = [Approx::UNKNOWN; 4];
+                return RowMetrics { values, predictions, counts: true };
+            }
+            let sum_exp: f64 = x.iter().map(|x| (x - max).exp()).sum();
+            let log_sum = sum_exp.ln();
+            let relative_error = relative_error(classes, dtype) + 4. * logit_error;
+            let approx = |value, magnitude| Approx { value, error: relative_error * magnitude };
+            let label = x[labels[row] as usize];
+            let nll = match label > f64::NEG_INFINITY {
+                true if max - label >= limit(dtype) => Approx::UNKNOWN,
+                true => approx(log_sum + (max - label), max - label + log_sum + 1.),
+                false => Approx::exact(f64::INFINITY),
+            };
+            let (mut entropy, mut magnitude) = (0., 1. + log_sum);
+            for x in x.iter().filter(|x| **x > f64::NEG_INFINITY) {
+                let p = (x - max).exp() / sum_exp;
+                // The relative error of an exponential grows with its argument.
+                if p > 0. {
+                    entropy += p * (log_sum + (max - x));
+                    magnitude += p * (log_sum + (max - x) + 1.) * (1. + max - x);
+                }
+            }
+            let lse = approx(max + log_sum, max.abs() + log_sum + 1.);
+            let values = [nll, approx(1. / sum_exp, 1.), approx(entropy, magnitude), lse];
+            RowMetrics { values, predictions, counts: true }
+        };
+        (0..rows).map(row_metrics).collect()
     }
 
     /// The losses, and the gradient of the logits in the order of `logits`.
@@ -174,36 +304,55 @@ impl Formula {
         dtype: DType,
     ) -> (Vec<Approx>, Vec<Approx>) {
         let Shape { rows, classes, .. } = shape;
-        let is_counted = |row: usize| match targets {
-            Targets::Labels(labels) => Some(labels[row]) != self.ignore_index,
-            Targets::Probabilities(_) => true,
-        };
-        let divisor = match (self.reduction, targets) {
-            (Reduction::Mean, Targets::Labels(labels)) => (0..rows)
-                .filter(|row| is_counted(*row))
-                .map(|row| self.weight(labels[row] as usize))
-                .sum(),
-            (Reduction::Mean, Targets::Probabilities(_)) => rows as f64,
-            _ => 1.,
-        };
+        let is_counted = |row: usize| self.counts(targets, row);
+        let is_mean = matches!(self.reduction, Reduction::Mean | Reduction::MeanOrZero);
+        let divisor_terms = (0..rows).filter(|row| is_counted(*row)).map(|row| match targets {
+            Targets::Labels(labels) => self.weight(labels[row] as usize) * self.row_weight(row),
+            Targets::Probabilities(_) => self.row_weight(row),
+        });
+        let divisor = if is_mean { divisor_terms.sum() } else { 1. };
         let (unit_roundoff, underflow_error, _) = limits(compute_dtype(dtype));
-        // Above this limit, a result may overflow or not, depending on the order of the operations.
-        let limit = if dtype == DType::F64 { 1e290 } else { 1e30 };
-        // The library rounds in vectors within blocks of 256 classes and merges the blocks in f64. This function
-        // rounds once for each class, in f64.
-        let formula_error = classes as f64 * f64::EPSILON;
-        let relative_error =
-            (64 + classes.min(256) / 4) as f64 * unit_roundoff + formula_error + 4. * logit_error;
+        let limit = limit(dtype);
+        // Such weights may become 0 or infinite.
+        let is_possible = |row: &usize| {
+            let weight = self.row_weight(*row);
+            weight == 0. || (1. / limit..limit).contains(&weight)
+        };
+        if !(0..rows).all(|row| is_possible(&row)) {
+            let num_losses = if self.reduction == Reduction::None { rows } else { 1 };
+            return (vec![Approx::UNKNOWN; num_losses], vec![Approx::UNKNOWN; logits.len()]);
+        }
+        if self.reduction == Reduction::MeanOrZero && divisor == 0. {
+            return (vec![Approx::default()], vec![Approx::default(); logits.len()]);
+        }
+        let given_error = logit_error;
         let mut losses = vec![Approx::default(); rows];
         let mut gradient = vec![Approx::default(); logits.len()];
         for row in (0..rows).filter(|row| is_counted(*row)) {
+            let given: Vec<f64> =
+                (0..classes).map(|class| logits[shape.index(row, class)]).collect();
+            let (x, factors): (Vec<f64>, Vec<f64>) = match self.is_mapped() {
+                true => given.iter().map(|x| self.map(*x, dtype)).unzip(),
+                false => (given.clone(), vec![1.; classes]),
+            };
+            let logit_error = self.map_error(&x, given_error, dtype);
+            let relative_error = relative_error(classes, dtype) + 4. * logit_error;
+            let is_masked = |class: usize| given[class] == f64::NEG_INFINITY;
+            let num_unmasked = (0..classes).filter(|class| !is_masked(*class)).count();
             let class_term = |class: usize| {
-                let logit = logits[shape.index(row, class)];
+                let logit = x[class];
                 let p = match targets {
                     Targets::Labels(labels) => f64::from(u8::from(labels[row] == class as i64)),
                     Targets::Probabilities(p) => p[shape.index(row, class)],
                 };
-                let mut target = self.target(p, class, classes).mul(self.weight(class));
+                let mut target = self.target(p, class, classes);
+                if matches!(self.kind, SmoothingKind::Unmasked) {
+                    let own = (1. - self.epsilon) * p;
+                    let share = self.epsilon / num_unmasked as f64;
+                    let share = if is_masked(class) { 0. } else { share };
+                    target = Approx { value: own + share, error: own.abs() + share };
+                }
+                let mut target = target.mul(self.weight(class));
                 let is_zero = target.error == 0.;
                 // Near 0, the error is absolute, since subnormal numbers have fewer digits.
                 let is_in_range = p.abs() < limit && self.weight(class) < limit;
@@ -212,9 +361,10 @@ impl Formula {
                 ClassTerm { logit, target, is_zero, has_nan: logit.is_nan() || p.is_nan() }
             };
             let terms: Vec<ClassTerm> = (0..classes).map(class_term).collect();
+            let row_weight = self.row_weight(row);
             let grad_loss = match self.reduction {
-                Reduction::None => grad_output[row],
-                _ => grad_output[0] / divisor,
+                Reduction::None => grad_output[row] * row_weight,
+                _ => grad_output[0] * row_weight / divisor,
             };
             let max = terms.iter().fold(f64::NEG_INFINITY, |max, term| max.max(term.logit));
             // With an infinite `logit_error`, the library's logits may be finite where these are not.
@@ -248,8 +398,11 @@ impl Formula {
             losses[row] = match is_in_range && relative_error.is_finite() {
                 false => Approx::UNKNOWN,
                 true if is_infinite => Approx::exact(f64::INFINITY),
-                true => Approx { value: loss, error: relative_error * magnitude },
+                true => Approx { value: loss, error: relative_error * magnitude }.mul(row_weight),
             };
+            if losses[row].value.abs() + losses[row].error >= limit && !is_infinite {
+                losses[row] = Approx::UNKNOWN;
+            }
 
             // The gradient is (softmax_coeff · softmax − target) · grad_loss.
             let softmax_coeff = target_sum.value + 2. * self.z_loss * lse;
@@ -262,10 +415,22 @@ impl Formula {
                 let error = relative_error * magnitude + underflow_error * (coeff_magnitude + 4.);
                 let value = softmax * softmax_coeff - target.value;
                 let expected = Approx { value, error }.mul(grad_loss);
-                let error =
+                let mut error =
                     expected.error + underflow_error * (coeff_magnitude + target.error + 1.);
-                let is_in_range =
+                let mut is_in_range =
                     is_in_range && expected.value.abs() + error < limit && divisor > 0.;
+                let mut expected = expected;
+                if self.is_mapped() {
+                    // 1 − tanh² has an absolute error. The derivative of a mask is undefined.
+                    let rounding = 16. * unit_roundoff * self.scale;
+                    let rate = self.cap.map_or(0., |cap| self.scale / cap);
+                    let factor_error = rounding + 2. * self.scale * rate * given_error;
+                    let size = expected.value.abs() + error;
+                    error = error * factors[class].abs() + size * factor_error + underflow_error;
+                    expected = expected.mul(factors[class]);
+                    is_in_range &= size * self.scale < limit
+                        && (self.cap.is_none() || !is_masked(class) || value == 0.);
+                }
                 gradient[shape.index(row, class)] =
                     if is_in_range { Approx { error, ..expected } } else { Approx::UNKNOWN };
             }
@@ -278,7 +443,8 @@ impl Formula {
             reduced.error += 4. * unit_roundoff * reduced.value.abs();
             let any_exact =
                 |is: fn(f64) -> bool| losses.iter().any(|loss| loss.is_exact() && is(loss.value));
-            let is_empty_mean = !(0..rows).any(is_counted) && self.reduction == Reduction::Mean;
+            // `MeanOrZero` of no rows has been returned.
+            let is_empty_mean = !(0..rows).any(is_counted) && is_mean;
             if is_empty_mean || any_exact(f64::is_nan) {
                 reduced = Approx::exact(f64::NAN);
             } else if divisor == 0. {

@@ -3,7 +3,7 @@
 //! `Arbitrary` reads fields and variants in the order of their declaration. Reordering them, or changing their types,
 //! changes what the stored seeds mean.
 
-use arbitrary::Arbitrary;
+use arbitrary::{Arbitrary, Unstructured};
 use candle_core::op::BackpropOp;
 use candle_core::{CpuStorage, DType, Device, Result, Storage, Tensor, Var};
 use half::f16;
@@ -356,7 +356,51 @@ pub enum Call<'a> {
     },
 }
 
+/// Weights of the rows.
 #[derive(Arbitrary, Debug)]
+pub struct RowWeights<'a> {
+    mistake: Mistake,
+    tensor: TensorSpec<'a>,
+}
+
+impl RowWeights<'_> {
+    /// The weights, which are valid if their elements are `Small` and there is no mistake.
+    pub fn build(&self, rows: &[usize]) -> Result<Option<BuiltTensor>> {
+        let mut dims = rows.to_vec();
+        match self.mistake.get() {
+            Some(0..4) => dims.push(1),
+            Some(_) => drop(dims.pop()),
+            None => {}
+        }
+        let elements = &self.tensor.elements;
+        let dtype = match self.tensor.dtype(5) {
+            DType::U32 => DType::U8,
+            dtype => dtype,
+        };
+        if dtype.is_int() {
+            return self.tensor.labels(&dims, dtype, 3);
+        }
+        self.tensor.build(&dims, |dims| {
+            let floats = elements.float_tensor(dims, DType::F64)?;
+            let is_small = matches!(elements, Elements::Small(_));
+            cast(if is_small { floats.relu()? } else { floats }, dtype)
+        })
+    }
+}
+
+#[derive(Arbitrary, Debug)]
+pub struct MoreOptions<'a> {
+    /// The epsilon of `over_unmasked`, which replaces the convention.
+    pub unmasked: Option<Scalar>,
+    pub row_weights: Option<RowWeights<'a>>,
+    pub scale: Option<Scalar>,
+    pub cap: Option<Scalar>,
+    /// Replaces `Mean` by `MeanOrZero`.
+    pub zero_if_empty: bool,
+    pub wants_metrics: bool,
+}
+
+#[derive(Debug)]
 pub struct Input<'a> {
     pub call: Call<'a>,
     /// The shape of the logits.
@@ -364,5 +408,34 @@ pub struct Input<'a> {
     pub options: Options<'a>,
     pub targets: TensorSpec<'a>,
     pub targets_mistake: Mistake,
+    /// Behind a mark, which the seeds from before these options do not have.
+    pub more: Option<MoreOptions<'a>>,
     pub grad_output: Elements<'a>,
+}
+
+/// No older seed has this byte where `grad_output` begins.
+const MARK: u8 = 0xA5;
+
+impl<'a> Arbitrary<'a> for Input<'a> {
+    fn arbitrary(u: &mut Unstructured<'a>) -> arbitrary::Result<Self> {
+        Self::arbitrary_take_rest(Unstructured::new(u.bytes(u.len())?))
+    }
+
+    fn arbitrary_take_rest(mut u: Unstructured<'a>) -> arbitrary::Result<Self> {
+        Ok(Self {
+            call: u.arbitrary()?,
+            dims: u.arbitrary()?,
+            options: u.arbitrary()?,
+            targets: u.arbitrary()?,
+            targets_mistake: u.arbitrary()?,
+            more: match u.peek_bytes(1) {
+                Some([MARK]) => {
+                    u.bytes(1)?;
+                    Some(u.arbitrary()?)
+                }
+                _ => None,
+            },
+            grad_output: Elements::arbitrary_take_rest(u)?,
+        })
+    }
 }

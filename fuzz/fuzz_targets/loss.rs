@@ -25,10 +25,12 @@ mod input;
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_label_smoothing::testing::{self, TileSize};
 use candle_label_smoothing::{
-    Error, LabelSmoothingLoss, Reduction, Smoothing, check_targets, smooth_targets,
+    Error, LabelSmoothingLoss, Metrics, Reduction, Smoothing, check_targets, smooth_targets,
 };
-use formula::{Approx, Formula, Shape, SmoothingKind, Targets, compute_dtype, unit_roundoff};
-use input::{BuiltTensor, Call, ClassVector, Convention, Input, MAX_ELEMENTS, Options, TensorSpec};
+use formula::{
+    Approx, Formula, RowMetrics, Shape, SmoothingKind, Targets, compute_dtype, unit_roundoff,
+};
+use input::{BuiltTensor, Call, ClassVector, Convention, Input, MAX_ELEMENTS, TensorSpec};
 use libfuzzer_sys::{Corpus, fuzz_target};
 use std::ffi::{CStr, c_char};
 
@@ -65,12 +67,30 @@ fn run(input: &Input) -> Result<Option<()>> {
         Some(dim) => usize::from(dim) % 6,
     };
     let num_classes = dims.get(class_dim).copied().unwrap_or(3);
-    let Some((loss, smoothing, formula)) = options(&input.options, num_classes)? else {
+    let Some((loss, smoothing, mut formula)) = options(input, num_classes)? else {
         return Ok(None);
     };
     let mut rows = dims.clone();
     if class_dim < rows.len() {
         rows.remove(class_dim);
+    }
+    let row_weights = input.more.as_ref().and_then(|more| more.row_weights.as_ref());
+    let row_weights = match row_weights.map(|weights| weights.build(&rows)).transpose()? {
+        Some(None) => return Ok(None),
+        weights => weights.flatten(),
+    };
+    let mut are_row_weights_valid = true;
+    if let Some(weights) = &row_weights {
+        let (view, dtype) = (&weights.view, weights.view.dtype());
+        let is_valid = dtype == DType::U8 || dtype.is_float() && dtype != DType::F8E8M0;
+        are_row_weights_valid = is_valid;
+        if is_valid && element_count(&rows) <= MAX_ELEMENTS {
+            let values = if weights.is_truncated { vec![] } else { to_f64s(view)? };
+            are_row_weights_valid = !weights.is_truncated
+                && view.dims() == rows
+                && values.iter().all(|value| value.is_finite() && *value >= 0.);
+            formula.row_weights = are_row_weights_valid.then_some(values);
+        }
     }
     let dtype = input.targets.dtype(9);
     let mut targets_dims = if dtype.is_float() { &dims } else { &rows }.clone();
@@ -94,6 +114,8 @@ fn run(input: &Input) -> Result<Option<()>> {
         formula,
         dims,
         class_dim,
+        row_weights: row_weights.map(|weights| weights.view),
+        are_row_weights_valid,
         targets: targets.view,
         are_targets_truncated: targets.is_truncated,
     };
@@ -127,7 +149,7 @@ fn check_validity<T>(result: std::result::Result<T, Error>, is_valid: bool) -> O
 
 /// The options, both as the library and as the formula take them. Invalid options are checked to be errors and left out.
 fn options(
-    options: &Options,
+    Input { options, more, .. }: &Input,
     num_classes: usize,
 ) -> Result<Option<(LabelSmoothingLoss, Smoothing, Formula)>> {
     let num_classes = if num_classes > MAX_ELEMENTS { 3 } else { num_classes };
@@ -147,17 +169,23 @@ fn options(
         Ok(Some((tensor, values.filter(are_valid))))
     };
     let is_valid_epsilon = |epsilon: f64| (0. ..=1.).contains(&epsilon);
-    let (epsilon, smoothing, kind) = match &options.convention {
-        Convention::None => (0., Ok(Smoothing::none()), Some(SmoothingKind::None)),
-        Convention::All(epsilon) => {
+    let more = more.as_ref();
+    let unmasked = more.and_then(|more| more.unmasked.as_ref());
+    let (epsilon, smoothing, kind) = match (unmasked, &options.convention) {
+        (Some(epsilon), _) => {
+            let epsilon = epsilon.get();
+            (epsilon, Smoothing::over_unmasked(epsilon), Some(SmoothingKind::Unmasked))
+        }
+        (_, Convention::None) => (0., Ok(Smoothing::none()), Some(SmoothingKind::None)),
+        (_, Convention::All(epsilon)) => {
             let epsilon = epsilon.get();
             (epsilon, Smoothing::over_all(epsilon), Some(SmoothingKind::All))
         }
-        Convention::Others(epsilon) => {
+        (_, Convention::Others(epsilon)) => {
             let epsilon = epsilon.get();
             (epsilon, Smoothing::over_others(epsilon), Some(SmoothingKind::Others))
         }
-        Convention::Toward(epsilon, prior) => {
+        (_, Convention::Toward(epsilon, prior)) => {
             let Some((tensor, prior)) = build(prior, true)? else {
                 return Ok(None);
             };
@@ -172,8 +200,11 @@ fn options(
     };
     let kind = kind.filter(|_| is_valid_epsilon(epsilon));
     let smoothing = check_validity(smoothing, kind.is_some()).unwrap_or(Smoothing::none());
-    let reduction =
-        [Reduction::Mean, Reduction::Sum, Reduction::None][usize::from(options.reduction) % 3];
+    let mean = match more {
+        Some(more) if more.zero_if_empty => Reduction::MeanOrZero,
+        _ => Reduction::Mean,
+    };
+    let reduction = [mean, Reduction::Sum, Reduction::None][usize::from(options.reduction) % 3];
     let mut loss = LabelSmoothingLoss::new(smoothing.clone()).with_reduction(reduction);
     let mut formula = Formula {
         epsilon: if kind.is_some() { epsilon } else { 0. },
@@ -182,6 +213,9 @@ fn options(
         ignore_index: options.ignore_index.as_ref().map(|index| index.get()),
         z_loss: 0.,
         reduction,
+        row_weights: None,
+        scale: 1.,
+        cap: None,
     };
     if let Some(weights) = &options.class_weights {
         let Some((tensor, weights)) = build(weights, false)? else {
@@ -204,6 +238,21 @@ fn options(
         let is_valid = z_loss.is_finite() && z_loss >= 0.;
         loss = check_validity(loss.clone().with_z_loss(z_loss), is_valid).unwrap_or(loss);
         formula.z_loss = if is_valid { z_loss } else { 0. };
+    }
+    let is_positive = |value: f64| value.is_finite() && value > 0.;
+    if let Some(scale) = more.and_then(|more| more.scale.as_ref()) {
+        // From 0 to 4.
+        let scale = scale.get() * 4.;
+        let scaled = loss.clone().with_logit_scale(scale);
+        loss = check_validity(scaled, is_positive(scale)).unwrap_or(loss);
+        formula.scale = if is_positive(scale) { scale } else { 1. };
+    }
+    if let Some(cap) = more.and_then(|more| more.cap.as_ref()) {
+        // From 0 to 16.
+        let cap = cap.get() * 16.;
+        let capped = loss.clone().with_softcap(cap);
+        loss = check_validity(capped, is_positive(cap)).unwrap_or(loss);
+        formula.cap = is_positive(cap).then_some(cap);
     }
     Ok(Some((loss, smoothing, formula)))
 }
@@ -270,6 +319,8 @@ struct Case<'a> {
     /// The shape of the logits.
     dims: Vec<usize>,
     class_dim: usize,
+    row_weights: Option<Tensor>,
+    are_row_weights_valid: bool,
     targets: Tensor,
     are_targets_truncated: bool,
 }
@@ -284,6 +335,7 @@ impl Case<'_> {
         &self,
         num_classes: usize,
         ignore_index: Option<i64>,
+        weighs: impl Fn(usize) -> f64,
     ) -> Result<Option<Targets>> {
         let dtype = self.targets.dtype();
         if dtype == DType::F8E8M0 || self.are_targets_truncated {
@@ -294,17 +346,18 @@ impl Case<'_> {
         }
         let labels: Vec<i64> =
             contiguous_copy(&self.targets)?.to_dtype(DType::I64)?.flatten_all()?.to_vec1()?;
-        let is_valid = |label: &i64| {
+        let is_valid = |(row, label): (usize, &i64)| {
             usize::try_from(*label).is_ok_and(|label| label < num_classes)
                 || Some(*label) == ignore_index
+                || weighs(row) == 0.
         };
-        Ok(labels.iter().all(is_valid).then_some(Targets::Labels(labels)))
+        Ok(labels.iter().enumerate().all(is_valid).then_some(Targets::Labels(labels)))
     }
 
     /// Whether the smoothing can be applied to `num_classes` classes.
     fn smoothing_fits(&self, num_classes: usize) -> bool {
         match &self.formula.kind {
-            SmoothingKind::None | SmoothingKind::All => num_classes > 0,
+            SmoothingKind::None | SmoothingKind::All | SmoothingKind::Unmasked => num_classes > 0,
             SmoothingKind::Others => num_classes > 1,
             SmoothingKind::Toward(prior) => num_classes > 0 && prior.len() == num_classes,
         }
@@ -335,10 +388,13 @@ impl Case<'_> {
             true => self.targets.dims() == dims && formula.ignore_index.is_none(),
             false => self.targets.dims() == rows && num_classes <= MAX_CLASSES,
         };
+        if !self.are_row_weights_valid {
+            return Ok(None);
+        }
         if !(targets_fit && num_weights == num_classes && self.smoothing_fits(num_classes)) {
             return Ok(None);
         }
-        self.read_targets(num_classes, formula.ignore_index)
+        self.read_targets(num_classes, formula.ignore_index, |row| formula.row_weight(row))
     }
 
     fn forward(&self, logits: &TensorSpec) -> Result<Option<()>> {
@@ -358,7 +414,7 @@ impl Case<'_> {
             loss.forward(inputs[0], targets)
         };
         if !is_small {
-            drop(call(&self.loss, &[&logits.view], &self.targets));
+            drop(call(&self.weigh(self.row_weights.as_ref())?, &[&logits.view], &self.targets));
             return Ok(Some(()));
         }
         let targets = if logits.is_truncated { None } else { self.valid_targets(dtype)? };
@@ -369,15 +425,79 @@ impl Case<'_> {
         if let Some(targets) = targets {
             let grad_output = to_f64s(&self.grad_output(&loss)?)?;
             let shape = Shape::new(dims, *class_dim);
-            let logits = to_f64s(&logits.view)?;
+            let logits_view = logits.view;
+            let logits = to_f64s(&logits_view)?;
             let (expected_loss, expected_gradient) =
                 self.formula.evaluate(&logits, 0., shape, &targets, &grad_output, dtype);
             assert_close("loss", &loss, &expected_loss)?;
             if let Some(gradient) = &gradients[0] {
                 assert_close("gradient", gradient, &expected_gradient)?;
             }
+            if self.wants_metrics() {
+                let weighted = self.weigh(self.row_weights.as_ref())?;
+                let result = weighted.forward_with_metrics(&logits_view, &self.targets);
+                self.check_metrics(result, &loss, &logits, 0., shape, &targets, dtype)?;
+            }
         }
         Ok(Some(()))
+    }
+
+    fn wants_metrics(&self) -> bool {
+        self.input.more.as_ref().is_some_and(|more| more.wants_metrics)
+    }
+
+    /// The loss with these weights for the rows.
+    fn weigh(&self, row_weights: Option<&Tensor>) -> Result<LabelSmoothingLoss> {
+        Ok(match row_weights {
+            Some(weights) => self.loss.weigh_rows(weights)?,
+            None => self.loss.clone(),
+        })
+    }
+
+    /// The result is that of a valid call, but for the targets, which must not be probabilities.
+    #[allow(clippy::too_many_arguments, reason = "what one call got and returned")]
+    fn check_metrics(
+        &self,
+        result: candle_label_smoothing::Result<(Tensor, Metrics)>,
+        loss: &Tensor,
+        logits: &[f64],
+        logit_error: f64,
+        shape: Shape,
+        targets: &Targets,
+        dtype: DType,
+    ) -> Result<()> {
+        let labels = match targets {
+            Targets::Labels(labels) => Some(labels),
+            Targets::Probabilities(_) => None,
+        };
+        let Some((actual_loss, metrics)) = check_validity(result, labels.is_some()) else {
+            return Ok(());
+        };
+        assert_same_bits(&actual_loss, loss)?;
+        let labels = labels.map_or(&[][..], |labels| labels);
+        let expected = self.formula.metrics(logits, logit_error, shape, labels, dtype);
+        let Metrics { nll, prediction, correct, confidence, entropy, lse, counted, .. } = &metrics;
+        for (i, (name, field)) in
+            [("nll", nll), ("confidence", confidence), ("entropy", entropy), ("lse", lse)]
+                .into_iter()
+                .enumerate()
+        {
+            let expected: Vec<Approx> = expected.iter().map(|row| row.values[i]).collect();
+            assert_close(name, field, &expected)?;
+        }
+        let [predictions, correct, counted] = [prediction, correct, counted].map(to_f64s);
+        for (row, ((prediction, correct), counted)) in
+            predictions?.into_iter().zip(correct?).zip(counted?).enumerate()
+        {
+            let RowMetrics { values, predictions, counts } = &expected[row];
+            assert_eq!(counted, f64::from(u8::from(*counts)), "{row}");
+            assert!(predictions.contains(&(prediction as usize)), "{row}: {prediction}");
+            let is_label = *counts && prediction == labels[row] as f64;
+            let is_nan = values[3].value.is_nan();
+            let is_unknown = !values[3].error.is_finite();
+            assert!(is_unknown || correct == f64::from(u8::from(is_label && !is_nan)), "{row}");
+        }
+        Ok(())
     }
 
     fn grad_output(&self, loss: &Tensor) -> Result<Tensor> {
@@ -397,7 +517,7 @@ impl Case<'_> {
         is_valid: bool,
     ) -> Result<Option<(Tensor, Vec<Option<Tensor>>)>> {
         let views: Vec<&Tensor> = inputs.iter().map(|input| &input.view).collect();
-        let result = call(&self.loss, &views, &self.targets);
+        let result = call(&self.weigh(self.row_weights.as_ref())?, &views, &self.targets);
         let Some(loss) = check_validity(result, is_valid) else {
             return Ok(None);
         };
@@ -407,7 +527,9 @@ impl Case<'_> {
         });
         let copies = copies.collect::<Result<Vec<Tensor>>>()?;
         let targets = contiguous_copy(&self.targets)?;
-        let copies_loss = call(&self.loss, &copies.iter().collect::<Vec<_>>(), &targets)?;
+        let row_weights = self.row_weights.as_ref().map(contiguous_copy).transpose()?;
+        let weighted = self.weigh(row_weights.as_ref())?;
+        let copies_loss = call(&weighted, &copies.iter().collect::<Vec<_>>(), &targets)?;
         assert_same_bits(&loss, &copies_loss)?;
         let is_tracked = copies.iter().any(Tensor::is_variable);
         assert_eq!((loss.track_op(), copies_loss.track_op()), (is_tracked, is_tracked));
@@ -509,7 +631,7 @@ impl Case<'_> {
         };
         if !is_small {
             let views: Vec<_> = inputs.iter().map(|input| &input.view).collect();
-            drop(call(&self.loss, &views, &self.targets));
+            drop(call(&self.weigh(self.row_weights.as_ref())?, &views, &self.targets));
             return Ok(Some(()));
         }
         let fits = fits && !inputs.iter().any(|input| input.is_truncated);
@@ -522,6 +644,18 @@ impl Case<'_> {
             return Ok(Some(()));
         };
         let grad_output = to_f64s(&self.grad_output(&loss)?)?;
+        let result = self.wants_metrics().then(|| -> Result<_> {
+            let weighted = self.weigh(self.row_weights.as_ref())?;
+            let (hidden, weight, targets) = (&hidden.view, &weight.view, &self.targets);
+            let bias = bias.is_some().then_some(&bias_tensor.view);
+            Ok(match tile {
+                Some(tile) => testing::forward_linear_tiled_with_metrics(
+                    &weighted, hidden, weight, bias, targets, tile,
+                ),
+                None => weighted.forward_linear_with_metrics(hidden, weight, bias, targets),
+            })
+        });
+        let result = result.transpose()?;
         let [hidden, weight] = [&hidden, &weight].map(|input| to_f64s(&input.view));
         let (hidden, weight) = (hidden?, weight?);
         let bias = if bias.is_some() { Some(to_f64s(&bias_tensor.view)?) } else { None };
@@ -554,6 +688,9 @@ impl Case<'_> {
         let (expected_loss, grad_logits) =
             self.formula.evaluate(&logits, logit_error, shape, &targets, &grad_output, dtype);
         assert_close("loss", &loss, &expected_loss)?;
+        if let Some(result) = result {
+            self.check_metrics(result, &loss, &logits, logit_error, shape, &targets, dtype)?;
+        }
         let [mut grad_hidden, mut grad_weight, mut grad_bias] =
             [hidden.len(), weight.len(), classes].map(|len| vec![Approx::default(); len]);
         for (i, grad_logit) in grad_logits.iter().enumerate() {
@@ -592,9 +729,10 @@ impl Case<'_> {
         }
         let fits = !exceeds_address_space(&shape)
             && self.smoothing_fits(num_classes)
+            && !matches!(self.formula.kind, SmoothingKind::Unmasked)
             && shape.last() == Some(&num_classes)
             && (is_probabilities || num_classes <= MAX_CLASSES);
-        let targets = if fits { self.read_targets(num_classes, None)? } else { None };
+        let targets = if fits { self.read_targets(num_classes, None, |_| 1.)? } else { None };
         let smoothed = check_validity(smoothed, targets.is_some());
         if let (Some(smoothed), Some(targets)) = (smoothed, targets) {
             assert_eq!(smoothed.dims(), shape);
@@ -625,7 +763,7 @@ impl Case<'_> {
         if element_count(dims) <= MAX_ELEMENTS {
             let is_valid = !exceeds_address_space(dims) && self.targets.dtype().is_int();
             let targets =
-                if is_valid { self.read_targets(num_classes, ignore_index)? } else { None };
+                if is_valid { self.read_targets(num_classes, ignore_index, |_| 1.)? } else { None };
             check_validity(checked, targets.is_some());
         }
         Ok(Some(()))

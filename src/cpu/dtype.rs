@@ -24,7 +24,12 @@ pub(crate) trait Element: WithDType + Default {
 pub(crate) trait Real: Element<Real = Self> {
     type Vector<S: Simd>: Copy;
     const ZERO: Self;
+    const ONE: Self;
     const NEG_INFINITY: Self;
+    /// The lowest finite number.
+    const LOWEST: Self;
+    /// The indices of the elements of a vector, and some more.
+    const LANES: &[Self];
 
     const LOG2_E: Self;
     /// 1.5·2^(bits of the mantissa) + bias of the exponent.
@@ -37,6 +42,8 @@ pub(crate) trait Real: Element<Real = Self> {
     const EXP_POLYNOMIAL: &[Self];
     /// −bias·ln 2.
     const EXP_MIN: Self;
+    /// The coefficients of the polynomial of [`logit_map`](super::logit_map), from the highest power down.
+    const TANH_POLYNOMIAL: &[Self];
 
     fn from_f32(value: f32) -> Self;
     /// A bf16 is the upper half of an f32.
@@ -54,6 +61,7 @@ pub(crate) trait Real: Element<Real = Self> {
     fn vadd<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>) -> Self::Vector<S>;
     fn vsub<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>) -> Self::Vector<S>;
     fn vmul<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>) -> Self::Vector<S>;
+    fn vdiv<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>) -> Self::Vector<S>;
     /// The maximum of each pair. If one of them is NaN, either.
     fn vmax<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>) -> Self::Vector<S>;
     /// a·b + c, rounded once where that is one instruction, else twice.
@@ -98,6 +106,20 @@ pub(crate) trait Real: Element<Real = Self> {
         Self::select_equal(simd, a, zero, zero, Self::vmul(simd, a, b))
     }
 
+    /// The polynomial with these coefficients, from the highest power down.
+    #[inline(always)]
+    fn polynomial<S: Simd>(simd: S, coefficients: &[Self], x: Self::Vector<S>) -> Self::Vector<S> {
+        let mut sum = Self::splat(simd, Self::ZERO);
+        for (i, &coefficient) in coefficients.iter().enumerate() {
+            let coefficient = Self::splat(simd, coefficient);
+            sum = match i {
+                0 => coefficient,
+                _ => Self::vmul_add(simd, sum, x, coefficient),
+            };
+        }
+        sum
+    }
+
     /// `value`, but 0 where it is −∞. The loops subtract this number from the logits.
     #[inline(always)]
     fn vfinite_max<S: Simd>(simd: S, value: Self::Vector<S>) -> Self::Vector<S> {
@@ -124,6 +146,16 @@ macro_rules! real {
         impl Real for $real {
             type Vector<S: Simd> = S::$vector;
             const ZERO: Self = 0.;
+            const ONE: Self = 1.;
+            const LOWEST: Self = $real::MIN;
+            const LANES: &[Self] = &{
+                let (mut lanes, mut i) = ([0.; 64], 1);
+                while i < 64 {
+                    lanes[i] = lanes[i - 1] + 1.;
+                    i += 1;
+                }
+                lanes
+            };
             const NEG_INFINITY: Self = $real::NEG_INFINITY;
 
             #[inline(always)]
@@ -203,7 +235,7 @@ real! {
     mul_add: mul_add_e_f32s,
     equal: equal_f32s,
     select: select_f32s,
-    binary: { vadd: add_f32s, vsub: sub_f32s, vmul: mul_f32s, vmax: max_f32s, },
+    binary: { vadd: add_f32s, vsub: sub_f32s, vmul: mul_f32s, vdiv: div_f32s, vmax: max_f32s, },
     reduce: { reduce_sum: reduce_sum_f32s, reduce_max: reduce_max_f32s, },
 
     const LOG2_E: Self = std::f32::consts::LOG2_E;
@@ -213,6 +245,8 @@ real! {
     const EXP_POLYNOMIAL: &[Self] =
         &[1.381_458_4e-3, 8.368_724e-3, 4.166_839e-2, 1.666_652_1e-1, 4.999_999_4e-1, 1., 1.];
     const EXP_MIN: Self = -127. * std::f32::consts::LN_2;
+    const TANH_POLYNOMIAL: &[Self] =
+        &[-6.610_227_7e-3, 2.130_938_9e-2, -5.390_943e-2, 1.333_311_3e-1, -3.333_333e-1];
 
     #[inline(always)]
     fn exp2_from_bits<S: Simd>(simd: S, bits: S::f32s) -> S::f32s {
@@ -230,7 +264,7 @@ real! {
     mul_add: mul_add_e_f64s,
     equal: equal_f64s,
     select: select_f64s,
-    binary: { vadd: add_f64s, vsub: sub_f64s, vmul: mul_f64s, vmax: max_f64s, },
+    binary: { vadd: add_f64s, vsub: sub_f64s, vmul: mul_f64s, vdiv: div_f64s, vmax: max_f64s, },
     reduce: { reduce_sum: reduce_sum_f64s, reduce_max: reduce_max_f64s, },
 
     const LOG2_E: Self = std::f64::consts::LOG2_E;
@@ -239,6 +273,19 @@ real! {
     const MINUS_LN_2_SPLIT: &[Self] = &[-0.693_147_180_369_123_8, -1.908_214_929_270_587_7e-10];
     const EXP_POLYNOMIAL: &[Self] = &inverse_factorials::<14>();
     const EXP_MIN: Self = -1023. * std::f64::consts::LN_2;
+    const TANH_POLYNOMIAL: &[Self] = &[
+        -2.060_276_537_636_634e-5,
+        8.511_313_685_577_671e-5,
+        -2.346_347_410_887_237e-4,
+        5.889_360_520_074_057e-4,
+        -1.455_661_830_100_716e-3,
+        3.592_110_378_689_024e-3,
+        -8.863_234_397_814_355e-3,
+        2.186_948_849_366_694_4e-2,
+        -5.396_825_396_743_401_6e-2,
+        1.333_333_333_333_271_4e-1,
+        -1. / 3.,
+    ];
 
     #[inline(always)]
     fn exp2_from_bits<S: Simd>(_: S, mut bits: S::f64s) -> S::f64s {

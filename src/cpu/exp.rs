@@ -34,15 +34,21 @@ pub(super) fn exp<A: Real, S: Simd>(simd: S, x: A::Vector<S>) -> A::Vector<S> {
     A::vmul(simd, a, b)
 }
 
-/// sum + exp(x).
+/// Adds exp(x) to `sum`, and exp(x)·x to `dot` if it is given.
 #[inline(always)]
 pub(super) fn add_exp<A: Real, S: Simd>(
     simd: S,
-    sum: A::Vector<S>,
+    sum: &mut A::Vector<S>,
+    dot: Option<&mut A::Vector<S>>,
     x: A::Vector<S>,
-) -> A::Vector<S> {
+) {
     let [a, b] = factors::<A, S>(simd, x);
-    A::vmul_add(simd, a, b, sum)
+    *sum = A::vmul_add(simd, a, b, *sum);
+    if let Some(dot) = dot {
+        // Where the exponential is 0, the clamped x is finite: 0·∞ counts as 0.
+        let x = A::clamp_min(simd, x, A::splat(simd, A::EXP_MIN));
+        *dot = A::vmul_add(simd, A::vmul(simd, a, b), x, *dot);
+    }
 }
 
 /// The factors exp(r) and 2ⁿ of exp(x).
@@ -59,14 +65,7 @@ fn factors<A: Real, S: Simd>(simd: S, x: A::Vector<S>) -> [A::Vector<S>; 2] {
         r = A::vmul_add(simd, n, A::splat(simd, part), r);
     }
 
-    let mut polynomial = A::splat(simd, A::ZERO);
-    for (i, &coefficient) in A::EXP_POLYNOMIAL.iter().enumerate() {
-        let coefficient = A::splat(simd, coefficient);
-        polynomial = match i {
-            0 => coefficient,
-            _ => A::vmul_add(simd, polynomial, r, coefficient),
-        };
-    }
+    let polynomial = A::polynomial(simd, A::EXP_POLYNOMIAL, r);
     [polynomial, A::exp2_from_bits(simd, shifted)]
 }
 

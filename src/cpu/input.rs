@@ -1,6 +1,7 @@
 //! Tensors that the loops read by row and class, of any floating-point dtype and layout.
 
 use super::dtype::Real;
+use super::logit_map::LogitMap;
 use super::parallel::BLOCK;
 use crate::error::{Error, Result};
 use crate::formula::LossParams;
@@ -9,6 +10,7 @@ use candle_core::CpuStorage;
 use candle_core::backend::BackendStorage;
 use half::f16;
 use half::slice::HalfFloatSliceExt;
+use pulp::Simd;
 use std::ops::Range;
 
 /// Up to so many classes, a loop works on several rows side by side.
@@ -78,7 +80,7 @@ impl<'a> StridedRows<'a> {
         class_dim: usize,
         first_class: usize,
     ) -> Result<Self> {
-        let Some(len) = float_len(storage) else {
+        let Some(len) = readable_len(storage) else {
             return Err(Error::TargetsDType {
                 dtype: storage.dtype(),
                 expected: "F8E4M3, F16, BF16, F32 or F64",
@@ -113,25 +115,10 @@ impl<'a> StridedRows<'a> {
         is_contiguous.then(|| start..start + len)
     }
 
-    /// The first `len` classes of a block, padded with −∞ to the length of `buffer`. They are copied to `buffer`, unless
-    /// they are contiguous, in the dtype of the arithmetic, and need no padding.
+    /// The `len` elements of a block, if they are contiguous in the dtype of the arithmetic.
     #[inline(always)]
-    pub(super) fn block<'b, A: Real>(
-        &'b self,
-        pos: BlockPos,
-        len: usize,
-        buffer: &'b mut [A],
-    ) -> &'b [A] {
-        if len == buffer.len()
-            && let Some(values) = A::as_slice(self.storage)
-            && let Some(range) = self.contiguous_range(pos, len)
-        {
-            return &values[range];
-        }
-        let (out, padding) = buffer.split_at_mut(len);
-        self.load(pos, out);
-        padding.fill(A::NEG_INFINITY);
-        buffer
+    fn contiguous<A: Real>(&self, pos: BlockPos, len: usize) -> Option<&[A]> {
+        Some(&A::as_slice(self.storage)?[self.contiguous_range(pos, len)?])
     }
 
     /// Fills `out`, at most [`BLOCK`] long, with the block in the dtype of the arithmetic.
@@ -170,10 +157,93 @@ impl<'a> StridedRows<'a> {
                 CpuStorage::F16(values) => copy_f16(values, start, stride, out),
                 CpuStorage::F32(values) => copy_strided(values, start, stride, out, A::from_f32),
                 CpuStorage::F64(values) => copy_strided(values, start, stride, out, A::from_f64),
+                CpuStorage::U8(values) => {
+                    copy_strided(values, start, stride, out, |v| A::from_f32(v.into()))
+                }
                 // `new` lets no other dtype pass.
                 _ => out.fill(A::ZERO),
             }
             done += len;
+        }
+    }
+}
+
+/// The logits of the formula by row and class: those of a tensor, or their [`LogitMap`]. Every logit is read here.
+pub(super) struct Logits<'a, A> {
+    rows: StridedRows<'a>,
+    map: Option<LogitMap<A>>,
+}
+
+impl<'a, A: Real> Logits<'a, A> {
+    pub(super) fn new(params: &LossParams, logits: Operand<'a, CpuStorage>) -> Result<Self> {
+        Ok(Self {
+            rows: StridedRows::new(logits, params.class_dim, params.first_class)?,
+            map: params.logit_map.map(LogitMap::new),
+        })
+    }
+
+    pub(super) fn num_rows(&self) -> usize {
+        self.rows.num_rows
+    }
+
+    /// The classes that the tensor holds.
+    pub(super) fn classes(&self) -> Range<usize> {
+        self.rows.first_class..self.rows.first_class + self.rows.tile_classes
+    }
+
+    /// The first `len` classes of a block, padded with −∞ to the length of `buffer`, a multiple of a vector's. They are copied to `buffer`,
+    /// unless they are contiguous, in the dtype of the arithmetic, and need neither padding nor the map. If there is a map, its
+    /// slope at each logit is written to `slopes`.
+    #[inline(always)]
+    pub(super) fn block<'b, S: Simd>(
+        &'b self,
+        simd: S,
+        pos: BlockPos,
+        len: usize,
+        buffer: &'b mut [A],
+        slopes: Option<&mut [A]>,
+    ) -> &'b [A] {
+        if len == buffer.len()
+            && self.map.is_none()
+            && let Some(values) = self.rows.contiguous(pos, len)
+        {
+            return values;
+        }
+        let (out, padding) = buffer.split_at_mut(len);
+        self.rows.load(pos, out);
+        padding.fill(A::NEG_INFINITY);
+        self.map(simd, buffer, slopes);
+        buffer
+    }
+
+    /// Fills the first `len` elements of `out` with the block, and writes the slopes as [`block`](Self::block) does. `out` has whole vectors.
+    #[inline(always)]
+    pub(super) fn load<S: Simd>(
+        &self,
+        simd: S,
+        pos: BlockPos,
+        len: usize,
+        out: &mut [A],
+        slopes: Option<&mut [A]>,
+    ) {
+        self.rows.load(pos, &mut out[..len]);
+        self.map(simd, out, slopes);
+    }
+
+    #[inline(always)]
+    fn map<S: Simd>(&self, simd: S, logits: &mut [A], slopes: Option<&mut [A]>) {
+        match (self.map, slopes) {
+            (None, _) => {}
+            (Some(map), None) => map.map(simd, logits),
+            (Some(map), Some(slopes)) => map.map_with_slopes(simd, logits, slopes),
+        }
+    }
+
+    /// Multiplies a gradient by the slopes, if there is a map.
+    #[inline(always)]
+    pub(super) fn apply_slopes(&self, gradient: &mut [A], slopes: &[A]) {
+        if self.map.is_some() {
+            gradient.iter_mut().zip(slopes).for_each(|(gradient, &slope)| *gradient *= slope);
         }
     }
 }
@@ -212,9 +282,10 @@ pub(super) fn field_slices<T, const N: usize>(mut values: &[T], len: usize) -> [
     [(); N].map(|()| values.split_off(..len).unwrap_or_default())
 }
 
-/// The number of elements of a floating-point storage.
-pub(crate) fn float_len(storage: &CpuStorage) -> Option<usize> {
+/// The number of elements of a storage whose dtype the loops read: any floating-point dtype, and U8 for row weights.
+pub(crate) fn readable_len(storage: &CpuStorage) -> Option<usize> {
     match storage {
+        CpuStorage::U8(values) => Some(values.len()),
         CpuStorage::F8E4M3(values) => Some(values.len()),
         CpuStorage::BF16(values) => Some(values.len()),
         CpuStorage::F16(values) => Some(values.len()),

@@ -9,31 +9,38 @@
 mod dtype;
 mod exp;
 mod input;
+mod logit_map;
 mod parallel;
+mod results;
 mod rows;
+mod side_by_side;
 pub(crate) mod simd;
 mod softmax;
+mod state;
 mod targets;
 
 use crate::error::{Error, Result};
-use crate::formula::{
-    Divisor, ForwardOut, LossParams, SAVED_FIELDS, STATE_FIELDS, SavedIn, SavedState, SoftmaxState,
-};
+use crate::formula::{Divisor, EXTRA_FIELDS, ForwardOut, LossParams, STATE_FIELDS, SavedState};
 use crate::layout::{self, inner_size, num_rows};
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, DType, Layout, WithDType};
+use candle_core::{CpuStorage, DType, WithDType};
 use dtype::{Element, Real};
 use half::{bf16, f16};
-pub(crate) use input::float_len;
-use input::{BlockPos, InnerAxis, StridedRows};
+pub(crate) use input::readable_len;
+use input::{BlockPos, InnerAxis, Logits, StridedRows};
 use parallel::{BLOCK, SEGMENT, default_vec, par_build, par_split};
+use results::{RowResults, field_slices_mut, write_fields, write_row, write_row_with_extras};
 use rows::{GradInputs, for_each_row};
 use softmax::{GradCoeffs, ROWS_AT_ONCE};
-pub(crate) use targets::read_labels;
+use state::RowState;
 use targets::{LockedClassTable, Targets};
+pub(crate) use targets::{check_labels, check_rows};
 
 type Operand<'a> = layout::Operand<'a, CpuStorage>;
 type OperandMut<'a> = layout::OperandMut<'a, CpuStorage>;
+
+/// The fields of a row's state in memory, with those that some options need.
+const ALL_STATE_FIELDS: usize = STATE_FIELDS + EXTRA_FIELDS;
 
 // ---- Forward
 
@@ -55,13 +62,24 @@ fn forward_in<A: Real>(
     targets: Operand,
 ) -> Result<ForwardOut<CpuStorage>> {
     let axis = InnerAxis::of_forward(params, logits.1.dims());
-    let logits = StridedRows::new(logits, params.class_dim, 0)?;
+    let logits = Logits::new(params, logits)?;
     let class_table = LockedClassTable::new(&params.class_table);
     let targets = Targets::<A>::new(params, &class_table, targets)?;
-    let mut rows = RowResults::new(logits.num_rows)?;
-    for_each_row(&logits, &targets, axis, rows.fields(), &|row, i, state, out| {
-        write_fields(out, i, row_results(params, &targets, row, state));
-    })?;
+    let mut rows = RowResults::new(params, logits.num_rows())?;
+    match params.needs_extras() {
+        false => {
+            let out = rows.fields();
+            for_each_row::<false, _, _, _>(&logits, &targets, axis, out, &|row, i, state, out| {
+                write_row(params, &targets, row, i, state, out);
+            })?;
+        }
+        true => {
+            let (out, predictions) = rows.all_fields();
+            for_each_row::<true, _, _, _>(&logits, &targets, axis, out, &|row, i, state, out| {
+                write_row_with_extras(params, &targets, predictions, row, i, state, out);
+            })?;
+        }
+    }
     Ok(rows.reduce(params, &targets))
 }
 
@@ -85,13 +103,27 @@ fn merge_tile_in<A: Real>(
     targets: Operand,
 ) -> Result<()> {
     let axis = InnerAxis::of_forward(params, logits.1.dims());
-    let logits = StridedRows::new(logits, params.class_dim, params.first_class)?;
+    let logits = Logits::new(params, logits)?;
     let class_table = LockedClassTable::new(&params.class_table);
     let targets = Targets::<A>::new(params, &class_table, targets)?;
-    for_each_row(&logits, &targets, axis, states_mut(states)?, &|_, i, state, out| {
-        let merged = match params.first_class {
-            0 => state,
-            _ => SoftmaxState::from_fields(out.each_ref().map(|field| field[i])).merge(state),
+    match params.needs_extras() {
+        false => merge_rows::<false, A, STATE_FIELDS>(&logits, &targets, axis, states),
+        true => merge_rows::<true, A, ALL_STATE_FIELDS>(&logits, &targets, axis, states),
+    }
+}
+
+fn merge_rows<const EXTRAS: bool, A: Real, const N: usize>(
+    logits: &Logits<A>,
+    targets: &Targets<A>,
+    axis: InnerAxis,
+    states: OperandMut,
+) -> Result<()> {
+    let is_first = logits.classes().start == 0;
+    let states = states_mut::<N>(states)?;
+    for_each_row::<EXTRAS, _, _, _>(logits, targets, axis, states, &|_, i, state, out| {
+        let merged = match is_first {
+            true => state,
+            false => RowState::from_fields(out.iter().map(|field| field[i])).merge::<EXTRAS>(state),
         };
         write_fields(out, i, merged.into_fields());
     })
@@ -117,99 +149,20 @@ fn finish_in<A: Real>(
     let class_table = LockedClassTable::new(&params.class_table);
     let targets = Targets::<A>::new(params, &class_table, targets)?;
     let num_rows = states.1.dims()[1];
-    let states = SoftmaxState::from_fields(tensor_fields(states, num_rows)?);
-    let mut rows = RowResults::<A>::new(num_rows)?;
-    par_split(rows.fields(), 1, 1, &|first, mut out| {
+    let mut rows = RowResults::<A>::new(params, num_rows)?;
+    let (out, predictions) = rows.all_fields();
+    let states: Vec<&[f64]> = match params.needs_extras() {
+        false => tensor_fields::<f64, STATE_FIELDS>(states, num_rows)?.to_vec(),
+        true => tensor_fields::<f64, ALL_STATE_FIELDS>(states, num_rows)?.to_vec(),
+    };
+    par_split(out, 1, 1, &|first, mut out| {
         for i in 0..out[0].len() {
             let row = first + i;
-            let state = SoftmaxState::from_fields(states.into_fields().map(|field| field[row]));
-            write_fields(&mut out, i, row_results(params, &targets, row, state));
+            let state = RowState::from_fields(states.iter().map(|field| field[row]));
+            write_row_with_extras(params, &targets, predictions, row, i, state, &mut out);
         }
     });
     Ok(rows.reduce(params, &targets))
-}
-
-/// A row's loss, and its fields of [`SavedState`]: the formula of the loss.
-fn row_results<A: Real>(
-    params: &LossParams,
-    targets: &Targets<A>,
-    row: usize,
-    state: SoftmaxState<f64>,
-) -> [A; ROW_RESULTS] {
-    let log_sum = state.sum_exp.ln();
-    let lse = state.max + log_sum;
-    let loss = match targets.is_ignored(row) {
-        true => 0.,
-        // z·lse comes first: without z-loss an overflowing lse² would become 0·∞.
-        false => state.target_sum * log_sum - state.target_dot + params.z_loss * lse * lse,
-    };
-    [loss, state.max, state.sum_exp, state.target_sum].map(A::from_f64)
-}
-
-const ROW_RESULTS: usize = 1 + SAVED_FIELDS;
-
-/// The [`row_results`] of all rows.
-struct RowResults<A> {
-    losses: Vec<A>,
-    /// ([`SAVED_FIELDS`], N).
-    saved: Vec<A>,
-}
-
-impl<A: Real> RowResults<A> {
-    fn new(num_rows: usize) -> Result<Self> {
-        Ok(Self { losses: default_vec(num_rows)?, saved: default_vec(SAVED_FIELDS * num_rows)? })
-    }
-
-    fn fields(&mut self) -> [&mut [A]; ROW_RESULTS] {
-        let [max, sum_exp, target_sum] = field_slices_mut(&mut self.saved, self.losses.len());
-        [&mut self.losses, max, sum_exp, target_sum]
-    }
-
-    fn reduce(self, params: &LossParams, targets: &Targets<A>) -> ForwardOut<CpuStorage> {
-        let Self { losses, saved } = self;
-        let num_rows = losses.len();
-        let divisor = params.divisor.map(|divisor| match divisor {
-            Divisor::Number(number) => number,
-            Divisor::WeightSum(()) => sum_rows(num_rows, |row| targets.weight(row).to_f64()),
-        });
-        let losses = match divisor {
-            None => losses,
-            Some(divisor) => {
-                let sum = sum_rows(num_rows, |row| losses[row].to_f64());
-                vec![A::from_f64(sum / divisor)]
-            }
-        };
-        let saved = params.saves_state.then(|| SavedIn {
-            storage: Some(A::to_cpu_storage_owned(saved)),
-            layout: Layout::contiguous((SAVED_FIELDS, num_rows)),
-            divisor: divisor.map(Divisor::Number),
-        });
-        ForwardOut { loss: A::to_cpu_storage_owned(losses), saved }
-    }
-}
-
-/// Sums a number of each row in f64: a sum of a million losses in f32 would lose half their digits. The additions to
-/// several partial sums do not wait for each other.
-fn sum_rows(num_rows: usize, of_row: impl Fn(usize) -> f64) -> f64 {
-    let mut sums = [0.; 8];
-    for first in (0..num_rows).step_by(sums.len()) {
-        for (row, sum) in (first..num_rows).zip(&mut sums) {
-            *sum += of_row(row);
-        }
-    }
-    sums.iter().sum()
-}
-
-/// Writes index `i` of each field.
-fn write_fields<T: Copy, const N: usize>(fields: &mut [&mut [T]; N], i: usize, values: [T; N]) {
-    for (field, value) in fields.iter_mut().zip(values) {
-        field[i] = value;
-    }
-}
-
-/// The fields of a tensor (N, len), a slice for each, to be written.
-fn field_slices_mut<T, const N: usize>(mut values: &mut [T], len: usize) -> [&mut [T]; N] {
-    [(); N].map(|()| values.split_off_mut(..len).unwrap_or_default())
 }
 
 /// The fields of a tensor (N, len), a slice for each. The elements of a field are adjacent.
@@ -229,12 +182,12 @@ fn tensor_fields<A: Real, const N: usize>(
     Ok(fields)
 }
 
-/// The fields of the softmax states, to be written.
-fn states_mut((storage, layout): OperandMut<'_>) -> Result<[&mut [f64]; STATE_FIELDS]> {
+/// The fields of the states, to be written.
+fn states_mut<const N: usize>((storage, layout): OperandMut<'_>) -> Result<[&mut [f64]; N]> {
     let len = layout.shape().elem_count();
     match storage {
         CpuStorage::F64(values) if layout.is_contiguous() && values.len() == len => {
-            Ok(field_slices_mut(values, len / STATE_FIELDS))
+            Ok(field_slices_mut(values, len / N))
         }
         _ => Err(not_contiguous()),
     }
@@ -274,18 +227,33 @@ fn backward_of<T: Element>(
         }
     };
     let dims = logits.1.dims();
+    let len = dims.iter().product();
+    if params.zero_if_empty && divisor == 0. {
+        return Ok(T::to_cpu_storage_owned(default_vec::<T>(len)?));
+    }
     let class_table = LockedClassTable::new(&params.class_table);
-    let logits = StridedRows::new(logits, params.class_dim, params.first_class)?;
-    let [max, sum_exp, target_sum] = tensor_fields(saved, logits.num_rows)?;
+    let logits = Logits::new(params, logits)?;
+    let num_rows = logits.num_rows();
+    let targets = Targets::new(params, &class_table, targets)?;
+    let [max, sum_exp, target_sum] = tensor_fields(saved, num_rows)?;
+    let unmasked_shares = match params.unmasked_epsilon == 0. {
+        true => None,
+        false => {
+            let [.., shares] = tensor_fields::<T::Real, 4>(saved, num_rows)?;
+            let mut padded = default_vec(num_rows + ROWS_AT_ONCE)?;
+            padded[..num_rows].copy_from_slice(shares);
+            Some(padded)
+        }
+    };
     let saved = SavedState { max, sum_exp, target_sum };
     let grad_output = StridedRows::new(grad_output, grad_output.1.shape().rank(), 0)?;
     let grad = GradInputs::<T::Real> {
         logits: &logits,
-        targets: &Targets::new(params, &class_table, targets)?,
+        targets: &targets,
         inner_size: inner_size(dims, params.class_dim).max(1),
-        coeffs: grad_coeffs(params, saved, &grad_output, divisor)?,
+        coeffs: grad_coeffs(params, &targets, saved, &grad_output, divisor)?,
+        unmasked_shares,
     };
-    let len = dims.iter().product();
     let gradient = par_build(len, grad.unit(), |start, out| grad.write(start, out))?;
     Ok(T::to_cpu_storage_owned(gradient))
 }
@@ -307,6 +275,7 @@ pub(crate) fn backward_in_place(
 /// The coefficients of each row's gradient.
 fn grad_coeffs<A: Real>(
     params: &LossParams,
+    targets: &Targets<A>,
     saved: SavedState<&[A]>,
     grad_output: &StridedRows,
     divisor: f64,
@@ -324,7 +293,7 @@ fn grad_coeffs<A: Real>(
                 let pos = BlockPos { row, class: 0, axis: InnerAxis::Row };
                 grad_output.load(pos, &mut grad_outputs[..len]);
             }
-            let grad_output: f64 = grad_outputs[i % BLOCK] / divisor;
+            let grad_output: f64 = grad_outputs[i % BLOCK] * targets.row_weight(row) / divisor;
             let sum_exp = saved.sum_exp[row].to_f64();
             let mut softmax_coeff = saved.target_sum[row].to_f64();
             if params.z_loss != 0. {

@@ -1,43 +1,41 @@
 //! The loops over rows: forward reads logits into softmax states, backward writes gradients.
 
 use super::dtype::{Element, Real, UNROLL};
-use super::input::{BlockPos, FEW_CLASSES, InnerAxis, StridedRows};
+use super::input::{BlockPos, FEW_CLASSES, InnerAxis, Logits};
 use super::parallel::{BLOCK, SEGMENT, SliceWriter, default_vec, par_split};
+use super::side_by_side::{ClassGroup, RowStates, Rows};
 use super::simd::dispatch;
 use super::softmax::{
-    GradCoeffs, ROWS_AT_ONCE, block_max, state_of_slice, state_of_uniform, vector_len, write_grad,
+    Aligned, GradCoeffs, ROWS_AT_ONCE, add_shares, block_max, position_of, state_of_slice,
+    state_of_uniform, unmasked_of_slice, vector_len, write_grad,
 };
+use super::state::RowState;
 use super::targets::{TargetBlock, Targets};
 use crate::error::Result;
-use crate::formula::SoftmaxState;
 use pulp::{Simd, WithSimd};
 use std::iter;
 use std::ops::Range;
 
-/// A buffer whose vectors do not cross cache lines.
-#[repr(align(64))]
-struct Aligned<T>(T);
-
 // ---- Forward
 
 /// Reads the logits of all rows once, and calls `write_row(row, i, state, out)` for each row. There `out` has the outputs of
-/// some of the rows, and `i` is the row's index in each of its slices.
-pub(super) fn for_each_row<A: Real, O: Send, const N: usize>(
-    logits: &StridedRows,
+/// some of the rows, and `i` is the row's index in each of its slices. Without EXTRAS the extras of the states are not computed.
+pub(super) fn for_each_row<const EXTRAS: bool, A: Real, O: Send, const N: usize>(
+    logits: &Logits<A>,
     targets: &Targets<A>,
     axis: InnerAxis,
     out: [&mut [O]; N],
-    write_row: &(impl Fn(usize, usize, SoftmaxState<f64>, &mut [&mut [O]; N]) + Sync),
+    write_row: &(impl Fn(usize, usize, RowState, &mut [&mut [O]; N]) + Sync),
 ) -> Result<()> {
-    let StridedRows { num_rows, first_class, tile_classes, .. } = *logits;
-    let all_classes = first_class..first_class + tile_classes;
+    let (num_rows, all_classes) = (logits.num_rows(), logits.classes());
+    let tile_classes = all_classes.len();
     let rows_at_once = match axis {
         InnerAxis::Class => 1,
         InnerAxis::Row => num_rows.clamp(1, ROWS_AT_ONCE),
     };
     let segment = match axis {
         InnerAxis::Class => SEGMENT,
-        // The states of the segments take at most a 32nd of the logits' memory.
+        // The states of the segments take at most a 12th of the logits' memory.
         InnerAxis::Row => (SEGMENT / rows_at_once).max(4 * BLOCK),
     };
     if tile_classes <= segment {
@@ -45,7 +43,7 @@ pub(super) fn for_each_row<A: Real, O: Send, const N: usize>(
             let rows = first..first + out[0].len();
             let emit = |row, state| write_row(row, row - first, state, &mut out);
             let classes = all_classes.clone();
-            dispatch(ForwardRows { logits, targets, axis, rows, classes, emit });
+            dispatch(ForwardRows::<EXTRAS, _, _> { logits, targets, axis, rows, classes, emit });
         });
         return Ok(());
     }
@@ -56,11 +54,11 @@ pub(super) fn for_each_row<A: Real, O: Send, const N: usize>(
         for (i, states) in states.chunks_mut(rows_at_once).enumerate() {
             let i = first / rows_at_once + i;
             let row = i / segments * rows_at_once;
-            let class = first_class + i % segments * segment;
+            let class = all_classes.start + i % segments * segment;
             let rows = row..num_rows.min(row + rows_at_once);
             let classes = class..all_classes.end.min(class + segment);
             let emit = |at: usize, state| states[at - row] = state;
-            dispatch(ForwardRows { logits, targets, axis, rows, classes, emit });
+            dispatch(ForwardRows::<EXTRAS, _, _> { logits, targets, axis, rows, classes, emit });
         }
     });
     par_split(out, 1, segments, &|first, mut out| {
@@ -68,7 +66,8 @@ pub(super) fn for_each_row<A: Real, O: Send, const N: usize>(
             let row = first + i;
             let of_group = &states[row / rows_at_once * segments * rows_at_once..];
             let of_row = of_group.iter().skip(row % rows_at_once).step_by(rows_at_once);
-            let state = of_row.take(segments).fold(SoftmaxState::default(), |a, &b| a.merge(b));
+            let merge = |a: RowState, &b| a.merge::<EXTRAS>(b);
+            let state = of_row.take(segments).fold(RowState::default(), merge);
             write_row(row, i, state, &mut out);
         }
     });
@@ -76,8 +75,8 @@ pub(super) fn for_each_row<A: Real, O: Send, const N: usize>(
 }
 
 /// Reads a range of the classes of some rows once, and emits the state of each row.
-struct ForwardRows<'a, A, F> {
-    logits: &'a StridedRows<'a>,
+struct ForwardRows<'a, const EXTRAS: bool, A, F> {
+    logits: &'a Logits<'a, A>,
     targets: &'a Targets<'a, A>,
     axis: InnerAxis,
     rows: Range<usize>,
@@ -85,7 +84,9 @@ struct ForwardRows<'a, A, F> {
     emit: F,
 }
 
-impl<A: Real, F: FnMut(usize, SoftmaxState<f64>)> WithSimd for ForwardRows<'_, A, F> {
+impl<const EXTRAS: bool, A: Real, F: FnMut(usize, RowState)> WithSimd
+    for ForwardRows<'_, EXTRAS, A, F>
+{
     type Output = ();
 
     #[inline(always)]
@@ -97,34 +98,88 @@ impl<A: Real, F: FnMut(usize, SoftmaxState<f64>)> WithSimd for ForwardRows<'_, A
     }
 }
 
-impl<A: Real, F: FnMut(usize, SoftmaxState<f64>)> ForwardRows<'_, A, F> {
+impl<const EXTRAS: bool, A: Real, F: FnMut(usize, RowState)> ForwardRows<'_, EXTRAS, A, F> {
     #[inline(always)]
     fn row_by_row<S: Simd>(&mut self, simd: S) {
         let mut buffers = Aligned([[A::ZERO; BLOCK]; 2]);
         let [x_buffer, r_buffer] = &mut buffers.0;
         for row in self.rows.clone() {
-            let mut state = SoftmaxState::default();
+            let mut state = RowState::default();
+            state.extras.prediction = self.classes.start as f64;
+            let is_ignored = self.targets.is_ignored(row);
             let mut class = self.classes.start;
-            while class < self.classes.end && !self.targets.is_ignored(row) {
-                let (len, padded) = block_len::<A, S>(self.classes.end - class);
-                let pos = BlockPos { row, class, axis: InnerAxis::Class };
-                let x = self.logits.block(pos, len, &mut x_buffer[..padded]);
-                let max = A::from_f64(state.max.max(block_max(simd, x).to_f64()));
-                let block = match self.targets.block(row, class, len, &mut r_buffer[..padded]) {
-                    TargetBlock::Uniform(r, label) => {
-                        let state = state_of_uniform(simd, max, x, r);
-                        label.map_or(state, |(i, on_value)| {
-                            let label_delta = on_value.to_f64() - r.to_f64();
-                            state.add_to_target(label_delta, x[i].to_f64())
-                        })
-                    }
-                    TargetBlock::Slice(r) => state_of_slice(simd, max, x, r),
-                };
-                state = state.merge(block);
-                class += len;
+            while class < self.classes.end && !is_ignored {
+                let block = self.block(simd, row, class, x_buffer);
+                state = self.add_block(simd, state, row, class, block, r_buffer);
+                class += block.1;
+            }
+            if EXTRAS && !is_ignored {
+                // The block of the largest logit is known, and is searched once.
+                let (x, _) = self.block(simd, row, state.extras.prediction as usize, x_buffer);
+                let max = A::from_f64(state.softmax.max);
+                state.extras.prediction += position_of(simd, max, x) as f64;
             }
             (self.emit)(row, state);
         }
+    }
+
+    /// The block of a row's logits that begins at a class, padded, and its number of classes.
+    #[inline(always)]
+    fn block<'b, S: Simd>(
+        &'b self,
+        simd: S,
+        row: usize,
+        class: usize,
+        buffer: &'b mut [A; BLOCK],
+    ) -> (&'b [A], usize) {
+        let (len, padded) = block_len::<A, S>(self.classes.end - class);
+        let pos = BlockPos { row, class, axis: InnerAxis::Class };
+        (self.logits.block(simd, pos, len, &mut buffer[..padded], None), len)
+    }
+
+    /// Adds a block of classes to the state of a row, whose prediction is the first class of the block with the largest logit. The first
+    /// `len` logits of the block count.
+    #[inline(always)]
+    fn add_block<S: Simd>(
+        &self,
+        simd: S,
+        state: RowState,
+        row: usize,
+        class: usize,
+        (x, len): (&[A], usize),
+        r_buffer: &mut [A; BLOCK],
+    ) -> RowState {
+        let r_buffer = &mut r_buffer[..x.len()];
+        let largest = block_max(simd, x);
+        let max = A::from_f64(state.softmax.max.max(largest.to_f64()));
+        let (softmax, exp_dot) = match self.targets.block(row, class, len, r_buffer) {
+            TargetBlock::Uniform(r, label) => {
+                let (softmax, exp_dot) = state_of_uniform::<EXTRAS, A, S>(simd, max, x, r);
+                let softmax = label.map_or(softmax, |(i, on_value)| {
+                    let label_delta = on_value.to_f64() - r.to_f64();
+                    softmax.add_to_target(label_delta, x[i].to_f64())
+                });
+                (softmax, exp_dot)
+            }
+            TargetBlock::Slice(r) => state_of_slice::<EXTRAS, A, S>(simd, max, x, r),
+        };
+        let mut block = RowState { softmax, ..RowState::default() };
+        if EXTRAS {
+            block.extras.exp_dot = exp_dot;
+            if let Some(i) = self.targets.label_in(row, class, len) {
+                block.extras.label_logit = x[i].to_f64();
+            }
+            block.extras.prediction = class as f64;
+            if self.targets.spreads_over_unmasked() {
+                let padded = r_buffer.len();
+                self.targets.class_weights(class, &mut r_buffer[..len]);
+                r_buffer[len..padded].fill(A::ZERO);
+                let extras = &mut block.extras;
+                [extras.num_unmasked, extras.unmasked_sum, extras.unmasked_dot] =
+                    unmasked_of_slice(simd, max, x, r_buffer);
+            }
+        }
+        state.merge::<EXTRAS>(block)
     }
 
     /// Reads ignored rows too, without effect.
@@ -132,21 +187,63 @@ impl<A: Real, F: FnMut(usize, SoftmaxState<f64>)> ForwardRows<'_, A, F> {
     fn side_by_side<S: Simd>(&mut self, simd: S) {
         let mut buffers = Aligned([[[A::ZERO; ROWS_AT_ONCE]; FEW_CLASSES]; 2]);
         let [x, r] = &mut buffers.0;
+        let mut group_states = RowStates::<A>::new::<EXTRAS>();
         for row in self.rows.clone().step_by(ROWS_AT_ONCE) {
             let len = ROWS_AT_ONCE.min(self.rows.end - row);
-            let mut states = SoftmaxState::<[A; ROWS_AT_ONCE]>::EMPTY_ROWS;
-            for first in self.classes.clone().step_by(FEW_CLASSES) {
-                let classes = first..self.classes.end.min(first + FEW_CLASSES);
-                let count = classes.len();
-                for (class, (x, r)) in classes.zip(x.iter_mut().zip(&mut *r)) {
-                    let pos = BlockPos { row, class, axis: InnerAxis::Row };
-                    self.logits.load(pos, &mut x[..len]);
-                    self.targets.load(pos, &mut r[..len]);
+            // With one group of classes, its states are those of the rows.
+            let mut all_states = None;
+            group_states.reset_max();
+            for first_class in self.classes.clone().step_by(FEW_CLASSES) {
+                let classes = first_class..self.classes.end.min(first_class + FEW_CLASSES);
+                let is_only = classes == self.classes;
+                self.set_to_group(simd, row..row + len, classes, [x, r], &mut group_states);
+                if !is_only {
+                    let all_states = all_states.get_or_insert_with(RowStates::<f64>::new::<EXTRAS>);
+                    all_states.merge(simd, len, first_class, &group_states);
                 }
-                states.add_classes(simd, len, &x[..count], &r[..count]);
             }
             for i in 0..len {
-                (self.emit)(row + i, states.row(i));
+                let state = match &all_states {
+                    Some(states) => states.row(i, 0),
+                    None => group_states.row(i, self.classes.start),
+                };
+                (self.emit)(row + i, state);
+            }
+        }
+    }
+
+    /// Sets the states of the rows to those over a group of classes. The buffers get the logits and the weighted targets.
+    #[inline(always)]
+    fn set_to_group<S: Simd>(
+        &self,
+        simd: S,
+        rows: Range<usize>,
+        classes: Range<usize>,
+        [x, r]: [&mut [Rows<A>; FEW_CLASSES]; 2],
+        states: &mut RowStates<A>,
+    ) {
+        let (first_class, count, len) = (classes.start, classes.len(), rows.len());
+        for (class, (x, r)) in classes.zip(x.iter_mut().zip(&mut *r)) {
+            let pos = BlockPos { row: rows.start, class, axis: InnerAxis::Row };
+            self.logits.load(simd, pos, len, x, None);
+            self.targets.load(pos, &mut r[..len]);
+        }
+        let mut weights = [A::ZERO; FEW_CLASSES];
+        let weights = &mut weights[..count];
+        let unmasked = EXTRAS && self.targets.spreads_over_unmasked();
+        if unmasked {
+            self.targets.class_weights(first_class, weights);
+        }
+        let group = ClassGroup {
+            logits: &x[..count],
+            targets: &r[..count],
+            weights: unmasked.then_some(weights),
+        };
+        states.set_to_group::<EXTRAS, S>(simd, len, &group);
+        if EXTRAS {
+            for (i, row) in rows.enumerate() {
+                let label = self.targets.label_in(row, first_class, count);
+                states.set_label_logit(i, label.map_or(A::NEG_INFINITY, |k| x[k][i]));
             }
         }
     }
@@ -168,23 +265,66 @@ fn block_len<A: Real, S: Simd>(remaining: usize) -> (usize, usize) {
 
 /// The inputs of the gradient.
 pub(super) struct GradInputs<'a, A> {
-    pub logits: &'a StridedRows<'a>,
+    pub logits: &'a Logits<'a, A>,
     pub targets: &'a Targets<'a, A>,
     /// The number of elements between one class and the next of the contiguous gradient.
     pub inner_size: usize,
     /// The coefficients of each row, followed by [`ROWS_AT_ONCE`] others, so that vectors may begin at any row.
     pub coeffs: GradCoeffs<Vec<A>>,
+    /// What r of a class of weight 1 gets more if its logit is not −∞, for each row and as many others; `None` if it is 0.
+    pub unmasked_shares: Option<Vec<A>>,
 }
 
 impl<A: Real> GradInputs<'_, A> {
     /// A piece of the gradient must begin at a multiple of this.
     pub(super) fn unit(&self) -> usize {
-        let unit = match (self.inner_size, self.logits.tile_classes) {
+        let unit = match (self.inner_size, self.logits.classes().len()) {
             (1, tile_classes @ ..=FEW_CLASSES) => ROWS_AT_ONCE * tile_classes,
             (1, tile_classes) => tile_classes,
             (inner_size, _) => inner_size,
         };
         unit.min(SEGMENT)
+    }
+
+    /// Writes the gradient of a block of a row's classes, before the slopes of the map. The first `len` logits count.
+    #[inline(always)]
+    fn write_block<S: Simd>(
+        &self,
+        simd: S,
+        pos: BlockPos,
+        len: usize,
+        x: &[A],
+        r_buffer: &mut [A],
+        gradient: &mut [A; BLOCK],
+    ) {
+        let Self { targets, coeffs, unmasked_shares, .. } = self;
+        let BlockPos { row, class, .. } = pos;
+        let row_coeffs = iter::repeat(coeffs.splat(simd, row));
+        if let Some(shares) = unmasked_shares {
+            let mut weights = Aligned([A::ZERO; BLOCK]);
+            targets.load(pos, &mut r_buffer[..len]);
+            targets.class_weights(class, &mut weights.0[..len]);
+            let share = iter::repeat(A::splat(simd, shares[row]));
+            add_shares(simd, share, x, &weights.0[..x.len()], r_buffer);
+            let r = A::as_vectors::<S>(r_buffer).iter().copied();
+            return write_grad(simd, row_coeffs, x, r, gradient);
+        }
+        match targets.block(row, class, len, r_buffer) {
+            TargetBlock::Uniform(r, label) => {
+                let r = iter::repeat(A::splat(simd, r));
+                write_grad(simd, row_coeffs.clone(), x, r, gradient);
+                if let Some((i, on_value)) = label {
+                    let x = [x[i]; BLOCK];
+                    let r = iter::once(A::splat(simd, on_value));
+                    write_grad(simd, row_coeffs, &x, r, r_buffer);
+                    gradient[i] = r_buffer[0];
+                }
+            }
+            TargetBlock::Slice(r) => {
+                let r = A::as_vectors::<S>(r).iter().copied();
+                write_grad(simd, row_coeffs, x, r, gradient);
+            }
+        }
     }
 
     /// Writes a piece of the gradient, from its element `start` on.
@@ -204,7 +344,7 @@ impl<T: Element> WithSimd for WriteGrad<'_, '_, T> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        match (self.grad.inner_size, self.grad.logits.tile_classes) {
+        match (self.grad.inner_size, self.grad.logits.classes().len()) {
             (1, ..=FEW_CLASSES) => self.side_by_side(simd),
             (1, _) => self.row_by_row(simd),
             _ => self.class_by_class(simd),
@@ -218,42 +358,27 @@ impl<T: Element> WriteGrad<'_, '_, T> {
     fn row_by_row<S: Simd>(self, simd: S) {
         let Self { grad, start, out } = self;
         let GradInputs { logits, targets, .. } = *grad;
-        let StridedRows { first_class, tile_classes, .. } = *logits;
-        let end = first_class + tile_classes;
-        let mut buffers = Aligned([[T::Real::ZERO; BLOCK]; 3]);
-        let [x_buffer, r_buffer, gradient] = &mut buffers.0;
+        let classes = logits.classes();
+        let mut buffers = Aligned([[T::Real::ZERO; BLOCK]; 4]);
+        let [x_buffer, r_buffer, gradient, slopes] = &mut buffers.0;
         let mut rounded = [T::default(); BLOCK];
-        let (mut row, mut class) = (start / tile_classes, first_class + start % tile_classes);
+        let row = start / classes.len();
+        let (mut row, mut class) = (row, classes.start + start % classes.len());
         while out.remaining() > 0 {
-            let remaining = (end - class).min(out.remaining());
+            let remaining = (classes.end - class).min(out.remaining());
             let (len, padded) = block_len::<T::Real, S>(remaining);
             if targets.is_ignored(row) {
                 gradient[..len].fill(T::Real::ZERO);
             } else {
                 let pos = BlockPos { row, class, axis: InnerAxis::Class };
-                let x = logits.block(pos, len, &mut x_buffer[..padded]);
-                let coeffs = iter::repeat(grad.coeffs.splat(simd, row));
-                match targets.block(row, class, len, &mut r_buffer[..padded]) {
-                    TargetBlock::Uniform(r, label) => {
-                        let r = iter::repeat(T::Real::splat(simd, r));
-                        write_grad(simd, coeffs.clone(), x, r, gradient);
-                        if let Some((i, on_value)) = label {
-                            let x = [x[i]; BLOCK];
-                            let r = iter::once(T::Real::splat(simd, on_value));
-                            write_grad(simd, coeffs, &x, r, r_buffer);
-                            gradient[i] = r_buffer[0];
-                        }
-                    }
-                    TargetBlock::Slice(r) => {
-                        let r = T::Real::as_vectors::<S>(r).iter().copied();
-                        write_grad(simd, coeffs, x, r, gradient);
-                    }
-                }
+                let x = logits.block(simd, pos, len, &mut x_buffer[..padded], Some(slopes));
+                grad.write_block(simd, pos, len, x, &mut r_buffer[..padded], gradient);
+                logits.apply_slopes(&mut gradient[..len], slopes);
             }
             out.write(T::round(&gradient[..len], &mut rounded));
             class += len;
-            if class == end {
-                (row, class) = (row + 1, first_class);
+            if class == classes.end {
+                (row, class) = (row + 1, classes.start);
             }
         }
     }
@@ -261,7 +386,8 @@ impl<T: Element> WriteGrad<'_, '_, T> {
     /// For so few adjacent classes that vectors hold the rows instead.
     #[inline(always)]
     fn side_by_side<S: Simd>(self, simd: S) {
-        let StridedRows { first_class, tile_classes, .. } = *self.grad.logits;
+        let classes = self.grad.logits.classes();
+        let (first_class, tile_classes) = (classes.start, classes.len());
         let mut scratch = Scratch::new();
         let mut tile = [T::default(); ROWS_AT_ONCE * FEW_CLASSES];
         let mut row = self.start / tile_classes;
@@ -281,7 +407,8 @@ impl<T: Element> WriteGrad<'_, '_, T> {
     /// For rows that are adjacent in memory.
     #[inline(always)]
     fn class_by_class<S: Simd>(self, simd: S) {
-        let StridedRows { first_class, tile_classes, .. } = *self.grad.logits;
+        let classes = self.grad.logits.classes();
+        let (first_class, tile_classes) = (classes.start, classes.len());
         let inner_size = self.grad.inner_size;
         let mut scratch = Scratch::new();
         let (line, mut inner) = (self.start / inner_size, self.start % inner_size);
@@ -307,6 +434,7 @@ struct Scratch<T: Element> {
     x: [T::Real; ROWS_AT_ONCE],
     r: [T::Real; ROWS_AT_ONCE],
     gradient: [T::Real; ROWS_AT_ONCE],
+    slopes: [T::Real; ROWS_AT_ONCE],
     rounded: [T; ROWS_AT_ONCE],
 }
 
@@ -314,7 +442,8 @@ impl<T: Element> Scratch<T> {
     #[inline(always)]
     fn new() -> Self {
         let zeros = [T::Real::ZERO; ROWS_AT_ONCE];
-        Self { x: zeros, r: zeros, gradient: zeros, rounded: [T::default(); ROWS_AT_ONCE] }
+        let rounded = [T::default(); ROWS_AT_ONCE];
+        Self { x: zeros, r: zeros, gradient: zeros, slopes: zeros, rounded }
     }
 
     /// The gradient of one class in `len` rows.
@@ -326,12 +455,19 @@ impl<T: Element> Scratch<T> {
         pos: BlockPos,
         len: usize,
     ) -> &[T] {
-        grad.logits.load(pos, &mut self.x[..len]);
+        grad.logits.load(simd, pos, len, &mut self.x, Some(&mut self.slopes));
         grad.targets.load(pos, &mut self.r[..len]);
+        if let Some(shares) = &grad.unmasked_shares {
+            let mut weight = [T::Real::ZERO];
+            grad.targets.class_weights(pos.class, &mut weight);
+            let shares = T::Real::as_vectors::<S>(&shares[pos.row..]).iter().copied();
+            add_shares(simd, shares, &self.x, &[weight[0]; ROWS_AT_ONCE], &mut self.r);
+        }
         let vectors = len.div_ceil(vector_len::<T::Real, S>());
         let r = T::Real::as_vectors::<S>(&self.r).iter().copied().take(vectors);
         write_grad(simd, grad.coeffs.vectors(pos.row), &self.x, r, &mut self.gradient);
         let gradient = &mut self.gradient[..len];
+        grad.logits.apply_slopes(gradient, &self.slopes);
         grad.targets.zero_ignored(pos.row, gradient);
         T::round(gradient, &mut self.rounded)
     }

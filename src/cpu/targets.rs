@@ -3,7 +3,7 @@
 use super::dtype::Real;
 use super::input::{BlockPos, InnerAxis, StridedRows, field_slices};
 use super::parallel::{BLOCK, default_vec, par_split};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, TargetsOf};
 use crate::formula::{CLASS_FIELDS, ClassParams, ClassTable, LossParams};
 use crate::layout::{Operand, RowOffsets, check_layout};
 use candle_core::backend::BackendStorage;
@@ -14,12 +14,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 pub(super) struct Targets<'a, A> {
     class_params: ClassParams<ClassValues<'a, A>>,
     data: TargetData<'a>,
-    has_ignore_index: bool,
+    row_weights: Option<Vec<f64>>,
+    may_ignore: bool,
     label_is_below: bool,
+    spreads_over_unmasked: bool,
 }
 
 enum TargetData<'a> {
-    /// A class index for each row, or [`IGNORED`].
+    /// A class index for each row, or [`IGNORED`]. A row of weight 0 is ignored too.
     Labels(Vec<u32>),
     Probabilities(StridedRows<'a>),
 }
@@ -42,47 +44,103 @@ impl<'a, A: Real> Targets<'a, A> {
         class_table: &'a LockedClassTable,
         targets: Operand<'a, CpuStorage>,
     ) -> Result<Self> {
+        let row_weights = read_row_weights(params)?;
         let data = match targets.0.dtype().is_int() {
             true => {
                 if params.num_classes > IGNORED as usize {
                     let what = "logits of class indices beyond 32 bits,";
                     return Err(Error::TooLarge { what, shape: vec![params.num_classes] });
                 }
-                TargetData::Labels(read_labels(targets, params.num_classes, params.ignore_index)?)
+                TargetData::Labels(read_labels(
+                    targets,
+                    params.num_classes,
+                    params.ignore_index,
+                    row_weights.as_deref(),
+                )?)
             }
             false => TargetData::Probabilities(StridedRows::new(targets, params.class_dim, 0)?),
         };
         Ok(Self {
             class_params: class_table.class_params()?,
             data,
-            has_ignore_index: params.ignore_index.is_some(),
+            may_ignore: params.ignore_index.is_some() || row_weights.is_some(),
+            row_weights,
             label_is_below: params.label_is_below,
+            spreads_over_unmasked: params.unmasked_epsilon != 0.,
         })
     }
 
+    /// Whether the row does not count.
+    #[inline(always)]
     pub(super) fn is_ignored(&self, row: usize) -> bool {
-        matches!(&self.data, TargetData::Labels(labels) if labels[row] == IGNORED)
+        match &self.data {
+            TargetData::Labels(labels) => labels[row] == IGNORED,
+            TargetData::Probabilities(_) => self.row_weight(row) == 0.,
+        }
+    }
+
+    /// The factor of the row's loss.
+    #[inline(always)]
+    pub(super) fn row_weight(&self, row: usize) -> f64 {
+        self.row_weights.as_ref().map_or(1., |weights| weights[row])
+    }
+
+    /// The index of the row's label in a range of the classes, if it is there and counts.
+    #[inline(always)]
+    pub(super) fn label_in(&self, row: usize, class: usize, len: usize) -> Option<usize> {
+        match &self.data {
+            TargetData::Labels(labels) => {
+                (labels[row] as usize).checked_sub(class).filter(|i| *i < len)
+            }
+            TargetData::Probabilities(_) => None,
+        }
+    }
+
+    pub(super) fn is_label(&self, row: usize, class: u32) -> bool {
+        matches!(&self.data, TargetData::Labels(labels) if labels[row] == class)
+    }
+
+    /// Whether the classes whose logit is not −∞ get a share of their own.
+    pub(super) fn spreads_over_unmasked(&self) -> bool {
+        self.spreads_over_unmasked
     }
 
     /// Sets the values of ignored rows to 0, one value for each row from `first_row` on. A product with 0 would keep NaN.
     #[inline(always)]
     pub(super) fn zero_ignored(&self, first_row: usize, out: &mut [A]) {
-        if let TargetData::Labels(labels) = &self.data
-            && self.has_ignore_index
-        {
-            for (out, &label) in out.iter_mut().zip(&labels[first_row..]) {
-                *out = if label == IGNORED { A::ZERO } else { *out };
+        if !self.may_ignore {
+            return;
+        }
+        match (&self.data, &self.row_weights) {
+            (TargetData::Labels(labels), _) => {
+                for (out, &label) in out.iter_mut().zip(&labels[first_row..]) {
+                    *out = if label == IGNORED { A::ZERO } else { *out };
+                }
             }
+            (TargetData::Probabilities(_), Some(weights)) => {
+                for (out, &weight) in out.iter_mut().zip(&weights[first_row..]) {
+                    *out = if weight == 0. { A::ZERO } else { *out };
+                }
+            }
+            (TargetData::Probabilities(_), None) => {}
         }
     }
 
     /// The row's term in the divisor of a mean.
-    pub(super) fn weight(&self, row: usize) -> A {
-        match &self.data {
-            TargetData::Labels(labels) if labels[row] == IGNORED => A::ZERO,
-            TargetData::Labels(labels) => self.class_params.weight.at(labels[row] as usize),
-            TargetData::Probabilities(_) => A::one(),
-        }
+    pub(super) fn weight(&self, row: usize) -> f64 {
+        let class_weight = match &self.data {
+            TargetData::Labels(labels) if labels[row] == IGNORED => return 0.,
+            TargetData::Labels(labels) => {
+                self.class_params.weight.at(labels[row] as usize).to_f64()
+            }
+            TargetData::Probabilities(_) => 1.,
+        };
+        class_weight * self.row_weight(row)
+    }
+
+    /// Fills `out` with the class weights from `class` on.
+    pub(super) fn class_weights(&self, class: usize, out: &mut [A]) {
+        self.class_params.weight.copy_to(class, out);
     }
 
     /// The weighted targets of `len` classes of a row, followed by zeros up to the length of `buffer`. They are written to
@@ -99,8 +157,7 @@ impl<'a, A: Real> Targets<'a, A> {
         if let TargetData::Labels(labels) = &self.data
             && len == buffer.len()
         {
-            let label = labels[row] as usize;
-            let label_index = label.checked_sub(class).filter(|i| *i < len);
+            let (label, label_index) = (labels[row] as usize, self.label_in(row, class, len));
             match (&self.class_params.off_value, label_index) {
                 (ClassValues::Uniform(r), None) => return TargetBlock::Uniform(*r, None),
                 (ClassValues::PerClass(r), None) => {
@@ -221,18 +278,69 @@ impl<A: Real> ClassValues<'_, A> {
     }
 }
 
-/// The class targets as indices, each checked, or [`IGNORED`] where they equal `ignore_index`.
-pub(crate) fn read_labels(
+/// Checks the class targets.
+pub(crate) fn check_labels(
+    targets: Operand<CpuStorage>,
+    num_classes: usize,
+    ignore_index: Option<i64>,
+) -> Result<()> {
+    read_labels(targets, num_classes, ignore_index, None).map(drop)
+}
+
+/// Checks the row weights, and the class targets of the rows that count.
+pub(crate) fn check_rows(params: &LossParams, targets: Operand<CpuStorage>) -> Result<()> {
+    let row_weights = read_row_weights(params)?;
+    if targets.0.dtype().is_int() {
+        let LossParams { num_classes, ignore_index, .. } = *params;
+        read_labels(targets, num_classes, ignore_index, row_weights.as_deref())?;
+    }
+    Ok(())
+}
+
+/// The weight of each row, each checked.
+fn read_row_weights(params: &LossParams) -> Result<Option<Vec<f64>>> {
+    let Some(tensor) = &params.row_weights else {
+        return Ok(None);
+    };
+    let (storage, layout) = tensor.storage_and_layout();
+    let Storage::Cpu(storage) = &*storage else {
+        let message = "the row weights are not on the CPU".to_string();
+        return Err(candle_core::Error::Msg(message).into());
+    };
+    let mut weights = default_vec::<f64>(layout.shape().elem_count())?;
+    // Beyond the rank, the class dimension makes each element a row.
+    let rows = StridedRows::new((storage, layout), layout.shape().rank(), 0)?;
+    par_split([&mut weights], BLOCK, 1, &|first, [weights]| {
+        for (i, block) in weights.chunks_mut(BLOCK).enumerate() {
+            let row = first + i * BLOCK;
+            rows.load(BlockPos { row, class: 0, axis: InnerAxis::Row }, block);
+        }
+    });
+    match weights.iter().position(|weight| !(weight.is_finite() && *weight >= 0.)) {
+        Some(row) => Err(Error::RowWeightValue { row, value: weights[row] }),
+        None => Ok(Some(weights)),
+    }
+}
+
+/// The class targets as indices, each checked, or [`IGNORED`] where they equal `ignore_index` or the row's weight is 0.
+fn read_labels(
     (targets, layout): Operand<CpuStorage>,
     num_classes: usize,
     ignore_index: Option<i64>,
+    row_weights: Option<&[f64]>,
 ) -> Result<Vec<u32>> {
+    let label_of = |row: usize, target: i64| match usize::try_from(target) {
+        _ if Some(target) == ignore_index => Some(IGNORED),
+        _ if row_weights.is_some_and(|weights| weights[row] == 0.) => Some(IGNORED),
+        Ok(class) if class < num_classes => Some(class as u32),
+        _ => None,
+    };
     match targets {
-        CpuStorage::U8(values) => read_labels_of(values, layout, num_classes, ignore_index),
-        CpuStorage::U32(values) => read_labels_of(values, layout, num_classes, ignore_index),
-        CpuStorage::I16(values) => read_labels_of(values, layout, num_classes, ignore_index),
-        CpuStorage::I32(values) => read_labels_of(values, layout, num_classes, ignore_index),
-        CpuStorage::I64(values) => read_labels_of(values, layout, num_classes, ignore_index),
+        CpuStorage::U8(values) => read_labels_of(values, layout, num_classes, &label_of),
+        CpuStorage::U32(values) => read_labels_of(values, layout, num_classes, &label_of),
+        CpuStorage::I16(values) => read_labels_of(values, layout, num_classes, &label_of),
+        CpuStorage::I32(values) => read_labels_of(values, layout, num_classes, &label_of),
+        CpuStorage::I64(values) => read_labels_of(values, layout, num_classes, &label_of),
         _ => Err(Error::TargetsDType { dtype: targets.dtype(), expected: "an integer dtype" }),
     }
 }
@@ -241,15 +349,10 @@ fn read_labels_of<T: Copy + Into<i64> + Sync>(
     values: &[T],
     layout: &Layout,
     num_classes: usize,
-    ignore_index: Option<i64>,
+    label_of: &(impl Fn(usize, i64) -> Option<u32> + Sync),
 ) -> Result<Vec<u32>> {
     check_layout(layout, values.len())?;
     let offsets = RowOffsets::new(layout, None);
-    let label_of = |target: i64| match usize::try_from(target) {
-        _ if Some(target) == ignore_index => Some(IGNORED),
-        Ok(class) if class < num_classes => Some(class as u32),
-        _ => None,
-    };
     let mut labels = default_vec(layout.shape().elem_count())?;
     let first_bad_row = AtomicUsize::new(usize::MAX);
     par_split([&mut labels], BLOCK, 1, &|first, [labels]| {
@@ -257,9 +360,10 @@ fn read_labels_of<T: Copy + Into<i64> + Sync>(
         while done < labels.len() {
             let run = offsets.run(first + done);
             for (i, out) in labels[done..].iter_mut().take(run.len).enumerate() {
-                let label = label_of(values[run.offset + i * run.stride].into());
+                let row = first + done + i;
+                let label = label_of(row, values[run.offset + i * run.stride].into());
                 *out = label.unwrap_or_else(|| {
-                    first_bad_row.fetch_min(first + done + i, Ordering::Relaxed);
+                    first_bad_row.fetch_min(row, Ordering::Relaxed);
                     IGNORED
                 });
             }
@@ -270,7 +374,7 @@ fn read_labels_of<T: Copy + Into<i64> + Sync>(
         usize::MAX => Ok(labels),
         row => {
             let target = values[offsets.run(row).offset].into();
-            Err(Error::TargetOutOfRange { row, target, num_classes })
+            Err(Error::TargetOutOfRange { row, target, num_classes, function: TargetsOf::Loss })
         }
     }
 }

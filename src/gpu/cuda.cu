@@ -28,6 +28,7 @@ typedef REAL Real;
 #define MAX_PARTIALS 4096
 // A launch knows its last block.
 #define JOINS_BLOCKS 1
+#define HAS_F64 1
 
 struct Threads {
   u32 index, block, num_blocks;
@@ -126,6 +127,15 @@ FUNCTION f32 quotient(f32 a, f32 b) { return divide_approximately(a, b); }
 FUNCTION f64 quotient(f64 a, f64 b) { return a / b; }
 FUNCTION f32 logarithm(f32 x) { return logf(x); }
 FUNCTION f64 logarithm(f64 x) { return log(x); }
+FUNCTION f32 hyperbolic_tangent(f32 x) { return tanhf(x); }
+FUNCTION f64 hyperbolic_tangent(f64 x) { return tanh(x); }
+// Below it tanh x rounds to x.
+#define TANH_LINEAR ((Real)(sizeof(Real) == 4 ? 1e-4 : 1e-9))
+// The index of a class as a number: its bits, where numbers have fewer digits than indices.
+FUNCTION void store_index(u32 index, f32 &out) { out = __uint_as_float(index); }
+FUNCTION void store_index(u32 index, f64 &out) { out = index; }
+FUNCTION u32 stored_index(f32 x) { return __float_as_uint(x); }
+FUNCTION u32 stored_index(f64 x) { return (u32)x; }
 // NaN only if both are NaN.
 FUNCTION f32 larger(f32 a, f32 b) { return fmaxf(a, b); }
 FUNCTION f64 larger(f64 a, f64 b) { return fmax(a, b); }
@@ -190,45 +200,46 @@ extern "C" {
   SHARED_ARRAY(Real, shared, SHARED_REALS); \
   SHARED_ARRAY(u32, flag, 1)
 #define THREAD_INDICES Threads{threadIdx.x, blockIdx.x, gridDim.x}
+#define INPUTS Inputs{targets, class_params, row_weights}
+#define OUTPUTS Outputs{out, saved, metrics, predictions}
 
 __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) forward(
-    const LOGITS *logits, const TARGETS *targets, const Real *class_params, Real *split_states, Real *out, Real *saved,
-    Scratch *scratch, const __grid_constant__ Params p) {
+    const LOGITS *logits, const TARGETS *targets, const Real *class_params, const u8 *row_weights, Real *split_states, Real *out,
+    Real *saved, Real *metrics, u32 *predictions, Scratch *scratch, const __grid_constant__ Params p) {
   SHARED_MEMORY;
-  forward_rows<false>(
-      p, THREAD_INDICES, logits, targets, class_params, split_states, out, saved, scratch, shared, flag);
+  forward_rows<false>(p, THREAD_INDICES, logits, INPUTS, split_states, OUTPUTS, scratch, shared, flag);
 }
 
 __global__ void __launch_bounds__(THREADS) forward_strided(
-    const LOGITS *logits, const TARGETS *targets, const Real *class_params, Real *split_states, Real *out, Real *saved,
-    Scratch *scratch, const __grid_constant__ Params p) {
+    const LOGITS *logits, const TARGETS *targets, const Real *class_params, const u8 *row_weights, Real *split_states, Real *out,
+    Real *saved, Real *metrics, u32 *predictions, Scratch *scratch, const __grid_constant__ Params p) {
   SHARED_MEMORY;
-  forward_rows<true>(
-      p, THREAD_INDICES, logits, targets, class_params, split_states, out, saved, scratch, shared, flag);
+  forward_rows<true>(p, THREAD_INDICES, logits, INPUTS, split_states, OUTPUTS, scratch, shared, flag);
 }
 
 __global__ void __launch_bounds__(THREADS) finish(
-    const TARGETS *targets, const Real *class_params, const Real *states, Real *out, Real *saved, Scratch *scratch,
-    const __grid_constant__ Params p) {
+    const TARGETS *targets, const Real *class_params, const u8 *row_weights, const Real *states, Real *out, Real *saved,
+    Real *metrics, u32 *predictions, Scratch *scratch, const __grid_constant__ Params p) {
   SHARED_MEMORY;
-  finish_rows(p, THREAD_INDICES, targets, class_params, states, out, saved, scratch, shared, flag);
+  finish_rows(p, THREAD_INDICES, INPUTS, states, OUTPUTS, scratch, shared, flag);
 }
 
 __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) backward(
-    const LOGITS *logits, const TARGETS *targets, const Real *class_params, const Real *grad_output, const Real *saved,
-    LOGITS *grad_logits, const __grid_constant__ Params p) {
-  write_rows<WRITES_PACKS>(p, THREAD_INDICES, logits, targets, class_params, grad_output, saved, grad_logits);
+    const LOGITS *logits, const TARGETS *targets, const Real *class_params, const u8 *row_weights, const Real *grad_output,
+    const Real *saved, LOGITS *grad_logits, const __grid_constant__ Params p) {
+  write_rows<WRITES_PACKS>(p, THREAD_INDICES, logits, INPUTS, grad_output, saved, grad_logits);
 }
 
 __global__ void __launch_bounds__(THREADS) backward_strided(
-    const LOGITS *logits, const TARGETS *targets, const Real *class_params, const Real *grad_output, const Real *saved,
-    LOGITS *grad_logits, const __grid_constant__ Params p) {
-  write_rows<WRITES_STRIDED>(p, THREAD_INDICES, logits, targets, class_params, grad_output, saved, grad_logits);
+    const LOGITS *logits, const TARGETS *targets, const Real *class_params, const u8 *row_weights, const Real *grad_output,
+    const Real *saved, LOGITS *grad_logits, const __grid_constant__ Params p) {
+  write_rows<WRITES_STRIDED>(p, THREAD_INDICES, logits, INPUTS, grad_output, saved, grad_logits);
 }
 
 __global__ void __launch_bounds__(THREADS) smooth(
-    const TARGETS *targets, const Real *class_params, LOGITS *smoothed, const __grid_constant__ Params p) {
-  write_rows<WRITES_SMOOTH>(p, THREAD_INDICES, nullptr, targets, class_params, nullptr, nullptr, smoothed);
+    const TARGETS *targets, const Real *class_params, const u8 *row_weights, LOGITS *smoothed,
+    const __grid_constant__ Params p) {
+  write_rows<WRITES_SMOOTH>(p, THREAD_INDICES, nullptr, INPUTS, nullptr, nullptr, smoothed);
 }
 
 }

@@ -1,7 +1,7 @@
 //! The interface to a GPU: its storage, the launch of a kernel, and the variants that a kernel is compiled in.
 
 use crate::error::{Error, Result};
-use crate::formula::result_dtype;
+use crate::formula::{LossParams, result_dtype};
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::{DType, Storage};
 
@@ -96,6 +96,26 @@ pub(crate) struct KernelVariant {
     pub targets: DType,
     /// Whether the class params differ between classes.
     pub per_class: bool,
+    pub options: Options,
+}
+
+/// The options that the kernels compute, as a sum. A kernel without an option has no instruction for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Options(pub u32);
+
+impl Options {
+    /// The options that are set. The kernel source names their values.
+    pub fn new(params: &LossParams) -> Self {
+        let map = params.logit_map;
+        let is_set = [
+            map.is_some(),
+            map.is_some_and(|map| map.cap.is_some()),
+            params.row_weights.is_some(),
+            params.unmasked_epsilon != 0.,
+            params.wants_metrics,
+        ];
+        Self((0..).zip(is_set).map(|(bit, is_set)| u32::from(is_set) << bit).sum())
+    }
 }
 
 /// The key of a compiled kernel.
@@ -108,7 +128,13 @@ pub(crate) struct KernelKey {
 
 impl KernelVariant {
     /// The macro definitions that are put before the kernel source, which documents them.
+    #[cfg(any(feature = "cuda", feature = "metal"))]
     pub fn definitions(self) -> Result<String> {
+        Ok(self.input_definitions()? + &format!("#define OPTIONS {}\n", self.options.0))
+    }
+
+    /// The definitions without the options. The emulator's kernels have all options.
+    pub fn input_definitions(self) -> Result<String> {
         let logits = type_name(self.logits)?;
         let real = type_name(result_dtype(self.logits))?;
         let targets = type_name(self.targets)?;

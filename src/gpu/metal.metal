@@ -71,6 +71,12 @@ FUNCTION void narrow(f32 x, thread f32 &out) { out = x; }
 FUNCTION Real exponential(Real x) { return metal::exp(x); }
 FUNCTION Real quotient(Real a, Real b) { return a / b; }
 FUNCTION Real logarithm(Real x) { return metal::log(x); }
+FUNCTION Real hyperbolic_tangent(Real x) { return metal::tanh(x); }
+// Below it tanh x rounds to x.
+#define TANH_LINEAR ((Real)(sizeof(Real) == 4 ? 1e-4f : 1e-9f))
+// The index of a class as a number: its bits, because f32 has fewer digits than indices.
+FUNCTION void store_index(u32 index, thread f32 &out) { out = as_type<f32>(index); }
+FUNCTION u32 stored_index(f32 x) { return as_type<u32>(x); }
 // NaN only if both are NaN.
 FUNCTION Real larger(Real a, Real b) { return metal::fmax(a, b); }
 
@@ -115,6 +121,8 @@ FUNCTION Pack pack_logits(thread const Real *x) {
   u32 block [[threadgroup_position_in_grid]], u32 num_blocks [[threadgroups_per_grid]],                      \
   u32 warp [[threads_per_simdgroup]]
 #define THREAD_INDICES Threads{index, count, block, num_blocks, warp}
+#define INPUTS Inputs{targets, class_params, row_weights}
+#define OUTPUTS Outputs{out, saved, metrics, predictions}
 #define SHARED_MEMORY                        \
   SHARED_ARRAY(Real, shared, SHARED_REALS); \
   SHARED_ARRAY(u32, flag, 1)
@@ -123,43 +131,50 @@ kernel void forward(
     device const LOGITS *logits [[buffer(0)]],
     device const TARGETS *targets [[buffer(1)]],
     device const Real *class_params [[buffer(2)]],
-    device Real *split_states [[buffer(3)]],
-    device Real *out [[buffer(4)]],
-    device Real *saved [[buffer(5)]],
-    device Scratch *scratch [[buffer(6)]],
-    constant Params &p [[buffer(7)]],
+    device const u8 *row_weights [[buffer(3)]],
+    device Real *split_states [[buffer(4)]],
+    device Real *out [[buffer(5)]],
+    device Real *saved [[buffer(6)]],
+    device Real *metrics [[buffer(7)]],
+    device u32 *predictions [[buffer(8)]],
+    device Scratch *scratch [[buffer(9)]],
+    constant Params &p [[buffer(10)]],
     THREAD_ARGUMENTS) {
   SHARED_MEMORY;
-  forward_rows<false>(
-      p, THREAD_INDICES, logits, targets, class_params, split_states, out, saved, scratch, shared, flag);
+  forward_rows<false>(p, THREAD_INDICES, logits, INPUTS, split_states, OUTPUTS, scratch, shared, flag);
 }
 
 kernel void forward_strided(
     device const LOGITS *logits [[buffer(0)]],
     device const TARGETS *targets [[buffer(1)]],
     device const Real *class_params [[buffer(2)]],
-    device Real *split_states [[buffer(3)]],
-    device Real *out [[buffer(4)]],
-    device Real *saved [[buffer(5)]],
-    device Scratch *scratch [[buffer(6)]],
-    constant Params &p [[buffer(7)]],
+    device const u8 *row_weights [[buffer(3)]],
+    device Real *split_states [[buffer(4)]],
+    device Real *out [[buffer(5)]],
+    device Real *saved [[buffer(6)]],
+    device Real *metrics [[buffer(7)]],
+    device u32 *predictions [[buffer(8)]],
+    device Scratch *scratch [[buffer(9)]],
+    constant Params &p [[buffer(10)]],
     THREAD_ARGUMENTS) {
   SHARED_MEMORY;
-  forward_rows<true>(
-      p, THREAD_INDICES, logits, targets, class_params, split_states, out, saved, scratch, shared, flag);
+  forward_rows<true>(p, THREAD_INDICES, logits, INPUTS, split_states, OUTPUTS, scratch, shared, flag);
 }
 
 kernel void finish(
     device const TARGETS *targets [[buffer(0)]],
     device const Real *class_params [[buffer(1)]],
-    device const Real *states [[buffer(2)]],
-    device Real *out [[buffer(3)]],
-    device Real *saved [[buffer(4)]],
-    device Scratch *scratch [[buffer(5)]],
-    constant Params &p [[buffer(6)]],
+    device const u8 *row_weights [[buffer(2)]],
+    device const Real *states [[buffer(3)]],
+    device Real *out [[buffer(4)]],
+    device Real *saved [[buffer(5)]],
+    device Real *metrics [[buffer(6)]],
+    device u32 *predictions [[buffer(7)]],
+    device Scratch *scratch [[buffer(8)]],
+    constant Params &p [[buffer(9)]],
     THREAD_ARGUMENTS) {
   SHARED_MEMORY;
-  finish_rows(p, THREAD_INDICES, targets, class_params, states, out, saved, scratch, shared, flag);
+  finish_rows(p, THREAD_INDICES, INPUTS, states, OUTPUTS, scratch, shared, flag);
 }
 
 // The reduced loss from the partial sums of the blocks of `forward` or `finish`, by one threadgroup.
@@ -170,38 +185,41 @@ kernel void reduce(
     constant Params &p [[buffer(3)]],
     THREAD_ARGUMENTS) {
   SHARED_ARRAY(Real, shared, SHARED_REALS);
-  reduce_partials(p, THREAD_INDICES, p.num_partials, scratch, out, saved, shared);
+  reduce_partials(p, THREAD_INDICES, p.num_partials, scratch, Outputs{out, saved, nullptr, nullptr}, shared);
 }
 
 kernel void backward(
     device const LOGITS *logits [[buffer(0)]],
     device const TARGETS *targets [[buffer(1)]],
     device const Real *class_params [[buffer(2)]],
-    device const Real *grad_output [[buffer(3)]],
-    device const Real *saved [[buffer(4)]],
-    device LOGITS *grad_logits [[buffer(5)]],
-    constant Params &p [[buffer(6)]],
+    device const u8 *row_weights [[buffer(3)]],
+    device const Real *grad_output [[buffer(4)]],
+    device const Real *saved [[buffer(5)]],
+    device LOGITS *grad_logits [[buffer(6)]],
+    constant Params &p [[buffer(7)]],
     THREAD_ARGUMENTS) {
-  write_rows<WRITES_PACKS>(p, THREAD_INDICES, logits, targets, class_params, grad_output, saved, grad_logits);
+  write_rows<WRITES_PACKS>(p, THREAD_INDICES, logits, INPUTS, grad_output, saved, grad_logits);
 }
 
 kernel void backward_strided(
     device const LOGITS *logits [[buffer(0)]],
     device const TARGETS *targets [[buffer(1)]],
     device const Real *class_params [[buffer(2)]],
-    device const Real *grad_output [[buffer(3)]],
-    device const Real *saved [[buffer(4)]],
-    device LOGITS *grad_logits [[buffer(5)]],
-    constant Params &p [[buffer(6)]],
+    device const u8 *row_weights [[buffer(3)]],
+    device const Real *grad_output [[buffer(4)]],
+    device const Real *saved [[buffer(5)]],
+    device LOGITS *grad_logits [[buffer(6)]],
+    constant Params &p [[buffer(7)]],
     THREAD_ARGUMENTS) {
-  write_rows<WRITES_STRIDED>(p, THREAD_INDICES, logits, targets, class_params, grad_output, saved, grad_logits);
+  write_rows<WRITES_STRIDED>(p, THREAD_INDICES, logits, INPUTS, grad_output, saved, grad_logits);
 }
 
 kernel void smooth(
     device const TARGETS *targets [[buffer(0)]],
     device const Real *class_params [[buffer(1)]],
-    device LOGITS *smoothed [[buffer(2)]],
-    constant Params &p [[buffer(3)]],
+    device const u8 *row_weights [[buffer(2)]],
+    device LOGITS *smoothed [[buffer(3)]],
+    constant Params &p [[buffer(4)]],
     THREAD_ARGUMENTS) {
-  write_rows<WRITES_SMOOTH>(p, THREAD_INDICES, nullptr, targets, class_params, nullptr, nullptr, smoothed);
+  write_rows<WRITES_SMOOTH>(p, THREAD_INDICES, nullptr, INPUTS, nullptr, nullptr, smoothed);
 }

@@ -30,13 +30,13 @@ pub(crate) use kernel::GpuStorage;
 
 use crate::error::{Error, Result};
 use crate::formula::{
-    CLASS_FIELDS, ClassParams, ClassTable, Divisor, ForwardOut, LossParams, SAVED_FIELDS,
-    STATE_FIELDS, SavedIn, result_dtype,
+    CLASS_FIELDS, ClassParams, ClassTable, Divisor, ForwardOut, LossParams, METRIC_FIELDS,
+    RowMetrics, SavedIn, result_dtype,
 };
 use crate::layout::{self, Operand, OperandMut, check_layout, inner_size, num_rows};
-use candle_core::{DType, Layout, StorageRef, WithDType};
-use kernel::{Buffer, Grid, KernelKey, KernelVariant, Limits};
-use params::{Access, IntParams, KernelParams, Outputs, RowStrides, Saves};
+use candle_core::{DType, Layout, Storage, StorageRef, WithDType};
+use kernel::{Buffer, Grid, KernelKey, KernelVariant, Limits, Options};
+use params::{Access, IntParams, KernelParams, Outputs, RowStrides, RowWeightsType, Saves};
 
 /// The number of rows up to which the saved states share the storage of the loss. This saves an allocation. Of more rows, a loss that is
 /// kept or copied to the host would carry too much along.
@@ -62,10 +62,10 @@ pub(crate) fn merge_tile<S: GpuStorage>(
     [logits, targets]: [Operand<S>; 2],
 ) -> Result<()> {
     let mut launch = Launch::over_logits(params, logits, targets)?;
-    launch.check_fields("softmax states", (states, layout), STATE_FIELDS)?;
+    launch.check_fields("softmax states", (states, layout), params.num_state_fields())?;
     launch.ints.wants_states = 1;
     launch.ints.accumulates = (params.first_class > 0).into();
-    launch.forward_rows(logits.0, Outputs { out: states, saved: None })
+    launch.forward_rows(logits.0, Outputs::new(states))
 }
 
 /// The result of [`forward`] from the softmax states of the rows over all classes.
@@ -74,9 +74,9 @@ pub(crate) fn finish<S: GpuStorage>(
     logits_dtype: DType,
     [states, targets]: [Operand<S>; 2],
 ) -> Result<ForwardOut<S>> {
-    let num_rows = states.1.shape().elem_count() / STATE_FIELDS;
+    let num_rows = states.1.shape().elem_count() / params.num_state_fields();
     let launch = Launch::new(params, states.0.device(), logits_dtype, targets, num_rows)?;
-    launch.check_fields("softmax states", states, STATE_FIELDS)?;
+    launch.check_fields("softmax states", states, params.num_state_fields())?;
     launch.loss(|launch, outputs| launch.merge_states(states.0, 1, outputs))
 }
 
@@ -118,8 +118,8 @@ pub(crate) fn smooth_targets<S: GpuStorage>(params: &LossParams, labels: Operand
     }
     let limits = launch.limits("smooth")?;
     let grid = launch.ints.plan_launch(limits, DType::F32, Access::Classes);
-    let [targets, class_params] = launch.shared_buffers()?;
-    let mut buffers = [targets, class_params, Buffer::Output(&mut smoothed)];
+    let [targets, class_params, row_weights] = launch.shared_buffers()?;
+    let mut buffers = [targets, class_params, row_weights, Buffer::Output(&mut smoothed)];
     // SAFETY: these are the buffers of `smooth`. The inputs are in bounds as in `forward_rows`. The output has
     // an element for each row and class.
     unsafe { launch.run("smooth", grid, &mut buffers)? };
@@ -134,6 +134,7 @@ struct Launch<'a, S: GpuStorage> {
     targets: &'a S,
     /// The class params, if they differ between classes.
     class_params: Option<StorageRef<'a>>,
+    row_weights: Option<StorageRef<'a>>,
     ints: IntParams,
     /// What the sum of the losses is divided by, if it is not the sum of the rows' weights.
     divisor: Option<f64>,
@@ -159,7 +160,7 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
             let what = "logits with more than 2³⁰ rows or classes";
             return Err(Error::TooLarge { what, shape: vec![num_rows, params.num_classes] });
         }
-        let ints = IntParams {
+        let mut ints = IntParams {
             targets: RowStrides::new(targets, targets_class_dim)?,
             num_rows: num_rows as u32,
             num_classes: params.num_classes as u32,
@@ -175,13 +176,28 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
             ClassTable::Uniform(_) => None,
             ClassTable::PerClass(tensor) => Some(tensor.storage_and_layout().0),
         };
+        let mut row_weights = None;
+        if let Some(tensor) = &params.row_weights {
+            let (storage, layout) = tensor.storage_and_layout();
+            check_num_rows("row weights", layout.shape().elem_count(), num_rows)?;
+            let weights = with_logits::<S>("row weights", &storage)?;
+            ints.row_weights = RowStrides::new((weights, layout), None)?;
+            ints.row_weights_type = RowWeightsType::new(weights.dtype())?;
+            row_weights = Some(storage);
+        }
         let per_class = class_params.is_some();
         Ok(Self {
             params,
             device: device.clone(),
-            variant: KernelVariant { logits: logits_dtype, targets: targets_dtype, per_class },
+            variant: KernelVariant {
+                logits: logits_dtype,
+                targets: targets_dtype,
+                per_class,
+                options: Options::new(params),
+            },
             targets: targets.0,
             class_params,
+            row_weights,
             ints,
             divisor: None,
         })
@@ -213,10 +229,11 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
         launch.ints.grad_output = RowStrides::new(grad_output, None)?;
         launch.ints.inner_size = inner_size(logits.1.dims(), params.class_dim) as u32;
         check_layout(layout, saved.len())?;
-        if layout.stride() != [1, SAVED_FIELDS] {
+        let num_fields = params.num_saved_fields();
+        if layout.stride() != [1, num_fields] {
             return Err(internal_error(format!("the saved states have the layout {layout:?}")));
         }
-        let saved_rows = layout.shape().elem_count() / SAVED_FIELDS;
+        let saved_rows = layout.shape().elem_count() / num_fields;
         check_num_rows("saved states", saved_rows, launch.num_rows())?;
         launch.ints.saved_start = layout.start_offset() as u64;
         launch.set_divisor(divisor);
@@ -254,23 +271,22 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
         KernelKey { name, variant: self.variant }
     }
 
-    /// The buffers of the targets and of the class params.
-    fn shared_buffers(&self) -> Result<[Buffer<'_, S>; 2]> {
+    /// The buffers of the targets, the class params and the row weights.
+    fn shared_buffers(&self) -> Result<[Buffer<'_, S>; 3]> {
         let class_params = match &self.class_params {
             None => Buffer::Unused,
             Some(storage) => {
-                let class_params = S::from_storage(storage).ok_or_else(|| {
-                    let location = storage.device().location();
-                    internal_error(format!(
-                        "the class params are on {location:?}, not with the logits"
-                    ))
-                })?;
+                let class_params = with_logits("class params", storage)?;
                 let len = CLASS_FIELDS * self.ints.num_classes as usize;
                 self.check_numbers("class params", class_params, len)?;
                 Buffer::Input(class_params)
             }
         };
-        Ok([Buffer::Input(self.targets), class_params])
+        let row_weights = match &self.row_weights {
+            None => Buffer::Unused,
+            Some(storage) => Buffer::Input(with_logits("row weights", storage)?),
+        };
+        Ok([Buffer::Input(self.targets), class_params, row_weights])
     }
 
     /// Checks a buffer that kernels index without its layout: it is in the dtype of the arithmetic and has at least
@@ -328,10 +344,10 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
     fn kernel_params<A: WithDType>(&self) -> KernelParams<A> {
         let class_params = match self.params.class_table {
             ClassTable::Uniform(class_params) => class_params,
-            // Unused: the kernel reads the table.
-            ClassTable::PerClass(_) => ClassParams::from_fields([0.; CLASS_FIELDS]),
+            // The kernel reads the table, except for the weight of a target out of range.
+            ClassTable::PerClass(_) => ClassParams::from_fields([1.; CLASS_FIELDS]),
         };
-        KernelParams::new(self.ints, class_params, self.params.z_loss, self.divisor)
+        KernelParams::new(self.ints, class_params, self.params, self.divisor)
     }
 
     /// Computes the outputs of all rows from the logits. If rows are split, their splits are merged.
@@ -354,14 +370,25 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
         let mut split_states = None;
         if num_splits > 1 {
             self.ints.plan_finish(limits, num_splits);
-            split_states = Some(self.alloc(STATE_FIELDS * num_splits * self.num_rows())?);
+            let states_per_row = self.params.num_state_fields() * num_splits;
+            split_states = Some(self.alloc(states_per_row * self.num_rows())?);
         }
-        let [out, saved] = outputs.buffers();
-        let (logits, [targets, class_params]) = (Buffer::Input(logits), self.shared_buffers()?);
-        let states = Buffer::optional_output(split_states.as_mut());
-        let mut buffers = [logits, targets, class_params, states, out, saved, Buffer::Scratch];
+        let [out, saved, metrics, predictions] = outputs.buffers();
+        let [targets, class_params, row_weights] = self.shared_buffers()?;
+        let mut buffers = [
+            Buffer::Input(logits),
+            targets,
+            class_params,
+            row_weights,
+            Buffer::optional_output(split_states.as_mut()),
+            out,
+            saved,
+            metrics,
+            predictions,
+            Buffer::Scratch,
+        ];
         // SAFETY: these are the buffers of `forward`. The strides were checked against the storages of the
-        // logits and the targets, and the length of the class params. Each output has room for what the flags name, and the
+        // logits, the targets and the row weights, and the length of the class params. Each output has room for what the flags name, and the
         // states have room for each split of each row. The kernel compares a class target with the number of classes
         // before it indexes by it. The grid has at most `MAX_PARTIALS` blocks.
         unsafe { self.run(kernel, grid, &mut buffers)? };
@@ -384,9 +411,19 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
         }
         let limits = self.limits("finish")?;
         let grid = self.ints.plan_finish(limits, num_states);
-        let [out, saved] = outputs.buffers();
-        let ([targets, class_params], states) = (self.shared_buffers()?, Buffer::Input(states));
-        let mut buffers = [targets, class_params, states, out, saved, Buffer::Scratch];
+        let [out, saved, metrics, predictions] = outputs.buffers();
+        let [targets, class_params, row_weights] = self.shared_buffers()?;
+        let mut buffers = [
+            targets,
+            class_params,
+            row_weights,
+            Buffer::Input(states),
+            out,
+            saved,
+            metrics,
+            predictions,
+            Buffer::Scratch,
+        ];
         // SAFETY: these are the buffers of `finish`, in bounds as in `forward_rows`. The input has `num_states`
         // states for each row.
         unsafe { self.run("finish", grid, &mut buffers)? };
@@ -402,7 +439,7 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
             return Ok(());
         }
         self.ints.num_partials = grid.blocks as u32;
-        let [out, saved] = outputs.buffers();
+        let [out, saved, ..] = outputs.buffers();
         let grid = Grid { blocks: 1, threads_per_block: self.limits("reduce")?.block_size() };
         // SAFETY: these are the buffers of `reduce`. The launch before has written the partial sums.
         unsafe { self.run("reduce", grid, &mut [out, saved, Buffer::Scratch]) }
@@ -425,16 +462,17 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
         let limits = self.limits(kernel)?;
         let grid = self.ints.plan_launch(limits, self.variant.logits, access);
         self.ints.in_place = logits.is_none().into();
-        let [targets, class_params] = self.shared_buffers()?;
+        let [targets, class_params, row_weights] = self.shared_buffers()?;
         let mut buffers = [
             Buffer::optional_input(logits),
             targets,
             class_params,
+            row_weights,
             Buffer::Input(grad_output),
             Buffer::Input(saved),
             Buffer::Output(grad_logits),
         ];
-        // SAFETY: these are the buffers of `backward`. The logits, targets and class params are in bounds as
+        // SAFETY: these are the buffers of `backward`. The logits, targets, class params and row weights are in bounds as
         // in `forward_rows`. The strides of the output gradient were checked against its storage, and the
         // length of the saved states. The gradient has an element for each logit.
         unsafe { self.run(kernel, grid, &mut buffers) }
@@ -453,7 +491,8 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
         // The divisor comes before the saved states, if there is one.
         let divisor_start = if with_loss { losses } else { 0 };
         let start = divisor_start + usize::from(reduces);
-        let saved_end = start + SAVED_FIELDS * num_rows;
+        let num_fields = self.params.num_saved_fields();
+        let saved_end = start + num_fields * num_rows;
         self.set_divisor(self.params.divisor);
         let divisor = self.params.divisor.map(|divisor| match divisor {
             Divisor::Number(number) => Divisor::Number(number),
@@ -469,12 +508,27 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
         self.ints.saves = saves;
         self.ints.saved_start = start as u64;
         self.ints.divisor_start = divisor_start as u32;
-        compute(&mut self, Outputs { out: &mut out, saved: saved.as_mut() })?;
+        let mut metrics = self.params.wants_metrics.then(|| self.alloc_metrics()).transpose()?;
+        let outputs = Outputs { out: &mut out, saved: saved.as_mut(), metrics: metrics.as_mut() };
+        compute(&mut self, outputs)?;
         // The numbers of a row are adjacent.
-        let layout = Layout::new((SAVED_FIELDS, num_rows).into(), vec![1, SAVED_FIELDS], start);
+        let layout = Layout::new((num_fields, num_rows).into(), vec![1, num_fields], start);
         let saved = wants_saved.then_some(SavedIn { storage: saved, layout, divisor });
-        Ok(ForwardOut { loss: out, saved })
+        Ok(ForwardOut { loss: out, saved, metrics })
     }
+
+    fn alloc_metrics(&self) -> Result<RowMetrics<S>> {
+        let predictions = S::alloc(&self.device, self.num_rows(), DType::U32)?;
+        Ok(RowMetrics { values: self.alloc(METRIC_FIELDS * self.num_rows())?, predictions })
+    }
+}
+
+/// The storage of a tensor of the loss, which is on the device of the logits.
+fn with_logits<'a, S: GpuStorage>(what: &str, storage: &'a Storage) -> Result<&'a S> {
+    S::from_storage(storage).ok_or_else(|| {
+        let location = storage.device().location();
+        internal_error(format!("the {what} are on {location:?}, not with the logits"))
+    })
 }
 
 /// Checks that a tensor has the rows of the logits: the kernels index it by them.

@@ -5,7 +5,7 @@
 
 use super::kernel::{Buffer, GpuStorage, Grid, Limits, MAX_PARTIALS};
 use crate::error::{Error, Result};
-use crate::formula::ClassParams;
+use crate::formula::{ClassParams, LossParams, RowMetrics};
 use crate::layout::{Operand, RowOffsets, check_layout};
 use candle_core::{DType, WithDType};
 use std::mem::offset_of;
@@ -36,6 +36,33 @@ pub(crate) enum Saves {
     WithLoss,
 }
 
+/// The type of the row weights: `RowWeightsType` in the kernel source. It has 64 bits so that the number of 32-bit fields stays even.
+#[repr(u64)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) enum RowWeightsType {
+    #[default]
+    U8,
+    F8,
+    F16,
+    BF16,
+    F32,
+    F64,
+}
+
+impl RowWeightsType {
+    pub fn new(dtype: DType) -> Result<Self> {
+        Ok(match dtype {
+            DType::U8 => Self::U8,
+            DType::F8E4M3 => Self::F8,
+            DType::F16 => Self::F16,
+            DType::BF16 => Self::BF16,
+            DType::F32 => Self::F32,
+            DType::F64 => Self::F64,
+            dtype => return Err(Error::RowWeightsDType { dtype }),
+        })
+    }
+}
+
 /// The fields of `Params` that are integers, in their order.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
@@ -43,9 +70,11 @@ pub(crate) struct IntParams {
     pub logits: RowStrides,
     pub targets: RowStrides,
     pub grad_output: RowStrides,
+    pub row_weights: RowStrides,
     pub ignore_index: i64,
     /// The first element of the saved states.
     pub saved_start: u64,
+    pub row_weights_type: RowWeightsType,
     pub num_rows: u32,
     /// K, the number of all classes.
     pub num_classes: u32,
@@ -96,9 +125,14 @@ pub(crate) struct KernelParams<A> {
     on_value: A,
     weight: A,
     z_loss: A,
+    unmasked_epsilon: A,
+    logit_scale: A,
+    softcap: A,
+    inverse_softcap: A,
     divisor: A,
     scale: A,
     unscale: A,
+    empty_divisor: A,
 }
 
 // The fields of `Params` are not nested. Nesting the integers must not add padding after the last of them.
@@ -111,7 +145,7 @@ impl<A: WithDType> KernelParams<A> {
     pub fn new(
         ints: IntParams,
         class_params: ClassParams<f64>,
-        z_loss: f64,
+        params: &LossParams,
         divisor: Option<f64>,
     ) -> Self {
         let ClassParams { prob_scale, off_value, on_value, weight } = class_params.map(A::from_f64);
@@ -122,9 +156,24 @@ impl<A: WithDType> KernelParams<A> {
             true => 1. / (ints.num_rows.max(1).next_power_of_two() as f64),
             false => 1.,
         };
-        let [z_loss, divisor, scale, unscale] =
-            [z_loss, divisor, scale, 1. / scale].map(A::from_f64);
-        Self { ints, prob_scale, off_value, on_value, weight, z_loss, divisor, scale, unscale }
+        let logit_scale = params.logit_map.map_or(1., |map| map.scale);
+        let softcap = params.logit_map.and_then(|map| map.cap).unwrap_or(1.);
+        Self {
+            ints,
+            prob_scale,
+            off_value,
+            on_value,
+            weight,
+            z_loss: A::from_f64(params.z_loss),
+            unmasked_epsilon: A::from_f64(params.unmasked_epsilon),
+            logit_scale: A::from_f64(logit_scale),
+            softcap: A::from_f64(softcap),
+            inverse_softcap: A::from_f64(1. / softcap),
+            divisor: A::from_f64(divisor),
+            scale: A::from_f64(scale),
+            unscale: A::from_f64(1. / scale),
+            empty_divisor: A::from_f64(if params.zero_if_empty { 0. } else { f64::NAN }),
+        }
     }
 }
 
@@ -170,12 +219,21 @@ pub(crate) struct Outputs<'a, S> {
     pub out: &'a mut S,
     /// The saved states, if they are not in `out`.
     pub saved: Option<&'a mut S>,
+    pub metrics: Option<&'a mut RowMetrics<S>>,
 }
 
-impl<S> Outputs<'_, S> {
-    pub fn buffers(&mut self) -> [Buffer<'_, S>; 2] {
-        let saved = self.saved.as_deref_mut();
-        [Buffer::Output(self.out), Buffer::optional_output(saved)]
+impl<'a, S> Outputs<'a, S> {
+    pub fn new(out: &'a mut S) -> Self {
+        Self { out, saved: None, metrics: None }
+    }
+
+    pub fn buffers(&mut self) -> [Buffer<'_, S>; 4] {
+        let saved = Buffer::optional_output(self.saved.as_deref_mut());
+        let [values, predictions] = match self.metrics.as_deref_mut() {
+            None => [Buffer::Unused, Buffer::Unused],
+            Some(metrics) => [&mut metrics.values, &mut metrics.predictions].map(Buffer::Output),
+        };
+        [Buffer::Output(self.out), saved, values, predictions]
     }
 }
 

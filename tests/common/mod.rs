@@ -2,7 +2,7 @@
 #![allow(dead_code, reason = "each test file uses its own part")]
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use candle_label_smoothing::{LabelSmoothingLoss, Reduction, Smoothing, smooth_targets};
+use candle_label_smoothing::{LabelSmoothingLoss, Metrics, Reduction, Smoothing, smooth_targets};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use std::io::Write;
@@ -90,6 +90,22 @@ pub trait OnDevice {
         logits: &Tensor,
         targets: &Tensor,
     ) -> candle_label_smoothing::Result<Tensor>;
+
+    /// The same, with weights for the rows.
+    fn weighted_on_device(
+        &self,
+        row_weights: &Tensor,
+        logits: &Tensor,
+        targets: &Tensor,
+    ) -> candle_label_smoothing::Result<Tensor>;
+
+    /// The loss and the metrics, with weights for the rows if there are any.
+    fn metrics_on_device(
+        &self,
+        row_weights: Option<&Tensor>,
+        logits: &Tensor,
+        targets: &Tensor,
+    ) -> candle_label_smoothing::Result<(Tensor, Metrics)>;
 }
 
 impl OnDevice for LabelSmoothingLoss {
@@ -101,6 +117,35 @@ impl OnDevice for LabelSmoothingLoss {
         let device = device_for(&[logits, targets]);
         let (logits, targets) = (logits.to_device(device)?, targets.to_device(device)?);
         Ok(self.forward(&logits, &targets)?.to_device(&CPU)?)
+    }
+
+    fn weighted_on_device(
+        &self,
+        row_weights: &Tensor,
+        logits: &Tensor,
+        targets: &Tensor,
+    ) -> candle_label_smoothing::Result<Tensor> {
+        let device = device_for(&[row_weights, logits, targets]);
+        let (logits, targets) = (logits.to_device(device)?, targets.to_device(device)?);
+        let loss = self.weigh_rows(&row_weights.to_device(device)?)?;
+        Ok(loss.forward(&logits, &targets)?.to_device(&CPU)?)
+    }
+
+    fn metrics_on_device(
+        &self,
+        row_weights: Option<&Tensor>,
+        logits: &Tensor,
+        targets: &Tensor,
+    ) -> candle_label_smoothing::Result<(Tensor, Metrics)> {
+        let inputs: Vec<&Tensor> = row_weights.into_iter().chain([logits, targets]).collect();
+        let device = device_for(&inputs);
+        let loss = match row_weights {
+            Some(weights) => self.weigh_rows(&weights.to_device(device)?)?,
+            None => self.clone(),
+        };
+        let (logits, targets) = (logits.to_device(device)?, targets.to_device(device)?);
+        let (loss, metrics) = loss.forward_with_metrics(&logits, &targets)?;
+        Ok((loss.to_device(&CPU)?, metrics))
     }
 }
 
@@ -144,7 +189,9 @@ pub fn values(tensor: &Tensor) -> Result<Vec<f64>> {
 #[derive(Clone)]
 pub struct Case {
     pub name: String,
+    /// The loss without weights for the rows.
     pub loss: LabelSmoothingLoss,
+    pub row_weights: Option<Tensor>,
     pub logits: Tensor,
     pub targets: Tensor,
 }
@@ -152,24 +199,40 @@ pub struct Case {
 impl Case {
     /// Computes the loss, and the logits' gradient of Σ grad_output·loss.
     pub fn run(&self, dtype: DType) -> Result<(Tensor, Tensor)> {
-        self.run_with(dtype, |logits, targets| Ok(self.loss.on_device(logits, targets)?))
+        self.run_with(dtype, |logits| self.forward(logits))
     }
 
     /// The same by the reference, which uses candle's operations.
     pub fn run_reference(&self, dtype: DType) -> Result<(Tensor, Tensor)> {
-        self.run_with(dtype, |logits, targets| {
-            let loss = candle_label_smoothing::reference::forward(&self.loss, logits, targets)?;
-            Ok(loss)
+        let loss = self.loss_on(&CPU)?;
+        self.run_with(dtype, |logits| {
+            Ok(candle_label_smoothing::reference::forward(&loss, logits, &self.targets)?)
+        })
+    }
+
+    /// The loss of these logits on the device under test.
+    pub fn forward(&self, logits: &Tensor) -> Result<Tensor> {
+        Ok(match &self.row_weights {
+            Some(weights) => self.loss.weighted_on_device(weights, logits, &self.targets)?,
+            None => self.loss.on_device(logits, &self.targets)?,
+        })
+    }
+
+    /// The loss with the rows' weights on the device.
+    pub fn loss_on(&self, device: &Device) -> Result<LabelSmoothingLoss> {
+        Ok(match &self.row_weights {
+            Some(weights) => self.loss.weigh_rows(&weights.to_device(device)?)?,
+            None => self.loss.clone(),
         })
     }
 
     fn run_with(
         &self,
         dtype: DType,
-        forward: impl Fn(&Tensor, &Tensor) -> Result<Tensor>,
+        forward: impl Fn(&Tensor) -> Result<Tensor>,
     ) -> Result<(Tensor, Tensor)> {
         let logits = Var::from_tensor(&self.logits.to_dtype(dtype)?)?;
-        let loss = forward(&logits, &self.targets)?;
+        let loss = forward(&logits)?;
         let total = sum_with_grad_output(&loss)?;
         let gradient = total.backward()?.get(&logits).cloned();
         Ok((loss, gradient.expect("no gradient reached the logits")))
@@ -197,8 +260,17 @@ pub fn smoothings(num_classes: usize) -> Result<Vec<(&'static str, Smoothing)>> 
 }
 
 /// Every combination of smoothing, class weights, ignore_index, z-loss, reduction and kind of
-/// targets, for logits of shape `dims`.
+/// targets, for logits of shape `dims`. Then every choice of three of all options, each in several cases.
 pub fn grid(dims: &[usize], class_dim: usize) -> Result<Vec<Case>> {
+    Ok([full_grid(dims, class_dim)?, grid_of_triples(dims, class_dim)?].concat())
+}
+
+/// The cases, or a fifth of them on the emulator, which is slow.
+pub fn fewer_on_emulator(cases: Vec<Case>) -> impl Iterator<Item = Case> {
+    cases.into_iter().step_by(if cfg!(emulator) { 5 } else { 1 })
+}
+
+fn full_grid(dims: &[usize], class_dim: usize) -> Result<Vec<Case>> {
     let num_classes = dims[class_dim];
     let mut rows = dims.to_vec();
     rows.remove(class_dim);
@@ -230,6 +302,7 @@ pub fn grid(dims: &[usize], class_dim: usize) -> Result<Vec<Case>> {
                         cases.push(Case {
                             name: format!("{name}, {kind}, {dims:?}/{class_dim}"),
                             loss,
+                            row_weights: None,
                             logits: logits.clone(),
                             targets: targets.clone(),
                         });
@@ -239,6 +312,118 @@ pub fn grid(dims: &[usize], class_dim: usize) -> Result<Vec<Case>> {
         }
     }
     Ok(cases)
+}
+
+/// A seventh of the combinations of all options. The seventh contains every combination of any three of them.
+fn grid_of_triples(dims: &[usize], class_dim: usize) -> Result<Vec<Case>> {
+    let inputs = MaskedInputs::new(dims, class_dim)?;
+    let rows = inputs.labels.dims();
+    let num_classes = dims[class_dim];
+    let class_weights = random(&[num_classes], 1., 4)?.abs()?;
+    let prior = random_probabilities(&[num_classes], 0, 7)?;
+    let smoothings = [
+        ("none", Smoothing::none()),
+        ("over_all(0.1)", Smoothing::over_all(0.1)?),
+        ("over_others(0.9)", Smoothing::over_others(0.9)?),
+        ("over_others(1)", Smoothing::over_others(1.)?),
+        ("toward(0.3)", Smoothing::toward(0.3, &prior)?),
+        ("over_unmasked(0.2)", Smoothing::over_unmasked(0.2)?),
+        ("over_unmasked(1)", Smoothing::over_unmasked(1.)?),
+    ];
+    let num_rows: usize = rows.iter().product();
+    let numbers: Vec<u8> = (0..num_rows).map(|row| [1, 0, 2][row % 3]).collect();
+    let row_weights = [
+        None,
+        Some(Tensor::from_vec(numbers, rows, &CPU)?),
+        Some(random(rows, 1., 8)?.abs()?.to_dtype(DType::F32)?),
+    ];
+    let reductions = [Reduction::None, Reduction::Sum, Reduction::Mean, Reduction::MeanOrZero];
+    let maps = [(None, None), (Some(0.5), None), (None, Some(5.)), (Some(1.5), Some(2.))];
+    let kinds = ["labels", "labels, ignoring 1", "probabilities"];
+    let levels = [smoothings.len(), row_weights.len(), maps.len(), reductions.len(), 3, 2, 2];
+
+    let mut cases = Vec::new();
+    for combination in 0..levels.iter().product() {
+        let mut rest = combination;
+        let chosen = levels.map(|level| {
+            let choice = rest % level;
+            rest /= level;
+            choice
+        });
+        // Any four of the options can make up for the choice of the other three.
+        if chosen.iter().sum::<usize>() % 7 != 0 {
+            continue;
+        }
+        let [smoothing, row_weight, map, reduction, kind, weighted, z] = chosen;
+        let (smoothing_name, smoothing) = &smoothings[smoothing];
+        let row_weights = row_weights[row_weight].clone();
+        let ((scale, cap), reduction) = (maps[map], reductions[reduction]);
+        let z_loss = [0., 0.01][z];
+        let mut loss = LabelSmoothingLoss::new(smoothing.clone())
+            .with_reduction(reduction)
+            .with_class_dim(class_dim)
+            .with_z_loss(z_loss)?;
+        if weighted == 1 {
+            loss = loss.with_class_weights(&class_weights)?;
+        }
+        if let Some(scale) = scale {
+            loss = loss.with_logit_scale(scale)?;
+        }
+        if let Some(cap) = cap {
+            loss = loss.with_softcap(cap)?;
+        }
+        if kind == 1 {
+            loss = loss.with_ignore_index(1);
+        }
+        let is_masked = smoothing_name.starts_with("over_unmasked");
+        let name = format!(
+            "{smoothing_name}, row weights {:?}, scale {scale:?}, cap {cap:?}, {reduction:?}, {}, \
+             weights {weighted}, z {z_loss}, {dims:?}/{class_dim}",
+            row_weights.as_ref().map(Tensor::dtype),
+            kinds[kind]
+        );
+        let logits = if is_masked { &inputs.masked_logits } else { &inputs.logits };
+        let targets = match kind {
+            2 if is_masked => &inputs.masked_probabilities,
+            2 => &inputs.probabilities,
+            _ => &inputs.labels,
+        };
+        let (logits, targets) = (logits.clone(), targets.clone());
+        cases.push(Case { name, loss, row_weights, logits, targets });
+    }
+    Ok(cases)
+}
+
+/// Random logits and targets, f64. In the masked logits some logits are −inf, but none of a label.
+pub struct MaskedInputs {
+    pub logits: Tensor,
+    pub masked_logits: Tensor,
+    pub labels: Tensor,
+    pub probabilities: Tensor,
+    /// The probabilities, with 0 for the masked classes. Their sum need not be 1.
+    pub masked_probabilities: Tensor,
+}
+
+impl MaskedInputs {
+    pub fn new(dims: &[usize], class_dim: usize) -> Result<Self> {
+        let mut rows = dims.to_vec();
+        rows.remove(class_dim);
+        let logits = random(dims, 3., 1)?;
+        let labels = random_labels(&rows, dims[class_dim], 2)?;
+        let probabilities = random_probabilities(dims, class_dim, 3)?;
+        let classes: Vec<i64> = (0..dims[class_dim] as i64).collect();
+        let mut shape = vec![1; dims.len()];
+        shape[class_dim] = classes.len();
+        let classes = Tensor::from_vec(classes, shape, &CPU)?;
+        let is_label = classes.broadcast_eq(&labels.unsqueeze(class_dim)?)?;
+        let mask = (random(dims, 1., 5)?.lt(-0.3)? * is_label.eq(0u8)?)?;
+        let masked = |tensor: &Tensor, value: f64| {
+            mask.where_cond(&Tensor::full(value, dims, &CPU)?, tensor)
+        };
+        let masked_logits = masked(&logits, f64::NEG_INFINITY)?;
+        let masked_probabilities = masked(&probabilities, 0.)?;
+        Ok(Self { logits, masked_logits, labels, probabilities, masked_probabilities })
+    }
 }
 
 /// Relative error allowed in the gradient for the final rounding to each dtype. The error of the
@@ -257,7 +442,7 @@ pub fn check_case(
         // The reference gets the rounded logits that the kernels get.
         let logits = logits.to_dtype(dtype)?.to_dtype(DType::F64)?;
         let (loss, targets) = (loss.clone(), targets.clone());
-        let case = Case { name: name.into(), loss, logits, targets };
+        let case = Case { name: name.into(), loss, row_weights: None, logits, targets };
         let (losses, gradient) = case.run(dtype)?;
         let (expected_losses, expected_gradient) = case.run_reference(DType::F64)?;
         let roundings = if dtype == DType::F64 { 1e-13 } else { 4e-6 };

@@ -16,6 +16,7 @@ struct Manner {
     order: u32,
     without_line: u32,
     warp: u32,
+    options: u32,
 }
 
 type Kernels = unsafe extern "C" fn(
@@ -39,6 +40,7 @@ static MANNER: LazyLock<Manner> = LazyLock::new(|| Manner {
     order: setting("EMULATOR_ORDER", 0),
     without_line: setting("EMULATOR_WITHOUT_LINE", 0),
     warp: setting("EMULATOR_WARP", 32),
+    options: 0,
 });
 /// Whether the run is in the dialect of Metal instead of that of CUDA.
 static IS_METAL: LazyLock<bool> =
@@ -104,7 +106,7 @@ impl GpuStorage for CpuStorage {
         }
     }
 
-    /// The elements are NaN, so that tests find those that no kernel writes.
+    /// The elements are NaN, or no class, so that tests find those that no kernel writes.
     fn alloc(_: &CpuDevice, len: usize, dtype: DType) -> Result<Self> {
         ALLOCATIONS.set(ALLOCATIONS.get() + 1);
         let nan = half::f16::NAN;
@@ -113,6 +115,7 @@ impl GpuStorage for CpuStorage {
             DType::BF16 => CpuStorage::BF16(vec![half::bf16::NAN; len]),
             DType::F32 => CpuStorage::F32(vec![f32::NAN; len]),
             DType::F64 => CpuStorage::F64(vec![f64::NAN; len]),
+            DType::U32 => CpuStorage::U32(vec![u32::MAX; len]),
             dtype => bail!("no kernel writes {dtype:?}"),
         })
     }
@@ -125,7 +128,7 @@ impl GpuStorage for CpuStorage {
         params: &P,
     ) -> Result<()> {
         LAUNCHES.set(LAUNCHES.get() + 1);
-        let definitions = kernel.variant.definitions()?;
+        let definitions = kernel.variant.input_definitions()?;
         let all: &[(&str, Kernels)] = if *IS_METAL { &METAL } else { &CUDA };
         let Some((_, kernels)) = all.iter().find(|(variant, _)| *variant == definitions) else {
             bail!("the emulator has no kernels for {:?}", kernel.variant)
@@ -143,6 +146,7 @@ impl GpuStorage for CpuStorage {
             .collect();
         let name = CString::new(kernel.name).map_err(candle_core::Error::wrap)?;
         let params = std::ptr::from_ref(params).cast();
+        let manner = Manner { options: kernel.variant.options.0, ..*MANNER };
         // SAFETY: the caller vouches for the arguments. The function compares the size of the parameters with
         // that of the kernel's struct.
         let found = unsafe {
@@ -150,7 +154,7 @@ impl GpuStorage for CpuStorage {
                 name.as_ptr(),
                 grid.blocks as c_uint,
                 grid.threads_per_block as c_uint,
-                *MANNER,
+                manner,
                 pointers.as_ptr(),
                 params,
                 size_of::<P>(),

@@ -97,6 +97,7 @@ fn rows_of_every_length() -> candle_core::Result<()> {
             let case = Case {
                 name: format!("{dims:?}"),
                 loss,
+                row_weights: None,
                 logits: random(dims, 4., 1)?,
                 targets: random_labels(&rows, num_classes, 2)?,
             };

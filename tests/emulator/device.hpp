@@ -26,6 +26,8 @@ struct Manner {
   uint32_t without_line;
   // Number of threads in a warp, which exchange values directly.
   uint32_t warp;
+  // The options that the kernel computes.
+  uint32_t options;
 };
 
 struct Index { unsigned x; };
@@ -261,6 +263,9 @@ class Block {
 
 // The block that runs on this host thread. Later blocks reuse its stacks.
 inline thread_local Block block;
+// The options of the launch, a constant on a GPU.
+inline thread_local uint32_t options = 0;
+#define OPTIONS gpu::options
 
 inline void Block::enter() { block.work(); }
 

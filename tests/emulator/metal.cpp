@@ -13,6 +13,9 @@ inline void set_packed(uint4 &pack, int i, double x) {
   pack[2 * i] = (uint)as_type<ulong>(x);
   pack[2 * i + 1] = as_type<ulong>(x) >> 32;
 }
+inline void store_index(unsigned index, double &out) { out = index; }
+inline unsigned stored_index(double x) { return (unsigned)x; }
+#define HAS_F64 1
 #define LOWEST (sizeof(Real) == 8 ? (Real)-1.7976931348623157e308 : (Real)-3.402823466e38f)
 
 #include "../../src/gpu/metal.metal"

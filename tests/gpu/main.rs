@@ -13,6 +13,8 @@ mod kernels;
 mod layouts;
 #[path = "../linear.rs"]
 mod linear;
+#[path = "../metrics.rs"]
+mod metrics;
 #[path = "../numerics.rs"]
 mod numerics;
 #[path = "../options.rs"]

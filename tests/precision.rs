@@ -1,0 +1,79 @@
+//! The rounding errors of f32 do not grow with the number of classes.
+
+mod common;
+
+use candle_core::{DType, Result, Tensor, Var};
+use candle_label_smoothing::{LabelSmoothingLoss, Reduction, Smoothing, testing};
+use common::{CPU, random, random_labels, random_probabilities, values};
+
+/// The largest relative error, in units of 2⁻²⁴, half an ulp of 1.
+const MOST: f64 = 4. / (1 << 24) as f64;
+
+/// A loss for each kind of coefficients, with its targets.
+fn losses(dims: &[usize], class_dim: usize) -> Result<Vec<(LabelSmoothingLoss, Tensor)>> {
+    let num_classes = dims[class_dim];
+    let mut rows = dims.to_vec();
+    rows.remove(class_dim);
+    let labels = random_labels(&rows, num_classes, 1)?;
+    let probabilities = random_probabilities(dims, class_dim, 2)?.to_dtype(DType::F32)?;
+    // The roundings of a sum of equal numbers go to one side.
+    let equal = Tensor::full(1. / 3., num_classes, &CPU)?;
+    let uniform = Tensor::full(1. / num_classes as f64, num_classes, &CPU)?;
+    let random = random(&[num_classes], 1., 3)?.abs()?;
+    let loss = |smoothing| {
+        LabelSmoothingLoss::new(smoothing).with_class_dim(class_dim).with_reduction(Reduction::None)
+    };
+    let over_all = loss(Smoothing::over_all(0.9)?);
+    Ok(vec![
+        (over_all.clone(), labels.clone()),
+        (over_all.clone().with_class_weights(&equal)?, labels.clone()),
+        (over_all.clone().with_class_weights(&random)?, labels.clone()),
+        (loss(Smoothing::over_others(0.9)?), labels.clone()),
+        (loss(Smoothing::toward(0.7, &uniform)?), labels.clone()),
+        (loss(Smoothing::over_unmasked(0.9)?), labels),
+        (over_all, probabilities),
+    ])
+}
+
+fn check(dims: &[usize], class_dim: usize) -> Result<()> {
+    let logits = random(dims, 3., 4)?.to_dtype(DType::F32)?;
+    for (i, (loss, targets)) in losses(dims, class_dim)?.into_iter().enumerate() {
+        let variable = Var::from_tensor(&logits)?;
+        let actual = loss.forward(&variable, &targets)?;
+        let gradient = actual.sum_all()?.backward()?.get(&variable).expect("a gradient").clone();
+        let expected = loss.forward(&logits.to_dtype(DType::F64)?, &targets)?;
+        for (row, (actual, expected)) in values(&actual)?.iter().zip(values(&expected)?).enumerate()
+        {
+            let error = (actual - expected) / expected;
+            assert!(error.abs() <= MOST, "{dims:?} {i}, row {row}: {:.1} units", error / MOST * 4.);
+        }
+        // The gradient of a row is softmax·Σ r − r, which sums to 0.
+        let gradient = gradient.to_dtype(DType::F64)?;
+        let (sums, sizes) = (gradient.sum(class_dim)?, gradient.abs()?.sum(class_dim)?);
+        for (row, (sum, size)) in values(&sums)?.iter().zip(values(&sizes)?).enumerate() {
+            // The size is at most 2·Σ r.
+            assert!(
+                sum.abs() <= MOST * size,
+                "{dims:?} {i}, row {row}: the gradient sums to {:.1} units",
+                sum / size / MOST * 4.
+            );
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn errors_of_f32_do_not_grow_with_the_number_of_classes() -> Result<()> {
+    for instruction_set in testing::instruction_sets() {
+        if !testing::choose_instruction_set(instruction_set) {
+            continue;
+        }
+        for num_classes in [31, 1000, 20_000] {
+            check(&[2, num_classes], 1)?;
+            check(&[num_classes, 3], 0)?;
+        }
+    }
+    testing::choose_instruction_set(testing::instruction_sets()[0]);
+    check(&[1, 500_000], 1)?;
+    check(&[500_000, 1], 0)
+}
