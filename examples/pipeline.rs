@@ -102,18 +102,18 @@ fn run(args: &Args, out: &mut impl Write) -> Result<()> {
     let logits = network.forward(&x)?;
     writeln!(out, "  softmax        {}", show(&softmax(&logits, D::Minus1)?)?)?;
     writeln!(out, "  smoothed label {}", show(&smooth_targets(&y, NUM_CLASSES, &smoothing)?)?)?;
-    writeln!(out, "  predicted class {:?}", logits.argmax(D::Minus1)?.to_vec1::<u32>()?)?;
-    let loss = LabelSmoothingLoss::new(smoothing).forward(&logits, &y)?;
+    let criterion = LabelSmoothingLoss::new(smoothing);
+    let (loss, metrics) = criterion.forward_with_metrics(&logits, &y)?;
+    writeln!(out, "  predicted class {:?}", metrics.prediction.to_vec1::<u32>()?)?;
     writeln!(out, "  loss of this row: {:.3}", scalar(&loss)?)?;
 
     writeln!(out, "\nKey insight, measured\n  on the test rows | accuracy | mean top probability")?;
     // The same network with the same initial weights and batches, trained on hard labels.
     let (hard_network, _) = train(&x_train, &y_train, &Smoothing::none(), &config)?;
     for (name, network) in [("smoothed", network), ("not smoothed", hard_network)] {
-        let logits = network.forward(&x_test)?;
-        let test_accuracy = accuracy(&logits, &y_test)?;
-        let top = scalar(&softmax(&logits, D::Minus1)?.max(D::Minus1)?.mean_all()?)?;
-        writeln!(out, "  {name:16} | {test_accuracy:8.3} | {top:20.3}")?;
+        let (_, metrics) = criterion.forward_with_metrics(&network.forward(&x_test)?, &y_test)?;
+        let (accuracy, top) = (scalar(&metrics.accuracy()?)?, scalar(&metrics.mean_confidence()?)?);
+        writeln!(out, "  {name:16} | {accuracy:8.3} | {top:20.3}")?;
     }
     writeln!(out, "  Smoothing lowers the top probability. The accuracies vary with the seed:")?;
     Ok(writeln!(out, "  the example `calibration` compares both over ten seeds.")?)
@@ -145,15 +145,14 @@ pub fn train(x: &Tensor, y: &Tensor, smoothing: &Smoothing, config: &Config) -> 
         for batch in order.chunks(config.batch_size) {
             let batch = Tensor::new(batch, x.device())?;
             let (x, y) = (x.index_select(&batch, 0)?, y.index_select(&batch, 0)?);
-            let logits = network.forward(&x)?;
-            let loss = criterion.forward(&logits, &y)?;
+            let (loss, metrics) = criterion.forward_with_metrics(&network.forward(&x)?, &y)?;
             // The learning rate rises during the first third of the steps, then it falls to 0.
             step += 1.;
             let progress = step / (num_batches * f64::from(config.epochs) + 1.);
             optimizer.set_learning_rate(config.lr * (3. * progress).min(1.5 - 1.5 * progress));
             optimizer.backward_step(&loss)?;
             loss_sum += scalar(&loss)?;
-            accuracy_sum += accuracy(&logits, &y)?;
+            accuracy_sum += scalar(&metrics.accuracy()?)?;
         }
         trace.push([loss_sum / num_batches, accuracy_sum / num_batches]);
     }
@@ -224,11 +223,6 @@ fn rng(seed: u64, stream: u64) -> ChaCha8Rng {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     rng.set_stream(stream);
     rng
-}
-
-/// The share of the rows whose largest logit is that of their class.
-pub fn accuracy(logits: &Tensor, y: &Tensor) -> Result<f64> {
-    scalar(&logits.argmax(D::Minus1)?.eq(y)?.to_dtype(DType::F32)?.mean_all()?)
 }
 
 pub fn scalar(tensor: &Tensor) -> Result<f64> {

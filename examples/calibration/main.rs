@@ -11,7 +11,7 @@ mod table;
 
 use anyhow::{Context, Result, ensure};
 use candle_core::Device;
-use candle_label_smoothing::Smoothing;
+use candle_label_smoothing::{LabelSmoothingLoss, Smoothing};
 use candle_nn::Module;
 use clap::{Parser, value_parser};
 use console::style;
@@ -86,6 +86,7 @@ fn run(args: &Args, out: &mut impl Write) -> Result<()> {
     let layer_sizes: Vec<usize> = layer_sizes.chain([num_classes]).collect();
     let bar = progress_bar(2 * u64::from(args.seeds))?;
     let smoothings = [smoothing, Smoothing::none()];
+    let plain_loss = LabelSmoothingLoss::new(Smoothing::none());
     let mut results: [Results; 2] = Default::default();
     for seed in (0..args.seeds).map(|i| args.seed.wrapping_add(i.into())) {
         let Table { x, y, .. } = if args.data.is_some() { &table } else { &generated(seed)? };
@@ -100,9 +101,10 @@ fn run(args: &Args, out: &mut impl Write) -> Result<()> {
                 ensure!(is_finite, "the loss is {loss} in epoch {epoch}: --lr {lr} is too large");
             }
             let logits = network.forward(&x_test)?;
-            let sum = scalar(&logits.sum_all()?)?;
-            ensure!(sum.is_finite(), "the logits are not finite: --lr {lr} is too large");
-            results.add(&logits, &y_test, &trace)?;
+            let (loss, metrics) = plain_loss.forward_with_metrics(&logits, &y_test)?;
+            let is_finite = scalar(&loss)?.is_finite();
+            ensure!(is_finite, "the logits are not finite: --lr {lr} is too large");
+            results.add(&metrics, &trace)?;
             bar.inc(1);
         }
     }

@@ -1,8 +1,7 @@
 //! Accuracy, confidence and calibration on the test rows.
 
 use anyhow::Result;
-use candle_core::{D, Tensor};
-use candle_nn::ops::softmax;
+use candle_label_smoothing::Metrics;
 
 pub const METRICS: [&str; 3] = ["accuracy", "mean top probability", "expected calibration error"];
 /// The number of calibration bins.
@@ -36,17 +35,15 @@ pub struct Results {
 }
 
 impl Results {
-    /// Adds a training, from its logits and classes of the test rows and its trace.
-    pub fn add(&mut self, logits: &Tensor, y: &Tensor, trace: &[[f64; 2]]) -> Result<()> {
-        let top = softmax(logits, D::Minus1)?.max(D::Minus1)?.to_vec1::<f32>()?;
-        let correct = logits.argmax(D::Minus1)?.eq(y)?.to_vec1::<u8>()?;
+    /// Adds a training, from its metrics of the test rows and its trace.
+    pub fn add(&mut self, rows: &Metrics, trace: &[[f64; 2]]) -> Result<()> {
+        let (top, correct) = (rows.confidence.to_vec1::<f32>()?, rows.correct.to_vec1::<f32>()?);
         let mut bins = [Bin::default(); BINS];
-        for (confidence, correct) in top.into_iter().map(f64::from).zip(correct) {
+        for (confidence, correct) in top.iter().copied().map(f64::from).zip(correct) {
             let i = ((confidence * BINS as f64) as usize).min(BINS - 1);
             bins[i].add(Bin { rows: 1., confidence, correct: correct.into() });
         }
-        let mean =
-            |value: fn(&Bin) -> f64| bins.iter().map(value).sum::<f64>() / y.elem_count() as f64;
+        let mean = |value: fn(&Bin) -> f64| bins.iter().map(value).sum::<f64>() / top.len() as f64;
         let metrics = [
             mean(|bin| bin.correct),
             mean(|bin| bin.confidence),

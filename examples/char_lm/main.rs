@@ -8,7 +8,7 @@
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, IndexOp, Tensor};
-use candle_label_smoothing::{LabelSmoothingLoss, Reduction, Smoothing};
+use candle_label_smoothing::{LabelSmoothingLoss, Smoothing};
 use candle_nn::rnn::{GRU, GRUConfig, RNN, gru};
 use candle_nn::{AdamW, Embedding, Linear, Module, Optimizer, ParamsAdamW, VarBuilder, VarMap};
 use candle_nn::{embedding, linear, ops::softmax_last_dim};
@@ -81,11 +81,6 @@ impl Model {
         let states = self.gru.seq(&self.embedding.forward(characters)?)?;
         Tensor::stack(&states.iter().map(|state| state.h()).collect::<Vec<_>>(), 1)
     }
-
-    /// The loss of predicting the characters `y` that follow `x`. No tensor of all logits is allocated.
-    fn loss(&self, loss: &LabelSmoothingLoss, x: &Tensor, y: &Tensor) -> Result<Tensor> {
-        Ok(loss.forward_linear(&self.hidden_states(x)?, self.head.weight(), self.head.bias(), y)?)
-    }
 }
 
 /// Draws the initial weights from `rng`, since candle cannot seed its generator on the CPU. Visits the variables by name,
@@ -115,15 +110,17 @@ fn passages(text: &[u32], starts: &[usize], length: usize) -> Result<(Tensor, Te
 }
 
 /// The cross-entropy of `text` in bits per character, without smoothing.
-fn bits_per_character(model: &Model, text: &[u32], length: usize) -> Result<f64> {
-    let loss = LabelSmoothingLoss::new(Smoothing::none()).with_reduction(Reduction::Sum);
+fn bits(model: &Model, loss: &LabelSmoothingLoss, text: &[u32], length: usize) -> Result<f64> {
     let starts: Vec<usize> = (0..text.len() - length).step_by(length).collect();
+    let (weight, bias) = (model.head.weight(), model.head.bias());
     let mut sum = 0.;
     for starts in starts.chunks(64) {
         let (x, y) = passages(text, starts, length)?;
-        sum += f64::from(model.loss(&loss, &x, &y)?.to_scalar::<f32>()?);
+        let hidden = model.hidden_states(&x)?;
+        let (_, metrics) = loss.forward_linear_with_metrics(&hidden, weight, bias, &y)?;
+        sum += f64::from(metrics.mean_nll()?.to_scalar::<f32>()?) * starts.len() as f64;
     }
-    Ok(sum / LN_2 / (starts.len() * length) as f64)
+    Ok(sum / LN_2 / starts.len() as f64)
 }
 
 /// Samples `len` characters that follow `prompt`.
@@ -185,23 +182,25 @@ fn main() -> Result<()> {
     frequencies.iter_mut().for_each(|frequency| *frequency /= text.len() as f64);
     let prior = Tensor::from_vec(frequencies, alphabet.len(), &Device::Cpu)?;
     let smoothing = Smoothing::toward(args.epsilon, &prior).context("--epsilon cannot be used")?;
-    let loss = LabelSmoothingLoss::new(smoothing);
+    let criterion = LabelSmoothingLoss::new(smoothing);
 
     let params = ParamsAdamW { lr: args.lr, ..ParamsAdamW::default() };
     let mut optimizer = AdamW::new(variables.all_vars(), params)?;
     let bar = ProgressBar::new(args.steps.into())
         .with_style(ProgressStyle::with_template("{bar:40} {pos}/{len} {msg} {eta}")?);
+    let (weight, bias) = (model.head.weight(), model.head.bias());
     let start = Instant::now();
     for step in 1..=args.steps {
         let starts: Vec<usize> =
             (0..args.batch_size).map(|_| rng.random_range(0..training.len() - length)).collect();
         let (x, y) = passages(training, &starts, length)?;
         optimizer.set_learning_rate(args.lr * (1. - f64::from(step - 1) / f64::from(args.steps)));
-        let loss = model.loss(&loss, &x, &y)?;
+        // No tensor of all logits is allocated.
+        let loss = criterion.forward_linear(&model.hidden_states(&x)?, weight, bias, &y)?;
         optimizer.backward_step(&loss)?;
         bar.inc(1);
         if step % args.steps.div_ceil(10) == 0 || step == args.steps {
-            let held_out = bits_per_character(&model, held_out, length)?;
+            let held_out = bits(&model, &criterion, held_out, length)?;
             let loss = f64::from(loss.to_scalar::<f32>()?) / LN_2;
             bar.set_message(format!("{held_out:.2} bits"));
             bar.suspend(|| println!(
