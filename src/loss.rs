@@ -249,7 +249,8 @@ impl LabelSmoothingLoss {
     /// arithmetic runs in the result's dtype. The gradient has the logits' dtype. Only first-order gradients exist, as
     /// everywhere in candle. This function reads the logits once, and `backward` once more. Neither logits nor targets may
     /// change in between. Only the gradient is as large as the logits. Beside it a few numbers a row are allocated, and on
-    /// the CPU 80 bytes for each 16384 classes of a row that is longer.
+    /// the CPU 32 bytes for each 16384 classes of a row that is longer (80 for metrics and
+    /// [`Smoothing::over_unmasked`]).
     ///
     /// # Errors
     /// Shapes, dtypes or devices that do not fit together or are not supported, a class dimension that does not exist,

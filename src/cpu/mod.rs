@@ -20,7 +20,9 @@ mod state;
 mod targets;
 
 use crate::error::{Error, Result};
-use crate::formula::{Divisor, EXTRA_FIELDS, ForwardOut, LossParams, STATE_FIELDS, SavedState};
+use crate::formula::{
+    Divisor, EXTRA_FIELDS, ExtraState, ForwardOut, LossParams, STATE_FIELDS, SavedState,
+};
 use crate::layout::{self, inner_size, num_rows};
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, DType, WithDType};
@@ -32,7 +34,7 @@ use parallel::{BLOCK, SEGMENT, default_vec, par_build, par_split};
 use results::{RowResults, field_slices_mut, write_fields, write_row, write_row_with_extras};
 use rows::{GradInputs, for_each_row};
 use softmax::{GradCoeffs, ROWS_AT_ONCE};
-use state::RowState;
+use state::{Extras, RowState};
 use targets::{LockedClassTable, Targets};
 pub(crate) use targets::{check_labels, check_rows};
 
@@ -69,13 +71,13 @@ fn forward_in<A: Real>(
     match params.needs_extras() {
         false => {
             let out = rows.fields();
-            for_each_row::<false, _, _, _>(&logits, &targets, axis, out, &|row, i, state, out| {
+            for_each_row(&logits, &targets, axis, out, &|row, i, state, out| {
                 write_row(params, &targets, row, i, state, out);
             })?;
         }
         true => {
             let (out, predictions) = rows.all_fields();
-            for_each_row::<true, _, _, _>(&logits, &targets, axis, out, &|row, i, state, out| {
+            for_each_row(&logits, &targets, axis, out, &|row, i, state, out| {
                 write_row_with_extras(params, &targets, predictions, row, i, state, out);
             })?;
         }
@@ -107,12 +109,12 @@ fn merge_tile_in<A: Real>(
     let class_table = LockedClassTable::new(&params.class_table);
     let targets = Targets::<A>::new(params, &class_table, targets)?;
     match params.needs_extras() {
-        false => merge_rows::<false, A, STATE_FIELDS>(&logits, &targets, axis, states),
-        true => merge_rows::<true, A, ALL_STATE_FIELDS>(&logits, &targets, axis, states),
+        false => merge_rows::<(), A, STATE_FIELDS>(&logits, &targets, axis, states),
+        true => merge_rows::<ExtraState<f64>, A, ALL_STATE_FIELDS>(&logits, &targets, axis, states),
     }
 }
 
-fn merge_rows<const EXTRAS: bool, A: Real, const N: usize>(
+fn merge_rows<E: Extras, A: Real, const N: usize>(
     logits: &Logits<A>,
     targets: &Targets<A>,
     axis: InnerAxis,
@@ -120,10 +122,10 @@ fn merge_rows<const EXTRAS: bool, A: Real, const N: usize>(
 ) -> Result<()> {
     let is_first = logits.classes().start == 0;
     let states = states_mut::<N>(states)?;
-    for_each_row::<EXTRAS, _, _, _>(logits, targets, axis, states, &|_, i, state, out| {
+    for_each_row(logits, targets, axis, states, &|_, i, state: RowState<E>, out| {
         let merged = match is_first {
             true => state,
-            false => RowState::from_fields(out.iter().map(|field| field[i])).merge::<EXTRAS>(state),
+            false => RowState::from_fields(out.iter().map(|field| field[i])).merge(state),
         };
         write_fields(out, i, merged.into_fields());
     })

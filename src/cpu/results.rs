@@ -6,7 +6,7 @@ use super::state::RowState;
 use super::targets::Targets;
 use crate::error::Result;
 use crate::formula::{
-    Divisor, ForwardOut, LossParams, METRIC_FIELDS, RowMetrics, SavedIn, SoftmaxState,
+    Divisor, ExtraState, ForwardOut, LossParams, METRIC_FIELDS, RowMetrics, SavedIn, SoftmaxState,
 };
 use candle_core::{CpuStorage, Layout};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -99,7 +99,7 @@ pub(super) fn write_row<A: Real>(
     targets: &Targets<A>,
     row: usize,
     i: usize,
-    state: RowState,
+    state: RowState<()>,
     out: &mut Fields<A>,
 ) {
     let log_sum = state.softmax.sum_exp.ln();
@@ -114,7 +114,7 @@ pub(super) fn write_row_with_extras<A: Real>(
     predictions: &[AtomicU32],
     row: usize,
     i: usize,
-    mut state: RowState,
+    mut state: RowState<ExtraState<f64>>,
     out: &mut AllFields<A>,
 ) {
     let mut share = 0.;
@@ -161,7 +161,7 @@ fn row_results<A: Real>(
 fn row_metrics<A: Real>(
     targets: &Targets<A>,
     row: usize,
-    RowState { softmax, extras }: RowState,
+    RowState { softmax, extras }: RowState<ExtraState<f64>>,
     log_sum: f64,
 ) -> ([f64; METRIC_FIELDS], u32) {
     if targets.is_ignored(row) {

@@ -9,23 +9,23 @@ use super::softmax::{
     Aligned, GradCoeffs, ROWS_AT_ONCE, add_shares, block_max, position_of, state_of_slice,
     state_of_uniform, unmasked_of_slice, vector_len, write_grad,
 };
-use super::state::RowState;
+use super::state::{Extras, RowState};
 use super::targets::{TargetBlock, Targets};
 use crate::error::Result;
 use pulp::{Simd, WithSimd};
-use std::iter;
 use std::ops::Range;
+use std::{iter, mem};
 
 // ---- Forward
 
 /// Reads the logits of all rows once, and calls `write_row(row, i, state, out)` for each row. There `out` has the outputs of
-/// some of the rows, and `i` is the row's index in each of its slices. Without EXTRAS the extras of the states are not computed.
-pub(super) fn for_each_row<const EXTRAS: bool, A: Real, O: Send, const N: usize>(
+/// some of the rows, and `i` is the row's index in each of its slices. The states have the extras E.
+pub(super) fn for_each_row<E: Extras, A: Real, O: Send, const N: usize>(
     logits: &Logits<A>,
     targets: &Targets<A>,
     axis: InnerAxis,
     out: [&mut [O]; N],
-    write_row: &(impl Fn(usize, usize, RowState, &mut [&mut [O]; N]) + Sync),
+    write_row: &(impl Fn(usize, usize, RowState<E>, &mut [&mut [O]; N]) + Sync),
 ) -> Result<()> {
     let (num_rows, all_classes) = (logits.num_rows(), logits.classes());
     let tile_classes = all_classes.len();
@@ -40,10 +40,16 @@ pub(super) fn for_each_row<const EXTRAS: bool, A: Real, O: Send, const N: usize>
     };
     if tile_classes <= segment {
         par_split(out, rows_at_once, tile_classes, &|first, mut out| {
-            let rows = first..first + out[0].len();
-            let emit = |row, state| write_row(row, row - first, state, &mut out);
-            let classes = all_classes.clone();
-            dispatch(ForwardRows::<EXTRAS, _, _> { logits, targets, axis, rows, classes, emit });
+            let len = out[0].len();
+            let mut states = vec![RowState::default(); len.min(STATES_AT_ONCE)];
+            for start in (0..len).step_by(STATES_AT_ONCE) {
+                let states = &mut states[..STATES_AT_ONCE.min(len - start)];
+                let (row, classes) = (first + start, all_classes.clone());
+                dispatch(ForwardRows { logits, targets, axis, row, classes, states });
+                for (i, state) in states.iter().enumerate() {
+                    write_row(row + i, start + i, *state, &mut out);
+                }
+            }
         });
         return Ok(());
     }
@@ -55,10 +61,9 @@ pub(super) fn for_each_row<const EXTRAS: bool, A: Real, O: Send, const N: usize>
             let i = first / rows_at_once + i;
             let row = i / segments * rows_at_once;
             let class = all_classes.start + i % segments * segment;
-            let rows = row..num_rows.min(row + rows_at_once);
             let classes = class..all_classes.end.min(class + segment);
-            let emit = |at: usize, state| states[at - row] = state;
-            dispatch(ForwardRows::<EXTRAS, _, _> { logits, targets, axis, rows, classes, emit });
+            let states = &mut states[..rows_at_once.min(num_rows - row)];
+            dispatch(ForwardRows { logits, targets, axis, row, classes, states });
         }
     });
     par_split(out, 1, segments, &|first, mut out| {
@@ -66,7 +71,7 @@ pub(super) fn for_each_row<const EXTRAS: bool, A: Real, O: Send, const N: usize>
             let row = first + i;
             let of_group = &states[row / rows_at_once * segments * rows_at_once..];
             let of_row = of_group.iter().skip(row % rows_at_once).step_by(rows_at_once);
-            let merge = |a: RowState, &b| a.merge::<EXTRAS>(b);
+            let merge = |a: RowState<E>, &b| a.merge(b);
             let state = of_row.take(segments).fold(RowState::default(), merge);
             write_row(row, i, state, &mut out);
         }
@@ -74,23 +79,24 @@ pub(super) fn for_each_row<const EXTRAS: bool, A: Real, O: Send, const N: usize>
     Ok(())
 }
 
-/// Reads a range of the classes of some rows once, and emits the state of each row.
-struct ForwardRows<'a, const EXTRAS: bool, A, F> {
+/// Rows whose states are computed before their results are written.
+const STATES_AT_ONCE: usize = 8 * ROWS_AT_ONCE;
+
+/// Reads a range of the classes of some rows once, and writes the states of the rows, from `row` on.
+struct ForwardRows<'a, E, A> {
     logits: &'a Logits<'a, A>,
     targets: &'a Targets<'a, A>,
     axis: InnerAxis,
-    rows: Range<usize>,
+    row: usize,
     classes: Range<usize>,
-    emit: F,
+    states: &'a mut [RowState<E>],
 }
 
-impl<const EXTRAS: bool, A: Real, F: FnMut(usize, RowState)> WithSimd
-    for ForwardRows<'_, EXTRAS, A, F>
-{
+impl<E: Extras, A: Real> WithSimd for ForwardRows<'_, E, A> {
     type Output = ();
 
     #[inline(always)]
-    fn with_simd<S: Simd>(mut self, simd: S) {
+    fn with_simd<S: Simd>(self, simd: S) {
         match self.axis {
             InnerAxis::Class => self.row_by_row(simd),
             InnerAxis::Row => self.side_by_side(simd),
@@ -98,14 +104,17 @@ impl<const EXTRAS: bool, A: Real, F: FnMut(usize, RowState)> WithSimd
     }
 }
 
-impl<const EXTRAS: bool, A: Real, F: FnMut(usize, RowState)> ForwardRows<'_, EXTRAS, A, F> {
+impl<E: Extras, A: Real> ForwardRows<'_, E, A> {
     #[inline(always)]
-    fn row_by_row<S: Simd>(&mut self, simd: S) {
+    fn row_by_row<S: Simd>(mut self, simd: S) {
         let mut buffers = Aligned([[A::ZERO; BLOCK]; 2]);
         let [x_buffer, r_buffer] = &mut buffers.0;
-        for row in self.rows.clone() {
-            let mut state = RowState::default();
-            state.extras.prediction = self.classes.start as f64;
+        let states = mem::take(&mut self.states);
+        for (row, out) in (self.row..).zip(states) {
+            let mut state = RowState::<E>::default();
+            if let Some(extras) = state.extras.get() {
+                extras.prediction = self.classes.start as f64;
+            }
             let is_ignored = self.targets.is_ignored(row);
             let mut class = self.classes.start;
             while class < self.classes.end && !is_ignored {
@@ -113,13 +122,14 @@ impl<const EXTRAS: bool, A: Real, F: FnMut(usize, RowState)> ForwardRows<'_, EXT
                 state = self.add_block(simd, state, row, class, block, r_buffer);
                 class += block.1;
             }
-            if EXTRAS && !is_ignored {
+            if let Some(extras) = state.extras.get()
+                && !is_ignored
+            {
                 // The block of the largest logit is known, and is searched once.
-                let (x, _) = self.block(simd, row, state.extras.prediction as usize, x_buffer);
-                let max = A::from_f64(state.softmax.max);
-                state.extras.prediction += position_of(simd, max, x) as f64;
+                let (x, _) = self.block(simd, row, extras.prediction as usize, x_buffer);
+                extras.prediction += position_of(simd, A::from_f64(state.softmax.max), x) as f64;
             }
-            (self.emit)(row, state);
+            *out = state;
         }
     }
 
@@ -143,71 +153,70 @@ impl<const EXTRAS: bool, A: Real, F: FnMut(usize, RowState)> ForwardRows<'_, EXT
     fn add_block<S: Simd>(
         &self,
         simd: S,
-        state: RowState,
+        state: RowState<E>,
         row: usize,
         class: usize,
         (x, len): (&[A], usize),
         r_buffer: &mut [A; BLOCK],
-    ) -> RowState {
+    ) -> RowState<E> {
         let r_buffer = &mut r_buffer[..x.len()];
         let largest = block_max(simd, x);
         let max = A::from_f64(state.softmax.max.max(largest.to_f64()));
         let (softmax, exp_dot) = match self.targets.block(row, class, len, r_buffer) {
             TargetBlock::Uniform(r, label) => {
-                let (softmax, exp_dot) = state_of_uniform::<EXTRAS, A, S>(simd, max, x, r);
+                let (softmax, exp_dot) = state_of_uniform::<E, A, S>(simd, max, x, r);
                 let softmax = label.map_or(softmax, |(i, on_value)| {
                     let label_delta = on_value.to_f64() - r.to_f64();
                     softmax.add_to_target(label_delta, x[i].to_f64())
                 });
                 (softmax, exp_dot)
             }
-            TargetBlock::Slice(r) => state_of_slice::<EXTRAS, A, S>(simd, max, x, r),
+            TargetBlock::Slice(r) => state_of_slice::<E, A, S>(simd, max, x, r),
         };
-        let mut block = RowState { softmax, ..RowState::default() };
-        if EXTRAS {
-            block.extras.exp_dot = exp_dot;
+        let mut block = RowState { softmax, extras: E::default() };
+        if let Some(extras) = block.extras.get() {
+            extras.exp_dot = exp_dot;
+            extras.prediction = class as f64;
             if let Some(i) = self.targets.label_in(row, class, len) {
-                block.extras.label_logit = x[i].to_f64();
+                extras.label_logit = x[i].to_f64();
             }
-            block.extras.prediction = class as f64;
             if self.targets.spreads_over_unmasked() {
-                let padded = r_buffer.len();
-                self.targets.class_weights(class, &mut r_buffer[..len]);
-                r_buffer[len..padded].fill(A::ZERO);
-                let extras = &mut block.extras;
+                let (weights, padding) = r_buffer.split_at_mut(len);
+                self.targets.class_weights(class, weights);
+                padding.fill(A::ZERO);
                 [extras.num_unmasked, extras.unmasked_sum, extras.unmasked_dot] =
                     unmasked_of_slice(simd, max, x, r_buffer);
             }
         }
-        state.merge::<EXTRAS>(block)
+        state.merge(block)
     }
 
     /// Reads ignored rows too, without effect.
     #[inline(always)]
-    fn side_by_side<S: Simd>(&mut self, simd: S) {
+    fn side_by_side<S: Simd>(mut self, simd: S) {
         let mut buffers = Aligned([[[A::ZERO; ROWS_AT_ONCE]; FEW_CLASSES]; 2]);
         let [x, r] = &mut buffers.0;
-        let mut group_states = RowStates::<A>::new::<EXTRAS>();
-        for row in self.rows.clone().step_by(ROWS_AT_ONCE) {
-            let len = ROWS_AT_ONCE.min(self.rows.end - row);
+        let mut group_states = RowStates::<A>::new::<E>();
+        let states = mem::take(&mut self.states);
+        for (i, out) in states.chunks_mut(ROWS_AT_ONCE).enumerate() {
+            let rows = self.row + i * ROWS_AT_ONCE..self.row + i * ROWS_AT_ONCE + out.len();
             // With one group of classes, its states are those of the rows.
             let mut all_states = None;
             group_states.reset_max();
             for first_class in self.classes.clone().step_by(FEW_CLASSES) {
                 let classes = first_class..self.classes.end.min(first_class + FEW_CLASSES);
                 let is_only = classes == self.classes;
-                self.set_to_group(simd, row..row + len, classes, [x, r], &mut group_states);
+                self.set_to_group(simd, rows.clone(), classes, [x, r], &mut group_states);
                 if !is_only {
-                    let all_states = all_states.get_or_insert_with(RowStates::<f64>::new::<EXTRAS>);
-                    all_states.merge(simd, len, first_class, &group_states);
+                    let all_states = all_states.get_or_insert_with(RowStates::<f64>::new::<E>);
+                    all_states.merge::<E, A, S>(simd, rows.len(), first_class, &group_states);
                 }
             }
-            for i in 0..len {
-                let state = match &all_states {
+            for (i, out) in out.iter_mut().enumerate() {
+                *out = match &all_states {
                     Some(states) => states.row(i, 0),
                     None => group_states.row(i, self.classes.start),
                 };
-                (self.emit)(row + i, state);
             }
         }
     }
@@ -230,7 +239,7 @@ impl<const EXTRAS: bool, A: Real, F: FnMut(usize, RowState)> ForwardRows<'_, EXT
         }
         let mut weights = [A::ZERO; FEW_CLASSES];
         let weights = &mut weights[..count];
-        let unmasked = EXTRAS && self.targets.spreads_over_unmasked();
+        let unmasked = E::ARE_WANTED && self.targets.spreads_over_unmasked();
         if unmasked {
             self.targets.class_weights(first_class, weights);
         }
@@ -239,8 +248,8 @@ impl<const EXTRAS: bool, A: Real, F: FnMut(usize, RowState)> ForwardRows<'_, EXT
             targets: &r[..count],
             weights: unmasked.then_some(weights),
         };
-        states.set_to_group::<EXTRAS, S>(simd, len, &group);
-        if EXTRAS {
+        states.set_to_group::<E, S>(simd, len, &group);
+        if E::ARE_WANTED {
             for (i, row) in rows.enumerate() {
                 let label = self.targets.label_in(row, first_class, count);
                 states.set_label_logit(i, label.map_or(A::NEG_INFINITY, |k| x[k][i]));

@@ -6,7 +6,7 @@
 use super::dtype::Real;
 use super::exp::{add_exp, exp};
 use super::softmax::{Aligned, ROWS_AT_ONCE, add_unmasked, vector_len};
-use super::state::RowState;
+use super::state::{Extras, RowState};
 use crate::formula::{ExtraState, SoftmaxState};
 use pulp::Simd;
 
@@ -34,35 +34,33 @@ pub(super) struct RowStates<T> {
 impl<T: Real> RowStates<T> {
     /// The states over no classes.
     #[inline(always)]
-    pub(super) fn new<const EXTRAS: bool>() -> Self {
-        let RowState { softmax, extras } = RowState::default();
+    pub(super) fn new<E: Extras>() -> Self {
+        let RowState { softmax, mut extras } = RowState::<E>::default();
         let rows = |value| [T::from_f64(value); ROWS_AT_ONCE];
         Self {
             softmax: SoftmaxState::from_fields(softmax.into_fields().map(rows)),
-            extras: EXTRAS.then(|| ExtraState::from_fields(extras.into_fields().map(rows))),
+            extras: extras
+                .get()
+                .map(|extras| ExtraState::from_fields(extras.into_fields().map(rows))),
         }
     }
 
     /// The state of one of the rows. Predictions count from `first_class`.
     #[inline(always)]
-    pub(super) fn row(&self, i: usize, first_class: usize) -> RowState {
+    pub(super) fn row<E: Extras>(&self, i: usize, first_class: usize) -> RowState<E> {
         let SoftmaxState { max, sum_exp, target_sum, target_dot } = &self.softmax;
         let softmax = [max, sum_exp, target_sum, target_dot].map(|field| field[i].to_f64());
         let mut state =
-            RowState { softmax: SoftmaxState::from_fields(softmax), ..RowState::default() };
-        if let Some(extras) = &self.extras {
-            let ExtraState {
-                num_unmasked,
-                unmasked_sum,
-                unmasked_dot,
-                exp_dot,
-                label_logit,
-                prediction,
-            } = extras;
-            let fields =
-                [num_unmasked, unmasked_sum, unmasked_dot, exp_dot, label_logit, prediction];
-            state.extras = ExtraState::from_fields(fields.map(|field| field[i].to_f64()));
-            state.extras.prediction += first_class as f64;
+            RowState { softmax: SoftmaxState::from_fields(softmax), extras: E::default() };
+        if let (Some(out), Some(extras)) = (state.extras.get(), &self.extras) {
+            *out = ExtraState {
+                num_unmasked: extras.num_unmasked[i].to_f64(),
+                unmasked_sum: extras.unmasked_sum[i].to_f64(),
+                unmasked_dot: extras.unmasked_dot[i].to_f64(),
+                exp_dot: extras.exp_dot[i].to_f64(),
+                label_logit: extras.label_logit[i].to_f64(),
+                prediction: first_class as f64 + extras.prediction[i].to_f64(),
+            };
         }
         state
     }
@@ -84,7 +82,7 @@ impl<A: Real> RowStates<A> {
     /// Overwrites the states by those over a group of classes. They are relative to the largest logits of the group and of the groups
     /// before. Predictions count from the first class of the group. The first `rows` rows count.
     #[inline(always)]
-    pub(super) fn set_to_group<const EXTRAS: bool, S: Simd>(
+    pub(super) fn set_to_group<E: Extras, S: Simd>(
         &mut self,
         simd: S,
         rows: usize,
@@ -111,7 +109,7 @@ impl<A: Real> RowStates<A> {
                 for (x, r) in logits.iter().zip(targets) {
                     let (x, r) = (A::as_vectors::<S>(x)[i], A::as_vectors::<S>(r)[i]);
                     let x = A::vsub(simd, x, base);
-                    add_exp::<A, S>(simd, &mut exp, EXTRAS.then_some(&mut exp_dot), x);
+                    add_exp::<A, S>(simd, &mut exp, E::ARE_WANTED.then_some(&mut exp_dot), x);
                     sum = A::vadd(simd, sum, r);
                     dot = A::vadd(simd, dot, A::mul_or_zero(simd, r, x));
                 }
@@ -121,7 +119,9 @@ impl<A: Real> RowStates<A> {
             }
             *max = new_max;
             [*sum_exp, *target_sum, *target_dot] = sums;
-            if EXTRAS && let Some(extras) = &mut self.extras {
+            if E::ARE_WANTED
+                && let Some(extras) = &mut self.extras
+            {
                 A::as_vectors_mut::<S>(&mut extras.exp_dot)[i] = exp_dot;
                 extras.set_to_group(simd, i, new_max, group);
             }
@@ -167,7 +167,7 @@ impl<A: Real> ExtraState<Rows<A>> {
 impl RowStates<f64> {
     /// Merges the states over the next group of classes, from `first_class` on, as [`set_to_group`](RowStates::set_to_group) gives them.
     #[inline(always)]
-    pub(super) fn merge<A: Real, S: Simd>(
+    pub(super) fn merge<E: Extras, A: Real, S: Simd>(
         &mut self,
         simd: S,
         rows: usize,
@@ -196,7 +196,9 @@ impl RowStates<f64> {
                 *factor = exp::<f64, S>(simd, shift);
             }
         }
-        if let (Some(extras), Some(new)) = (&mut self.extras, &group.extras) {
+        if E::ARE_WANTED
+            && let (Some(extras), Some(new)) = (&mut self.extras, &group.extras)
+        {
             for i in 0..rows {
                 let (shift, factor) = (shift.0[i], factor.0[i]);
                 let moved = extras.unmasked_sum[i] * shift;

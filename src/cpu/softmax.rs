@@ -2,6 +2,7 @@
 
 use super::dtype::{Real, UNROLL};
 use super::exp::{add_exp, exp};
+use super::state::Extras;
 use crate::formula::SoftmaxState;
 use pulp::Simd;
 
@@ -43,12 +44,12 @@ pub(super) fn block_max<A: Real, S: Simd>(simd: S, logits: &[A]) -> A {
     A::reduce_max(simd, A::vmax(simd, a, b))
 }
 
-/// The state over a block of whole chunks with one weighted target for all classes, and with METRICS Σ exp(x − max)·(x − max).
+/// The state over a block of whole chunks with one weighted target for all classes, and Σ exp(x − max)·(x − max) if extras are wanted.
 ///
 /// `max` is the largest logit of this and the earlier blocks of the row. A block that does not raise it is merged without
 /// an exponential.
 #[inline(always)]
-pub(super) fn state_of_uniform<const METRICS: bool, A: Real, S: Simd>(
+pub(super) fn state_of_uniform<E: Extras, A: Real, S: Simd>(
     simd: S,
     max: A,
     logits: &[A],
@@ -61,7 +62,7 @@ pub(super) fn state_of_uniform<const METRICS: bool, A: Real, S: Simd>(
     for x in chunks::<A, S>(logits) {
         for i in 0..UNROLL {
             let x = A::vsub(simd, x[i], base);
-            add_exp::<A, S>(simd, &mut sum_exp[i], METRICS.then_some(&mut exp_dot), x);
+            add_exp::<A, S>(simd, &mut sum_exp[i], E::ARE_WANTED.then_some(&mut exp_dot), x);
             // Σ (x − max), multiplied by r afterwards, would overflow for logits masked with the dtype's minimum.
             target_dot[i] = A::vmul_add(simd, r, x, target_dot[i]);
         }
@@ -81,7 +82,7 @@ pub(super) fn state_of_uniform<const METRICS: bool, A: Real, S: Simd>(
 /// The state over a block of whole chunks with a weighted target for each class. The arguments and the second result are as in
 /// [`state_of_uniform`].
 #[inline(always)]
-pub(super) fn state_of_slice<const METRICS: bool, A: Real, S: Simd>(
+pub(super) fn state_of_slice<E: Extras, A: Real, S: Simd>(
     simd: S,
     max: A,
     logits: &[A],
@@ -93,7 +94,7 @@ pub(super) fn state_of_slice<const METRICS: bool, A: Real, S: Simd>(
     for (x, r) in chunks::<A, S>(logits).iter().zip(chunks::<A, S>(targets)) {
         for i in 0..UNROLL {
             let x = A::vsub(simd, x[i], base);
-            add_exp::<A, S>(simd, &mut sum_exp[i], METRICS.then_some(&mut exp_dot), x);
+            add_exp::<A, S>(simd, &mut sum_exp[i], E::ARE_WANTED.then_some(&mut exp_dot), x);
             target_sum[i] = A::vadd(simd, target_sum[i], r[i]);
             target_dot[i] = A::vadd(simd, target_dot[i], A::mul_or_zero(simd, r[i], x));
         }
