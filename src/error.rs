@@ -260,7 +260,7 @@ pub enum Error {
 
     /// Metrics with probability targets.
     #[error(
-        "the targets ({dtype:?}) are probabilities, and metrics need class indices: use forward or forward_linear, or targets of an integer dtype"
+        "the targets ({dtype:?}) are probabilities, and metrics need class indices: pass the class labels, or use forward or forward_linear without metrics"
     )]
     MetricsOfProbabilities {
         /// The targets' dtype.
@@ -269,7 +269,7 @@ pub enum Error {
 
     /// [`over_unmasked`](crate::Smoothing::over_unmasked) in [`smooth_targets`](crate::smooth_targets), which has no logits.
     #[error(
-        "smooth_targets does not know which classes the logits mask, which Smoothing::over_unmasked needs: use another smoothing, or the loss itself"
+        "Smoothing::over_unmasked needs the logits, which smooth_targets does not have: use another smoothing, or the loss itself"
     )]
     SmoothTargetsUnmasked,
 
@@ -474,7 +474,7 @@ const TWO_LOGITS: &str = "; two classes need two logits a row, not one";
 fn range_hint(target: i64, num_classes: usize, function: TargetsOf) -> String {
     // A negative i32 stored as u32.
     let as_i32 = u32::try_from(target).map_or(target, |t| i64::from(t.cast_signed()));
-    if num_classes == 1 && (target == 1 || target == 255) {
+    if num_classes == 1 && target == 1 && function == TargetsOf::Loss {
         TWO_LOGITS.to_string()
     } else if target > 0 && usize::try_from(target) == Ok(num_classes) {
         "; classes are counted from 0".to_string()

@@ -142,11 +142,11 @@ impl<T> SoftmaxState<T> {
 pub(crate) struct ExtraState<T> {
     /// The number of classes whose logit is not −∞.
     pub num_unmasked: T,
-    /// The sum of their class weights.
+    /// The sum of their class weights times [`unmasked_scale`](LossParams::unmasked_scale).
     pub unmasked_sum: T,
-    /// Σ weight·(x − max) over them.
+    /// Σ weight·scale·(x − max) over them.
     pub unmasked_dot: T,
-    /// Σ exp(x − max)·(x − max).
+    /// Σ exp(x − max)·(x − max), without logits of +∞. It is NaN only if a logit is.
     pub exp_dot: T,
     /// The label's logit, or −∞ if the label is not in the range.
     pub label_logit: T,
@@ -170,7 +170,8 @@ impl<T> ExtraState<T> {
 }
 
 /// The fields of a row's [`SoftmaxState`] over all classes that backward reads. A tensor (fields, N) stores them for all rows. If
-/// [`unmasked_epsilon`](LossParams::unmasked_epsilon) e is not 0, it has a fourth field, the share e/n that a class of weight 1 gets more
+/// [`unmasked_epsilon`](LossParams::unmasked_epsilon) e is not 0, it has a fourth field, the share e/n, divided by
+/// [`unmasked_scale`](LossParams::unmasked_scale), that a class of weight 1 gets more
 /// if its logit is not −∞.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct SavedState<T> {
@@ -183,6 +184,12 @@ impl LossParams {
     /// Whether an option needs the [`ExtraState`] of the rows.
     pub fn needs_extras(&self) -> bool {
         self.unmasked_epsilon != 0. || self.wants_metrics
+    }
+
+    /// The factor of the class weights in [`ExtraState`]: a power of two near 1/K, so that their sums with logits that are masked with the
+    /// dtype's minimum do not overflow.
+    pub fn unmasked_scale(&self) -> f64 {
+        1. / self.num_classes.next_power_of_two() as f64
     }
 
     /// The number of fields of a row's state in memory.

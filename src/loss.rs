@@ -28,7 +28,7 @@ pub enum Reduction {
     /// each row is a factor of its term in the divisor.
     #[default]
     Mean,
-    /// [`Mean`](Self::Mean), but 0 with gradient exactly 0 where that divides by 0: without rows, if no row counts, or if the weights of all
+    /// The mean. If its divisor is 0, the result and the gradient are exactly 0: without rows, if no row counts, or if the weights of all
     /// targets are 0. It suits a mask under which a batch may be empty. Elsewhere it has the bits of the mean. On a GPU the kernel decides.
     MeanOrZero,
 }
@@ -187,8 +187,8 @@ impl LabelSmoothingLoss {
     /// Replaces the logits x by cap·tanh(x/cap), after [the scale](Self::with_logit_scale), in every formula, metric and gradient. This is the softcap
     /// of [Gemma 2](https://arxiv.org/abs/2408.00118), whose cap is 30. A logit of −∞ stays −∞, since it marks a masked class.
     ///
-    /// On the CPU the capped logit is right to 4 units of its last place, in f32 and f64. The arithmetic's normal numbers limit the
-    /// cap and the scale: in f32, 1e-38 to 3e38.
+    /// On the CPU the capped logit is right to 4 units of its last place, in f32 and f64. In f32 a cap or a scale
+    /// below 1.2e-38 or above 3.4e38 is replaced by that limit.
     ///
     /// # Errors
     /// The cap must be finite and greater than 0.
@@ -198,8 +198,8 @@ impl LabelSmoothingLoss {
         Ok(self)
     }
 
-    /// This loss for a batch whose rows have these weights. It is a clone that shares the class weights on each device, so make
-    /// one for each batch.
+    /// This loss for a batch whose rows have these weights. The clone is cheap: it shares the copies of the class weights
+    /// on devices. Call this for each batch.
     ///
     /// `weights` has a number for each row, in the shape of class indices: the logits' shape without the class dimension. Its dtype is U8 (a
     /// mask, or any number) or F8E4M3, F16, BF16, F32 or F64, its device the logits', and its layout any. It is a constant. The weight
@@ -247,8 +247,8 @@ impl LabelSmoothingLoss {
     ///
     /// The result is f64 for f64 logits and f32 otherwise: a scalar, or with [`Reduction::None`] a number a row. The
     /// arithmetic runs in the result's dtype. The gradient has the logits' dtype. Only first-order gradients exist, as
-    /// everywhere in candle. This function reads the logits once, and `backward` once more. Neither logits nor targets may
-    /// change in between. Only the gradient is as large as the logits. Beside it a few numbers a row are allocated, and on
+    /// everywhere in candle. This function reads the logits once, and `backward` once more. Neither logits nor targets nor row
+    /// weights may change in between. Only the gradient is as large as the logits. Beside it a few numbers a row are allocated, and on
     /// the CPU 32 bytes for each 16384 classes of a row that is longer (80 for metrics and
     /// [`Smoothing::over_unmasked`]).
     ///

@@ -91,7 +91,7 @@ impl Smoothing {
     /// Spreads ε evenly over the classes of a row whose logit is not −∞: q_k = (1−ε)·p_k + ε/n for these n classes, and (1−ε)·p_k for the others.
     ///
     /// It is for logits in which −∞ marks classes that are not allowed, such as actions that are not possible or a constrained
-    /// vocabulary. There the loss with [`over_all`](Self::over_all) is infinite, because it gives each masked class a share. What counts is the logit as given,
+    /// vocabulary. There the loss with [`over_all`](Self::over_all) is infinite, because it gives each masked class a share. A class is masked if its logit is −∞
     /// before a scale and a softcap. A label that is masked itself has an infinite loss, unless ε is 1. A row whose logits are all −∞ is NaN.
     /// Without a masked class this is [`over_all`](Self::over_all). [The guide](crate::guide::masks) has an example.
     ///

@@ -524,3 +524,60 @@ fn default_tiles_have_the_metrics_of_forward() -> Result<()> {
     }
     Ok(())
 }
+
+/// Logits masked with the dtype's minimum do not overflow the sums of the entropy and of `over_unmasked`.
+#[test]
+fn logits_masked_with_the_lowest_number() -> Result<()> {
+    for num_classes in [8, 40, 600] {
+        for dtype in dtypes() {
+            let lowest = if dtype == DType::F64 { f64::MIN } else { f64::from(f32::MIN) };
+            if matches!(dtype, DType::F16 | DType::BF16) {
+                continue;
+            }
+            let mut row = vec![lowest; num_classes];
+            row[num_classes - 2..].fill(0.);
+            for (dims, class_dim) in [([1, num_classes], 1), ([num_classes, 1], 0)] {
+                let logits = Tensor::from_vec(row.clone(), &dims, &CPU)?.to_dtype(dtype)?;
+                let labels = Tensor::new(&[num_classes as u32 - 1], &CPU)?;
+                let of = |smoothing| -> Result<_> {
+                    let loss = LabelSmoothingLoss::new(smoothing).with_class_dim(class_dim);
+                    let (loss, metrics) = loss.metrics_on_device(None, &logits, &labels)?;
+                    Ok((values(&loss)?[0], values(&metrics.entropy)?[0]))
+                };
+                let (all, entropy) = of(Smoothing::over_all(0.1)?)?;
+                let (unmasked, _) = of(Smoothing::over_unmasked(0.1)?)?;
+                let name = format!("{dtype:?} {dims:?}");
+                assert!((entropy - 2f64.ln()).abs() < 1e-6, "{name}: entropy {entropy}");
+                assert!((unmasked / all - 1.).abs() < 1e-5, "{name}: {unmasked}, {all}");
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A NaN beside +inf hides which logit is the largest.
+#[test]
+fn a_row_with_nan_and_infinity_has_no_prediction() -> Result<()> {
+    for num_classes in [3, 40, 300] {
+        for nan_at in [0, num_classes - 1] {
+            let mut row = vec![0f32; num_classes];
+            (row[1], row[nan_at]) = (f32::INFINITY, f32::NAN);
+            let logits = Tensor::from_vec(row.clone(), (1, num_classes), &CPU)?;
+            let labels = Tensor::new(&[1u32], &CPU)?;
+            let loss = LabelSmoothingLoss::new(Smoothing::none());
+            let (_, metrics) = loss.metrics_on_device(None, &logits, &labels)?;
+            assert_eq!(
+                (values(&metrics.prediction)?, values(&metrics.correct)?),
+                (vec![0.], vec![0.])
+            );
+            row[nan_at] = 0.;
+            let logits = Tensor::from_vec(row, (1, num_classes), &CPU)?;
+            let (_, metrics) = loss.metrics_on_device(None, &logits, &labels)?;
+            assert_eq!(
+                (values(&metrics.prediction)?, values(&metrics.correct)?),
+                (vec![1.], vec![1.])
+            );
+        }
+    }
+    Ok(())
+}

@@ -119,7 +119,7 @@ pub(super) fn write_row_with_extras<A: Real>(
 ) {
     let mut share = 0.;
     if params.unmasked_epsilon != 0. {
-        share = params.unmasked_epsilon / state.extras.num_unmasked;
+        share = params.unmasked_epsilon / (state.extras.num_unmasked * params.unmasked_scale());
         state.softmax.target_sum += share * state.extras.unmasked_sum;
         state.softmax.target_dot += share * state.extras.unmasked_dot;
     }
@@ -172,7 +172,7 @@ fn row_metrics<A: Real>(
     let [sum_exp, log_sum] =
         [softmax.sum_exp, log_sum].map(|value| if no_softmax { f64::NAN } else { value });
     // The sum of a row with +∞ is NaN too, but its largest logit is known.
-    let has_max = !sum_exp.is_nan() || softmax.max == f64::INFINITY;
+    let has_max = !no_softmax && !extras.exp_dot.is_nan();
     let prediction = if has_max { extras.prediction as u32 } else { 0 };
     let is_correct = has_max && targets.is_label(row, prediction);
     let values = [

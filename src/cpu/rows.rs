@@ -175,14 +175,18 @@ impl<E: Extras, A: Real> ForwardRows<'_, E, A> {
         };
         let mut block = RowState { softmax, extras: E::default() };
         if let Some(extras) = block.extras.get() {
-            extras.exp_dot = exp_dot;
+            extras.exp_dot = match largest.to_f64() == f64::INFINITY {
+                // ∞ − ∞ is NaN.
+                true => x.iter().filter(|x| x.to_f64().is_nan()).map(|x| x.to_f64()).sum(),
+                false => exp_dot,
+            };
             extras.prediction = class as f64;
             if let Some(i) = self.targets.label_in(row, class, len) {
                 extras.label_logit = x[i].to_f64();
             }
             if self.targets.spreads_over_unmasked() {
                 let (weights, padding) = r_buffer.split_at_mut(len);
-                self.targets.class_weights(class, weights);
+                self.targets.scaled_class_weights(class, weights);
                 padding.fill(A::ZERO);
                 [extras.num_unmasked, extras.unmasked_sum, extras.unmasked_dot] =
                     unmasked_of_slice(simd, max, x, r_buffer);
@@ -241,7 +245,7 @@ impl<E: Extras, A: Real> ForwardRows<'_, E, A> {
         let weights = &mut weights[..count];
         let unmasked = E::ARE_WANTED && self.targets.spreads_over_unmasked();
         if unmasked {
-            self.targets.class_weights(first_class, weights);
+            self.targets.scaled_class_weights(first_class, weights);
         }
         let group = ClassGroup {
             logits: &x[..count],
@@ -280,7 +284,7 @@ pub(super) struct GradInputs<'a, A> {
     pub inner_size: usize,
     /// The coefficients of each row, followed by [`ROWS_AT_ONCE`] others, so that vectors may begin at any row.
     pub coeffs: GradCoeffs<Vec<A>>,
-    /// What r of a class of weight 1 gets more if its logit is not −∞, for each row and as many others; `None` if it is 0.
+    /// The last field that is saved of each row, and as many others; `None` if it is not saved.
     pub unmasked_shares: Option<Vec<A>>,
 }
 
@@ -312,7 +316,7 @@ impl<A: Real> GradInputs<'_, A> {
         if let Some(shares) = unmasked_shares {
             let mut weights = Aligned([A::ZERO; BLOCK]);
             targets.load(pos, &mut r_buffer[..len]);
-            targets.class_weights(class, &mut weights.0[..len]);
+            targets.scaled_class_weights(class, &mut weights.0[..len]);
             let share = iter::repeat(A::splat(simd, shares[row]));
             add_shares(simd, share, x, &weights.0[..x.len()], r_buffer);
             let r = A::as_vectors::<S>(r_buffer).iter().copied();
@@ -468,7 +472,7 @@ impl<T: Element> Scratch<T> {
         grad.targets.load(pos, &mut self.r[..len]);
         if let Some(shares) = &grad.unmasked_shares {
             let mut weight = [T::Real::ZERO];
-            grad.targets.class_weights(pos.class, &mut weight);
+            grad.targets.scaled_class_weights(pos.class, &mut weight);
             let shares = T::Real::as_vectors::<S>(&shares[pos.row..]).iter().copied();
             add_shares(simd, shares, &self.x, &[weight[0]; ROWS_AT_ONCE], &mut self.r);
         }

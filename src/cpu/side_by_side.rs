@@ -6,7 +6,7 @@
 use super::dtype::Real;
 use super::exp::{add_exp, exp};
 use super::softmax::{Aligned, ROWS_AT_ONCE, add_unmasked, vector_len};
-use super::state::{Extras, RowState};
+use super::state::{Extras, RowState, moved_exp_dot};
 use crate::formula::{ExtraState, SoftmaxState};
 use pulp::Simd;
 
@@ -122,31 +122,36 @@ impl<A: Real> RowStates<A> {
             if E::ARE_WANTED
                 && let Some(extras) = &mut self.extras
             {
-                A::as_vectors_mut::<S>(&mut extras.exp_dot)[i] = exp_dot;
-                extras.set_to_group(simd, i, new_max, group);
+                extras.set_to_group(simd, i, new_max, exp_dot, group);
             }
         }
     }
 }
 
 impl<A: Real> ExtraState<Rows<A>> {
-    /// Overwrites vector `i` of the prediction and of the sums over the classes whose logit is not −∞.
+    /// Overwrites vector `i` of the sums and the prediction.
     #[inline(always)]
     fn set_to_group<S: Simd>(
         &mut self,
         simd: S,
         i: usize,
         max: A::Vector<S>,
+        sum_of_exp_dot: A::Vector<S>,
         group: &ClassGroup<A>,
     ) {
-        let Self { num_unmasked, unmasked_sum, unmasked_dot, prediction, .. } = self;
+        let Self { num_unmasked, unmasked_sum, unmasked_dot, exp_dot, prediction, .. } = self;
         let zero = A::splat(simd, A::ZERO);
-        let mut first = zero;
+        let (mut first, mut nan_or_zero) = (zero, zero);
         // From the last class to the first, so that the first of equals remains.
         for (k, x) in group.logits.iter().enumerate().rev() {
-            let index = A::splat(simd, A::from_f64(k as f64));
-            first = A::select_equal(simd, A::as_vectors::<S>(x)[i], max, index, first);
+            let (x, index) = (A::as_vectors::<S>(x)[i], A::splat(simd, A::from_f64(k as f64)));
+            first = A::select_equal(simd, x, max, index, first);
+            nan_or_zero = A::select_equal(simd, x, x, nan_or_zero, x);
         }
+        // ∞ − ∞ is NaN.
+        let infinity = A::splat(simd, A::from_f64(f64::INFINITY));
+        A::as_vectors_mut::<S>(exp_dot)[i] =
+            A::select_equal(simd, max, infinity, nan_or_zero, sum_of_exp_dot);
         A::as_vectors_mut::<S>(prediction)[i] = first;
         if let Some(weights) = group.weights {
             let base = A::vfinite_max(simd, max);
@@ -205,7 +210,7 @@ impl RowStates<f64> {
                 extras.num_unmasked[i] += new.num_unmasked[i].to_f64();
                 extras.unmasked_sum[i] += new.unmasked_sum[i].to_f64();
                 extras.unmasked_dot[i] += moved + new.unmasked_dot[i].to_f64();
-                let exp_dot = (extras.exp_dot[i] + sum_exp[i] * shift) * factor;
+                let exp_dot = moved_exp_dot(extras.exp_dot[i], sum_exp[i], shift, factor);
                 extras.exp_dot[i] = exp_dot + new.exp_dot[i].to_f64();
                 if group.softmax.max[i].to_f64() > max[i] {
                     extras.prediction[i] = first_class as f64 + new.prediction[i].to_f64();

@@ -105,7 +105,7 @@ impl<E: Extras> RowState<E> {
         let factor = shift.exp();
         if let Some(extras) = self.extras.get() {
             extras.unmasked_dot += extras.unmasked_sum * shift;
-            extras.exp_dot = (extras.exp_dot + softmax.sum_exp * shift) * factor;
+            extras.exp_dot = moved_exp_dot(extras.exp_dot, softmax.sum_exp, shift, factor);
         }
         softmax.sum_exp *= factor;
         softmax.target_dot += match softmax.target_sum == 0. {
@@ -114,6 +114,14 @@ impl<E: Extras> RowState<E> {
         };
         self
     }
+}
+
+/// Σ exp(x − max)·(x − max) relative to a maximum that is larger by −`shift`, with `factor` = exp(shift).
+#[inline(always)]
+pub(super) fn moved_exp_dot(exp_dot: f64, sum_exp: f64, shift: f64, factor: f64) -> f64 {
+    // A factor of 0 makes the sum 0, even if the shift is infinite. NaN remains.
+    let moved = if factor > 0. { sum_exp * shift } else { 0. };
+    (exp_dot + moved) * factor
 }
 
 impl SoftmaxState<f64> {

@@ -18,6 +18,7 @@ pub(super) struct Targets<'a, A> {
     may_ignore: bool,
     label_is_below: bool,
     spreads_over_unmasked: bool,
+    unmasked_scale: A,
 }
 
 enum TargetData<'a> {
@@ -67,6 +68,7 @@ impl<'a, A: Real> Targets<'a, A> {
             row_weights,
             label_is_below: params.label_is_below,
             spreads_over_unmasked: params.unmasked_epsilon != 0.,
+            unmasked_scale: A::from_f64(params.unmasked_scale()),
         })
     }
 
@@ -138,9 +140,10 @@ impl<'a, A: Real> Targets<'a, A> {
         class_weight * self.row_weight(row)
     }
 
-    /// Fills `out` with the class weights from `class` on.
-    pub(super) fn class_weights(&self, class: usize, out: &mut [A]) {
+    /// Fills `out` with the class weights from `class` on, times [`unmasked_scale`](LossParams::unmasked_scale).
+    pub(super) fn scaled_class_weights(&self, class: usize, out: &mut [A]) {
         self.class_params.weight.copy_to(class, out);
+        out.iter_mut().for_each(|weight| *weight *= self.unmasked_scale);
     }
 
     /// The weighted targets of `len` classes of a row, followed by zeros up to the length of `buffer`. They are written to
