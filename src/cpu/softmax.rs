@@ -79,6 +79,10 @@ pub(super) fn state_of_uniform<E: Extras, A: Real, S: Simd>(
     (state, A::reduce_sum(simd, exp_dot).to_f64())
 }
 
+/// The chunks whose targets are summed before they are added to other sums: the roundings of a longer sum of equal numbers all go to one
+/// side.
+const SUMMED_AT_ONCE: usize = 4;
+
 /// The state over a block of whole chunks with a weighted target for each class. The arguments and the second result are as in
 /// [`state_of_uniform`].
 #[inline(always)]
@@ -91,12 +95,20 @@ pub(super) fn state_of_slice<E: Extras, A: Real, S: Simd>(
     let base = A::splat(simd, finite_max(max));
     let mut sum_exp = [A::splat(simd, A::ZERO); UNROLL];
     let (mut exp_dot, mut target_sum, mut target_dot) = (sum_exp[0], sum_exp, sum_exp);
-    for (x, r) in chunks::<A, S>(logits).iter().zip(chunks::<A, S>(targets)) {
+    let logits = chunks::<A, S>(logits).chunks(SUMMED_AT_ONCE);
+    for (logits, targets) in logits.zip(chunks::<A, S>(targets).chunks(SUMMED_AT_ONCE)) {
+        // The targets may all be equal.
+        let mut sum = [A::splat(simd, A::ZERO); UNROLL];
+        for (x, r) in logits.iter().zip(targets) {
+            for i in 0..UNROLL {
+                let x = A::vsub(simd, x[i], base);
+                add_exp::<A, S>(simd, &mut sum_exp[i], E::ARE_WANTED.then_some(&mut exp_dot), x);
+                sum[i] = A::vadd(simd, sum[i], r[i]);
+                target_dot[i] = A::vadd(simd, target_dot[i], A::mul_or_zero(simd, r[i], x));
+            }
+        }
         for i in 0..UNROLL {
-            let x = A::vsub(simd, x[i], base);
-            add_exp::<A, S>(simd, &mut sum_exp[i], E::ARE_WANTED.then_some(&mut exp_dot), x);
-            target_sum[i] = A::vadd(simd, target_sum[i], r[i]);
-            target_dot[i] = A::vadd(simd, target_dot[i], A::mul_or_zero(simd, r[i], x));
+            target_sum[i] = A::vadd(simd, target_sum[i], sum[i]);
         }
     }
     let state = SoftmaxState {
