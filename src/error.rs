@@ -434,9 +434,7 @@ fn shape_hint(targets: &[usize], expected: &[usize], logits: &[usize], class_dim
         format!(
             "; the loss takes one class a row, for one-hot targets their argmax({class_dim}). Rows with several labels need a binary cross-entropy for each class: this loss of the logits 0 and x, Tensor::stack(&[&logits.zeros_like()?, &logits], D::Minus1)"
         )
-    } else if let Some(dim) =
-        (0..logits.len()).find(|&dim| logits[..dim].iter().chain(&logits[dim + 1..]).eq(targets))
-    {
+    } else if let Some(dim) = missing_dim(targets, logits) {
         format!(
             "; if the classes of forward's logits are in dimension {dim}, use with_class_dim({dim})"
         )
@@ -447,10 +445,14 @@ fn shape_hint(targets: &[usize], expected: &[usize], logits: &[usize], class_dim
     }
 }
 
+/// The dimension of the logits without which their shape is that of the targets.
+fn missing_dim(targets: &[usize], logits: &[usize]) -> Option<usize> {
+    (0..logits.len()).find(|&dim| logits[..dim].iter().chain(&logits[dim + 1..]).eq(targets))
+}
+
 /// A hint for the commonest causes of probabilities of another shape.
 fn probabilities_hint(targets: &[usize], logits: &[usize]) -> String {
-    let without = |dim: usize| logits[..dim].iter().chain(&logits[dim + 1..]);
-    if (0..logits.len()).any(|dim| without(dim).eq(targets)) {
+    if missing_dim(targets, logits).is_some() {
         return "; class indices need an integer dtype: to_dtype(DType::I64)".to_string();
     }
     // The dimension of the targets for each of the logits', the first that is not taken.

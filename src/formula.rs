@@ -267,6 +267,19 @@ pub(crate) fn result_dtype(logits: DType) -> DType {
     }
 }
 
+/// The smallest and the largest positive normal number of a dtype of the arithmetic.
+pub(crate) fn normal_range(dtype: DType) -> (f64, f64) {
+    match dtype {
+        DType::F64 => (f64::MIN_POSITIVE, f64::MAX),
+        _ => (f32::MIN_POSITIVE.into(), f32::MAX.into()),
+    }
+}
+
+/// Whether tensors of numbers other than logits may have the floating-point dtype.
+pub(crate) fn is_float_dtype(dtype: DType) -> bool {
+    matches!(dtype, DType::F8E4M3 | DType::BF16 | DType::F16 | DType::F32 | DType::F64)
+}
+
 /// Checks that the device can compute with the dtype.
 pub(crate) fn check_device_dtype(what: &'static str, dtype: DType, device: &Device) -> Result<()> {
     match (device, dtype) {
@@ -279,7 +292,7 @@ pub(crate) fn check_device_dtype(what: &'static str, dtype: DType, device: &Devi
 pub(crate) fn check_target_dtype(dtype: DType) -> Result<()> {
     match dtype {
         DType::U8 | DType::U32 | DType::I16 | DType::I32 | DType::I64 => Ok(()),
-        DType::F8E4M3 | DType::BF16 | DType::F16 | DType::F32 | DType::F64 => Ok(()),
+        dtype if is_float_dtype(dtype) => Ok(()),
         dtype => Err(Error::TargetsDType {
             dtype,
             expected: "an integer dtype (class indices) or F8E4M3, F16, BF16, F32 or F64 (probabilities)",

@@ -32,49 +32,14 @@ pub fn forward(loss: &LabelSmoothingLoss, logits: &Tensor, targets: &Tensor) -> 
     let log_softmax = x.broadcast_sub(&log_sum)?;
     let lse = (log_sum + max)?;
 
-    // Σ r·log softmax, and the divisor's terms, (N, 1) both.
-    let gather_label = |values: Tensor| {
-        values.flatten_all()?.index_select(&labels.flatten_all()?, 0)?.unsqueeze(1)
-    };
     let is_class = targets.dtype().is_int();
     let probabilities = || match is_class {
         true => given.zeros_like()?.detach().scatter_add(&labels, &lse.ones_like()?.detach(), 1),
         false => of_counted(by_row(&targets)?),
     };
-    let (weighted, mut weights) = match &params.class_table {
-        _ if params.unmasked_epsilon != 0. => {
-            let c = class_rows(&params, &given)?;
-            let unmasked = given.ne(f64::NEG_INFINITY)?.to_dtype(dtype)?;
-            let share = unmasked.broadcast_div(&unmasked.sum_keepdim(1)?)?;
-            let share = share.broadcast_mul(&(&c.weight * params.unmasked_epsilon)?)?;
-            let r = (probabilities()?.broadcast_mul(&c.prob_scale)? + share)?;
-            // 0·∞ is 0 here.
-            let terms = r.ne(0.)?.where_cond(&(log_softmax * &r)?, &r.zeros_like()?)?;
-            let weights = if is_class { gather_label(c.weight)? } else { lse.ones_like()? };
-            (terms.sum_keepdim(1)?, weights)
-        }
-        ClassTable::Uniform(c) if is_class => {
-            let label = (log_softmax.gather(&labels, 1)? * (c.on_value - c.off_value))?;
-            ((label + (log_softmax.sum_keepdim(1)? * c.off_value)?)?, lse.ones_like()?)
-        }
-        ClassTable::Uniform(c) => {
-            let r = probabilities()?.affine(c.prob_scale, c.off_value)?;
-            ((log_softmax * r)?.sum_keepdim(1)?, lse.ones_like()?)
-        }
-        ClassTable::PerClass(_) => {
-            let c = class_rows(&params, &given)?;
-            if is_class {
-                let delta = gather_label((c.on_value - &c.off_value)?)?;
-                let label = (log_softmax.gather(&labels, 1)? * delta)?;
-                let others = log_softmax.broadcast_mul(&c.off_value)?.sum_keepdim(1)?;
-                ((label + others)?, gather_label(c.weight)?)
-            } else {
-                let r = probabilities()?.broadcast_mul(&c.prob_scale)?;
-                let r = r.broadcast_add(&c.off_value)?;
-                ((log_softmax * r)?.sum_keepdim(1)?, lse.ones_like()?)
-            }
-        }
-    };
+    let labels = is_class.then_some(&labels);
+    let (weighted, mut weights) =
+        sum_over_classes(&params, &given, &log_softmax, labels, probabilities)?;
 
     let mut losses = ((lse.sqr()? * params.z_loss)? - weighted)?;
     if let Some(row_weights) = row_weights {
@@ -91,6 +56,54 @@ pub fn forward(loss: &LabelSmoothingLoss, logits: &Tensor, targets: &Tensor) -> 
             zeros.to_dtype(DType::U8)?.where_cond(&given, &zeros)?.sum_all()?
         }
         Reduction::Mean | Reduction::MeanOrZero => losses.sum_all()?.div(&divisor)?,
+    })
+}
+
+/// Σ r·log softmax, and the divisor's terms, (N, 1) both. Class targets have labels.
+fn sum_over_classes(
+    params: &LossParams,
+    given: &Tensor,
+    log_softmax: &Tensor,
+    labels: Option<&Tensor>,
+    probabilities: impl Fn() -> candle_core::Result<Tensor>,
+) -> candle_core::Result<(Tensor, Tensor)> {
+    let ones = || log_softmax.narrow(1, 0, 1)?.ones_like();
+    let of_labels = |values: Tensor, labels: &Tensor| {
+        values.flatten_all()?.index_select(&labels.flatten_all()?, 0)?.unsqueeze(1)
+    };
+    Ok(match (&params.class_table, labels) {
+        _ if params.unmasked_epsilon != 0. => {
+            let c = class_rows(params, given)?;
+            let unmasked = given.ne(f64::NEG_INFINITY)?.to_dtype(given.dtype())?;
+            let share = unmasked.broadcast_div(&unmasked.sum_keepdim(1)?)?;
+            let share = share.broadcast_mul(&(&c.weight * params.unmasked_epsilon)?)?;
+            let r = (probabilities()?.broadcast_mul(&c.prob_scale)? + share)?;
+            // 0·∞ is 0 here.
+            let terms = r.ne(0.)?.where_cond(&(log_softmax * &r)?, &r.zeros_like()?)?;
+            let weights = labels.map_or_else(ones, |labels| of_labels(c.weight, labels))?;
+            (terms.sum_keepdim(1)?, weights)
+        }
+        (ClassTable::Uniform(c), Some(labels)) => {
+            let label = (log_softmax.gather(labels, 1)? * (c.on_value - c.off_value))?;
+            ((label + (log_softmax.sum_keepdim(1)? * c.off_value)?)?, ones()?)
+        }
+        (ClassTable::Uniform(c), None) => {
+            let r = probabilities()?.affine(c.prob_scale, c.off_value)?;
+            ((log_softmax * r)?.sum_keepdim(1)?, ones()?)
+        }
+        (ClassTable::PerClass(_), Some(labels)) => {
+            let c = class_rows(params, given)?;
+            let delta = of_labels((c.on_value - &c.off_value)?, labels)?;
+            let label = (log_softmax.gather(labels, 1)? * delta)?;
+            let others = log_softmax.broadcast_mul(&c.off_value)?.sum_keepdim(1)?;
+            ((label + others)?, of_labels(c.weight, labels)?)
+        }
+        (ClassTable::PerClass(_), None) => {
+            let c = class_rows(params, given)?;
+            let r = probabilities()?.broadcast_mul(&c.prob_scale)?;
+            let r = r.broadcast_add(&c.off_value)?;
+            ((log_softmax * r)?.sum_keepdim(1)?, ones()?)
+        }
     })
 }
 

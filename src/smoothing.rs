@@ -4,6 +4,7 @@ use crate::autograd;
 use crate::error::{Error, Result, TargetsOf};
 use crate::formula::{
     CLASS_FIELDS, ClassParams, ClassTable, LossParams, check_device_dtype, check_target_dtype,
+    is_float_dtype, normal_range,
 };
 use crate::layout::{check_memory, check_size};
 use candle_core::{D, DType, Device, Tensor};
@@ -137,10 +138,7 @@ impl Smoothing {
         if weights.is_none() && !matches!(self.spread, Spread::Prior(_)) {
             return Ok(ClassTable::Uniform(self.class_params(num_classes, 0, 1.)));
         }
-        let (least, most) = match dtype {
-            DType::F64 => (f64::MIN_POSITIVE, f64::MAX),
-            _ => (f32::MIN_POSITIVE.into(), f32::MAX.into()),
-        };
+        let (least, most) = normal_range(dtype);
         let (least, most) = (least * WEIGHT_HEADROOM, most / WEIGHT_HEADROOM);
         let is_possible = |weight: f64| weight == 0. || (least..=most).contains(&weight);
         let mut class_weights = weights.into_iter().flatten().enumerate();
@@ -198,9 +196,7 @@ const WEIGHT_HEADROOM: f64 = (1u64 << 24) as f64;
 /// Copies class weights or a prior to the host and checks each value.
 pub(crate) fn read_class_vector(what: &'static str, tensor: &Tensor) -> Result<Vec<f64>> {
     let dtype = tensor.dtype();
-    let is_float =
-        matches!(dtype, DType::F8E4M3 | DType::BF16 | DType::F16 | DType::F32 | DType::F64);
-    if tensor.rank() != 1 || !is_float {
+    if tensor.rank() != 1 || !is_float_dtype(dtype) {
         return Err(Error::VectorType { what, dtype, shape: tensor.dims().to_vec() });
     }
     let len = tensor.elem_count();

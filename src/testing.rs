@@ -61,6 +61,20 @@ pub fn forward_linear_tiled(
     Ok(linear::forward_linear(loss, hidden, weight, bias, targets, Some(tile), false)?.0)
 }
 
+/// [`LabelSmoothingLoss::forward_linear_with_metrics`] with tiles of this size.
+pub fn forward_linear_tiled_with_metrics(
+    loss: &LabelSmoothingLoss,
+    hidden: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    targets: &Tensor,
+    tile: TileSize,
+) -> Result<(Tensor, Metrics)> {
+    let (loss, metrics) =
+        linear::forward_linear(loss, hidden, weight, bias, targets, Some(tile), true)?;
+    Ok((loss, metrics.ok_or_else(no_metrics)?))
+}
+
 /// The numbers of this thread's launches and allocations on the emulated GPU so far.
 #[cfg(emulator)]
 pub fn gpu_operations() -> (usize, usize) {
@@ -76,18 +90,4 @@ pub fn instruction_sets() -> Vec<&'static str> {
 /// lacks it.
 pub fn choose_instruction_set(name: &str) -> bool {
     simd::choose(name)
-}
-
-/// [`LabelSmoothingLoss::forward_linear_with_metrics`] with tiles of this size.
-pub fn forward_linear_tiled_with_metrics(
-    loss: &LabelSmoothingLoss,
-    hidden: &Tensor,
-    weight: &Tensor,
-    bias: Option<&Tensor>,
-    targets: &Tensor,
-    tile: TileSize,
-) -> Result<(Tensor, Metrics)> {
-    let (loss, metrics) =
-        linear::forward_linear(loss, hidden, weight, bias, targets, Some(tile), true)?;
-    Ok((loss, metrics.ok_or_else(no_metrics)?))
 }

@@ -52,9 +52,10 @@ impl<A: Real> RowResults<A> {
     /// All fields, and the predictions.
     pub(super) fn all_fields(&mut self) -> (AllFields<'_, A>, &[AtomicU32]) {
         let num_rows = self.losses.len();
-        let [a, b, c, share] = field_slices_mut(&mut self.saved, num_rows);
-        let [d, e, f, g, h, i] = field_slices_mut(&mut self.metrics, num_rows);
-        ([&mut self.losses, a, b, c, share, d, e, f, g, h, i], &self.predictions)
+        let [max, sum_exp, target_sum, share] = field_slices_mut(&mut self.saved, num_rows);
+        let metrics = field_slices_mut(&mut self.metrics, num_rows);
+        let results = [&mut self.losses[..], max, sum_exp, target_sum];
+        (all_fields(results, share, metrics), &self.predictions)
     }
 
     /// The reduction of the losses, with the other results.
@@ -92,6 +93,16 @@ impl<A: Real> RowResults<A> {
     }
 }
 
+/// All results of a row, or their fields, in their order.
+#[inline(always)]
+fn all_fields<T>(
+    [loss, max, sum_exp, target_sum]: [T; ROW_RESULTS],
+    share: T,
+    [nll, correct, confidence, entropy, lse, counted]: [T; METRIC_FIELDS],
+) -> [T; ROW_RESULTS + EXTRA_RESULTS] {
+    [loss, max, sum_exp, target_sum, share, nll, correct, confidence, entropy, lse, counted]
+}
+
 /// Writes the results of a row at index `i` of each field. No option needs extras.
 #[inline(always)]
 pub(super) fn write_row<A: Real>(
@@ -125,11 +136,8 @@ pub(super) fn write_row_with_extras<A: Real>(
     }
     let log_sum = state.softmax.sum_exp.ln();
     let (metrics, prediction) = row_metrics(targets, row, state, log_sum);
-    let [nll, correct, confidence, entropy, lse, counted] = metrics.map(A::from_f64);
-    let share = A::from_f64(share);
-    let [a, b, c, d] = row_results(params, targets, row, state.softmax, log_sum);
-    let results = [a, b, c, d, share, nll, correct, confidence, entropy, lse, counted];
-    write_fields(out, i, results);
+    let results = row_results(params, targets, row, state.softmax, log_sum);
+    write_fields(out, i, all_fields(results, A::from_f64(share), metrics.map(A::from_f64)));
     if let Some(out) = predictions.get(row) {
         out.store(prediction, Ordering::Relaxed);
     }
