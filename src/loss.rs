@@ -93,7 +93,7 @@ pub struct LabelSmoothingLoss {
     softcap: Option<f64>,
     /// Detached.
     row_weights: Option<Tensor>,
-    /// [`ClassTable::PerClass`], one tensor for each device and dtype used so far.
+    /// [`PerClass`](crate::formula::ClassTable::PerClass), one tensor for each device and dtype used so far.
     class_tables: Arc<Mutex<Vec<Tensor>>>,
 }
 
