@@ -103,8 +103,8 @@ fn bench_shape(
     let dims: Vec<String> = shape.iter().map(usize::to_string).collect();
     let name = format!("{} {}", dims.join("x"), dtype.as_str());
     let num_bytes = shape.iter().product::<usize>() * dtype.size_in_bytes();
-    // Each input is made when the first benchmark that needs it runs, so that the benchmarks which the command line excludes take no
-    // time. Criterion calls the functions below for each sample.
+    // Each input is made when the first benchmark that needs it runs, so that the benchmarks which the command line excludes take
+    // no time. Criterion calls the functions below for each sample.
     let inputs = LazyCell::new(|| inputs(shape, class_dim, dtype).expect("valid inputs"));
     let bytes = LazyCell::new(|| Bytes::new(num_bytes));
 

@@ -176,8 +176,8 @@ pub fn split(x: &Tensor, y: &Tensor, seed: u64, device: &Device) -> Result<[Tens
     Ok([select(&x, &train)?, select(y, &train)?, select(&x, &test)?, select(y, &test)?])
 }
 
-/// Generates features, (1000, 10), and classes, (1000). The first row is `FIRST_ROW`. In the others two columns are higher, and this
-/// pair decides the class; the columns j with j % 3 equal to the class are a little higher. The seed changes only the noise.
+/// Generates features, (1000, 10), and classes, (1000). The first row is `FIRST_ROW`. In the others two columns are higher, and
+/// this pair decides the class; the columns j with j % 3 equal to the class are a little higher. The seed changes only the noise.
 pub fn generate(seed: u64) -> Result<(Tensor, Tensor)> {
     let mut rng = rng(seed, 0);
     let (mut x, mut y) = (Vec::new(), Vec::new());
@@ -196,7 +196,8 @@ pub fn generate(seed: u64) -> Result<(Tensor, Tensor)> {
     Ok((Tensor::from_vec(x, (1000, 10), &Device::Cpu)?, Tensor::new(y, &Device::Cpu)?))
 }
 
-/// A multilayer perceptron and its variables. The initial weights are drawn here, since candle cannot seed its generator on the CPU.
+/// A multilayer perceptron and its variables. The initial weights are drawn here, since candle cannot seed its generator on the
+/// CPU.
 fn mlp(sizes: &[usize], seed: u64, device: &Device) -> Result<(Sequential, Vec<Var>)> {
     let mut rng = rng(seed, 2);
     let (mut network, mut variables) = (seq(), Vec::new());

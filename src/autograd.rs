@@ -279,10 +279,12 @@ pub(crate) fn check_class_targets(
     }
 }
 
-/// Checks the row weights and the class targets of the rows that count, on the CPU.
-pub(crate) fn check_rows(params: &LossParams, targets: &Tensor) -> Result<()> {
+/// Checks the row weights and the class targets of the rows that count, on the CPU, for logits of `dtype`.
+pub(crate) fn check_rows(params: &LossParams, dtype: DType, targets: &Tensor) -> Result<()> {
     match &*targets.storage_and_layout().0 {
-        Storage::Cpu(storage) => cpu::check_rows(params, (storage, targets.layout())),
+        Storage::Cpu(storage) => {
+            cpu::check_rows(params, result_dtype(dtype), (storage, targets.layout()))
+        }
         _ => Err(no_backend()),
     }
 }

@@ -12,9 +12,10 @@
 //! ∂loss/∂x_k = softmax(x)_k·(S + 2·z·lse) − r_k
 //! ```
 //!
-//! The logits x are those given, or their [`LogitMap`]. With [`unmasked_epsilon`](LossParams::unmasked_epsilon) e, and n classes in the
-//! row whose logit is not −∞, these classes get e·weight_k/n more in r_k. The loss is multiplied by the row's weight. The loss and the
-//! gradient of an ignored row are 0. Forward and backward are written once, for all options. In terms of the [`SoftmaxState`] of a row,
+//! The logits x are those given, or their [`LogitMap`]. With [`unmasked_epsilon`](LossParams::unmasked_epsilon) e, and n classes
+//! in the row whose logit is not −∞, these classes get e·weight_k/n more in r_k. The loss is multiplied by the row's weight. The
+//! loss and the gradient of an ignored row are 0. Forward and backward are written once, for all options. In terms of the
+//! [`SoftmaxState`] of a row,
 //!
 //! ```text
 //! lse  = max + log sum_exp
@@ -136,8 +137,8 @@ impl<T> SoftmaxState<T> {
     }
 }
 
-/// What some options need of a row over a range of the classes, beside its [`SoftmaxState`]. A tensor of states has these fields too, after
-/// those of the softmax state, if [`needs_extras`](LossParams::needs_extras).
+/// What some options need of a row over a range of the classes, beside its [`SoftmaxState`]. A tensor of states has these fields
+/// too, after those of the softmax state, if [`needs_extras`](LossParams::needs_extras).
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ExtraState<T> {
     /// The number of classes whose logit is not −∞.
@@ -186,8 +187,8 @@ impl LossParams {
         self.unmasked_epsilon != 0. || self.wants_metrics
     }
 
-    /// The factor of the class weights in [`ExtraState`]: a power of two near 1/K, so that their sums with logits that are masked with the
-    /// dtype's minimum do not overflow.
+    /// The factor of the class weights in [`ExtraState`]: a power of two near 1/K, so that their sums with logits that are masked
+    /// with the dtype's minimum do not overflow.
     pub fn unmasked_scale(&self) -> f64 {
         1. / self.num_classes.next_power_of_two() as f64
     }

@@ -42,8 +42,8 @@
 //! Options that are not set have w = 1, z = 0 and v = 1. With a logit scale s and a softcap c, x is not the given logit a, but
 //! x = c·tanh(s·a/c), or s·a without a softcap. The gradient of a then has the factor s·(1 − tanh²(s·a/c)), or s.
 //!
-//! Every logit is taken relative to the largest logit of its row. The arithmetic runs in f32 for f16, bf16 and f32 logits and in f64 for f64
-//! logits. The loss takes one pass over the logits, and the gradient one more.
+//! Every logit is taken relative to the largest logit of its row. The arithmetic runs in f32 for f16, bf16 and f32 logits and in
+//! f64 for f64 logits. The loss takes one pass over the logits, and the gradient one more.
 //!
 //! # Overview
 //!
@@ -62,15 +62,15 @@
 //! # Devices
 //!
 //! The crate supports the CPU, NVIDIA's GPUs with the feature `cuda`, and Apple's GPUs with the feature `metal`. Apple's
-//! GPUs have no f64 ([`Error::MetalF64`]). Logits, targets and row weights must be on one device, where the loss and the gradient are
-//! computed. Class weights and priors may be on any device.
+//! GPUs have no f64 ([`Error::MetalF64`]). Logits, targets and row weights must be on one device, where the loss and the gradient
+//! are computed. Class weights and priors may be on any device.
 //!
-//! On a GPU the loss and the gradient are computed without waiting for the device. Only the first call with class weights or a prior
-//! waits, until they are copied. A class target that is out of range is
-//! an error on the CPU. On a GPU such a target makes its row's loss and gradient NaN, and [`check_targets`] finds it. The same holds for a row
-//! weight that is negative or not finite, but no function finds it. The CPU sums the rows' losses in f64, a GPU by compensated
-//! summation in the dtype of the arithmetic. Results have the same bits in every run, on the CPU for every number of
-//! threads. Results of two devices differ by some roundings.
+//! On a GPU the loss and the gradient are computed without waiting for the device. Only the first call with class weights or a
+//! prior waits, until they are copied. A class target that is out of range is an error on the CPU. On a GPU such a target makes
+//! its row's loss and gradient NaN, and [`check_targets`] finds it. The same holds for a row weight that is negative or not
+//! finite, but no function finds it. The CPU sums the rows' losses in f64, a GPU by compensated summation in the dtype of the
+//! arithmetic. Results have the same bits in every run, on the CPU for every number of threads. Results of two devices differ by
+//! some roundings.
 //!
 //! Errors convert into candle's and back ([`Error`]), so `?` works in a candle model.
 

@@ -19,8 +19,8 @@ impl LabelSmoothingLoss {
     /// dtype, f16, bf16, f32 or f64, and one device. `targets` are those of logits of shape (.., K). The class dimension
     /// is the last one. All options and the result are as in [`forward`](Self::forward), except that logits of a half
     /// type are rounded at other places, and that the hidden states of an ignored row must be finite: the multiplication for
-    /// the weight's gradient would turn them into 0·NaN = NaN. Each of `hidden`, `weight` and `bias` that is tracked gets its gradient. None of
-    /// them may change before `backward`, which computes the logits again.
+    /// the weight's gradient would turn them into 0·NaN = NaN. Each of `hidden`, `weight` and `bias` that is tracked gets its
+    /// gradient. None of them may change before `backward`, which computes the logits again.
     ///
     /// ```
     /// use candle_core::{DType, Device, Tensor};
@@ -73,8 +73,8 @@ impl LabelSmoothingLoss {
         Ok(forward_linear(self, hidden, weight, bias, targets, None, false)?.0)
     }
 
-    /// [`forward_linear`](Self::forward_linear) for class indices, with the [`Metrics`] of the rows from the same logits. The loss and its
-    /// gradients have the bits of [`forward_linear`](Self::forward_linear).
+    /// [`forward_linear`](Self::forward_linear) for class indices, with the [`Metrics`] of the rows from the same logits. The
+    /// loss and its gradients have the bits of [`forward_linear`](Self::forward_linear).
     ///
     /// # Errors
     /// Those of [`forward_linear`](Self::forward_linear), and targets that are probabilities.
@@ -138,7 +138,8 @@ pub(crate) fn forward_linear(
     let hidden_size = weight.dims()[1];
     let tile = tile.unwrap_or_else(|| TileSize::new(num_rows, hidden_size, device));
     let tile = TileSize { rows: tile.rows.max(1), classes: tile.classes.max(1) };
-    // What is kept of a row: what was saved, its loss and weight, its metrics, and its state twice while the row tiles are concatenated.
+    // What is kept of a row: what was saved, its loss and weight, its metrics, and its state twice while the row tiles are
+    // concatenated.
     let num_metrics = if wants_metrics { METRIC_FIELDS + 1 } else { 0 };
     let per_row = 2 * params.num_state_fields() + params.num_saved_fields() + 2 + num_metrics;
     check_memory("what is kept of rows", &rows, num_rows.saturating_mul(per_row))?;
@@ -167,7 +168,8 @@ pub(crate) fn forward_linear(
     Ok((loss, metrics))
 }
 
-/// The shape of the logits that hidden states, weight and bias make. Checks their shapes, dtypes, storages and devices, and the class dimension.
+/// The shape of the logits that hidden states, weight and bias make. Checks their shapes, dtypes, storages and devices, and the
+/// class dimension.
 fn logits_shape(
     loss: &LabelSmoothingLoss,
     hidden: &Tensor,
@@ -293,8 +295,8 @@ impl TiledLoss {
         weight: &Tensor,
         bias: Option<&Tensor>,
     ) -> Result<Tensor> {
-        self.check_targets()?;
         let (dtype, device) = (matmul_dtype(hidden), hidden.device());
+        self.check_targets(dtype)?;
         let mut states = Vec::with_capacity(self.row_tiles.len());
         for tile in &self.row_tiles {
             let (hidden, targets) = (tile.hidden(hidden)?, tile.narrow(&self.targets)?);
@@ -324,7 +326,7 @@ impl TiledLoss {
         grad_output: &Tensor,
         saved: &Saved,
     ) -> Result<[Option<Tensor>; 3]> {
-        self.check_targets()?;
+        self.check_targets(matmul_dtype(hidden))?;
         let (wants_hidden, wants_weight) = (hidden.track_op(), weight.track_op());
         let wants_bias = bias.is_some_and(Tensor::track_op);
         let (hidden, weight, bias) = (hidden.detach(), weight.detach(), bias.map(Tensor::detach));
@@ -372,11 +374,11 @@ impl TiledLoss {
         Ok([grad_hidden, grad_weight, grad_bias])
     }
 
-    /// Checks class targets and row weights on the CPU. The kernels check each tile again, but their error would count rows from the start
-    /// of the tile. Backward calls this function too, because the tensors may have changed since forward.
-    fn check_targets(&self) -> Result<()> {
+    /// Checks class targets and row weights on the CPU. The kernels check each tile again, but their error would count rows from
+    /// the start of the tile. Backward calls this function too, because the tensors may have changed since forward.
+    fn check_targets(&self, dtype: DType) -> Result<()> {
         match autograd::runs_on_cpu(self.targets.device()) {
-            true => autograd::check_rows(&self.params, &self.targets),
+            true => autograd::check_rows(&self.params, dtype, &self.targets),
             false => Ok(()),
         }
     }

@@ -23,12 +23,13 @@ pub enum Reduction {
     /// The mean of the rows' losses, a scalar, by PyTorch's rule. For class targets the divisor is Σ w_y over the rows
     /// that are not ignored (their number, without class weights). For probability targets it is the number of rows.
     /// Without rows, or if all are ignored, the mean is NaN and the gradient 0. If the weights of all targets are 0, the
-    /// division by 0 makes the mean and the gradient infinite or NaN. With [`weigh_rows`](LabelSmoothingLoss::weigh_rows) the weight of
-    /// each row is a factor of its term in the divisor.
+    /// division by 0 makes the mean and the gradient infinite or NaN. With [`weigh_rows`](LabelSmoothingLoss::weigh_rows) the
+    /// weight of each row is a factor of its term in the divisor.
     #[default]
     Mean,
-    /// The mean. If its divisor is 0, the result and the gradient are exactly 0: without rows, if no row counts, or if the weights of all
-    /// targets are 0. It suits a mask under which a batch may be empty. Elsewhere it has the bits of the mean. On a GPU the kernel decides.
+    /// The mean. If its divisor is 0, the result and the gradient are exactly 0: without rows, if no row counts, or if the
+    /// weights of all targets are 0. It suits a mask under which a batch may be empty. Elsewhere it has the bits of the mean. On
+    /// a GPU the kernel decides.
     MeanOrZero,
 }
 
@@ -75,12 +76,12 @@ pub enum Reduction {
 ///   tensor, before another thread uses or drops it. The same holds for dropping the last clone of a loss with class weights or a
 ///   prior. The copies of these on a device are ready for all threads: the first call waits for the device.
 /// - A device of `Device::new_cuda_with_stream` has one stream for all threads.
-/// - Before a CUDA graph captures `forward` or `backward`, run the same calls once on the same thread. The first ones compile kernels,
-///   allocate memory for the reduction, copy class weights and wait, which a capture forbids. The graph keeps using that memory, so it
-///   must not run at the same time as other calls of the thread that captured it. With `Device::new_cuda_with_stream`, also switch event tracking off
-///   (`CudaDevice::disable_event_tracking`), because a capture cannot wait for events before it. For
-///   [`forward_linear`](Self::forward_linear) with a bias, candle copies shapes to the device at each call, unless
-///   `CudaDevice::enable_cuda_graph_htod_cache` keeps them.
+/// - Before a CUDA graph captures `forward` or `backward`, run the same calls once on the same thread. The first ones compile
+///   kernels, allocate memory for the reduction, copy class weights and wait, which a capture forbids. The graph keeps using that
+///   memory, so it must not run at the same time as other calls of the thread that captured it. With
+///   `Device::new_cuda_with_stream`, also switch event tracking off (`CudaDevice::disable_event_tracking`), because a capture
+///   cannot wait for events before it. For [`forward_linear`](Self::forward_linear) with a bias, candle copies shapes to the
+///   device at each call, unless `CudaDevice::enable_cuda_graph_htod_cache` keeps them.
 #[derive(Clone, Debug)]
 pub struct LabelSmoothingLoss {
     smoothing: Smoothing,
@@ -124,9 +125,10 @@ impl LabelSmoothingLoss {
     /// constant, and this function copies it to the host.
     ///
     /// As in PyTorch, the weight w_k is a factor of each class's term of the sum. So with smoothing the weights of the
-    /// other classes count too. For class targets [`Reduction::Mean`] divides by the weights of the targets. If these are all 0 in a
-    /// batch, the mean and its gradient are NaN or infinite; with [`Reduction::MeanOrZero`] both are 0. The weights are rounded to the dtype of the arithmetic, f32 unless the logits are f64.
-    /// [The guide](crate::guide::class_weights) says how to choose them.
+    /// other classes count too. For class targets [`Reduction::Mean`] divides by the weights of the targets. If these are all 0
+    /// in a batch, the mean and its gradient are NaN or infinite; with [`Reduction::MeanOrZero`] both are 0. The weights are
+    /// rounded to the dtype of the arithmetic, f32 unless the logits are f64. [The guide](crate::guide::class_weights) says how
+    /// to choose them.
     ///
     /// # Errors
     /// A rank other than 1, another dtype, values that are negative or not finite, sizes beyond the memory, and errors of
@@ -173,7 +175,8 @@ impl LabelSmoothingLoss {
         Ok(self)
     }
 
-    /// Multiplies the logits by `scale` before everything else, in every formula, metric and gradient. A scale of 1/T is a temperature T.
+    /// Multiplies the logits by `scale` before everything else, in every formula, metric and gradient. A scale of 1/T is a
+    /// temperature T.
     ///
     /// # Errors
     /// The scale must be finite and greater than 0.
@@ -183,8 +186,9 @@ impl LabelSmoothingLoss {
         Ok(self)
     }
 
-    /// Replaces the logits x by cap·tanh(x/cap), after [the scale](Self::with_logit_scale), in every formula, metric and gradient. This is the softcap
-    /// of [Gemma 2](https://arxiv.org/abs/2408.00118), whose cap is 30. A logit of −∞ stays −∞, since it marks a masked class.
+    /// Replaces the logits x by cap·tanh(x/cap), after [the scale](Self::with_logit_scale), in every formula, metric and
+    /// gradient. This is the softcap of [Gemma 2](https://arxiv.org/abs/2408.00118), whose cap is 30. A logit of −∞ stays −∞,
+    /// since it marks a masked class.
     ///
     /// On the CPU the capped logit is right to 4 units of its last place, in f32 and f64. In f32 a cap or a scale
     /// below 1.2e-38 or above 3.4e38 is replaced by that limit.
@@ -200,14 +204,16 @@ impl LabelSmoothingLoss {
     /// This loss for a batch whose rows have these weights. The clone is cheap: it shares the copies of the class weights
     /// on devices. Call this for each batch.
     ///
-    /// `weights` has a number for each row, in the shape of class indices: the logits' shape without the class dimension. Its dtype is U8 (a
-    /// mask, or any number) or F8E4M3, F16, BF16, F32 or F64, its device the logits', and its layout any. It is a constant. The weight
-    /// multiplies the row's whole loss, its z-loss included. [`Reduction::Mean`] divides by the sum of the products of the row weights and the
-    /// labels' class weights, or for probabilities by the sum of the row weights.
+    /// `weights` has a number for each row, in the shape of class indices: the logits' shape without the class dimension. Its
+    /// dtype is U8 (a mask, or any number) or F8E4M3, F16, BF16, F32 or F64, its device the logits', and its layout any. It is a
+    /// constant. The weights are rounded to the dtype of the arithmetic, f32 unless the logits are f64.
     ///
-    /// A row of weight 0 is an ignored row: loss and gradient are exactly 0 even if its logits are NaN, and its target is not looked at.
-    /// Row weights work for class indices, also beside an ignored index, and for probabilities. Another call replaces the weights.
-    /// [The guide](crate::guide::masks) has examples.
+    /// The weight multiplies the row's whole loss, its z-loss included. [`Reduction::Mean`] divides by the sum of the products of
+    /// the row weights and the labels' class weights, or for probabilities by the sum of the row weights.
+    ///
+    /// A row of weight 0 is an ignored row: loss and gradient are exactly 0 even if its logits are NaN, and its target is not
+    /// looked at. Row weights work for class indices, also beside an ignored index, and for probabilities. Another call replaces
+    /// the weights. [The guide](crate::guide::masks) has examples.
     ///
     /// ```
     /// use candle_core::{Device, Tensor};
@@ -223,8 +229,8 @@ impl LabelSmoothingLoss {
     /// ```
     ///
     /// # Errors
-    /// None: [`forward`](Self::forward) checks the weights. Another shape, dtype or device is an error there, and on the CPU a weight that is
-    /// negative or not finite. On a GPU such a weight makes the loss and the gradient of its row NaN.
+    /// None: [`forward`](Self::forward) checks the weights. Another shape, dtype or device is an error there, and on the CPU a
+    /// weight that is negative or not finite. On a GPU such a weight makes the loss and the gradient of its row NaN.
     pub fn weigh_rows(&self, weights: &Tensor) -> Result<Self> {
         Ok(Self { row_weights: Some(weights.detach()), ..self.clone() })
     }
@@ -247,25 +253,24 @@ impl LabelSmoothingLoss {
     /// The result is f64 for f64 logits and f32 otherwise: a scalar, or with [`Reduction::None`] a number a row. The
     /// arithmetic runs in the result's dtype. The gradient has the logits' dtype. Only first-order gradients exist, as
     /// everywhere in candle. This function reads the logits once, and `backward` once more. Neither logits nor targets nor row
-    /// weights may change in between. Only the gradient is as large as the logits. Beside it a few numbers a row are allocated, and on
-    /// the CPU 32 bytes for each 16384 classes of a row that is longer (80 for metrics and
-    /// [`Smoothing::over_unmasked`]).
+    /// weights may change in between. Only the gradient is as large as the logits. Beside it a few numbers a row are allocated,
+    /// and on the CPU 32 bytes for each 16384 classes of a row that is longer (80 for metrics and [`Smoothing::over_unmasked`]).
     ///
     /// # Errors
     /// Shapes, dtypes or devices that do not fit together or are not supported, a class dimension that does not exist,
-    /// K = 0, K = 1 with [`Smoothing::over_others`], class weights or a prior whose length is not K, row weights of another shape or
-    /// dtype or on another device or, on the CPU, negative or not finite, `ignore_index` with probabilities, class weights that are too
-    /// small or too large for the arithmetic, a class target that is neither in 0 to K−1 nor the ignored index, and sizes beyond
-    /// the memory. On a GPU a class target out of range is not an error. It makes its row's loss and gradient NaN, and with them
-    /// the sum or mean: see [`check_targets`]. A GPU takes at most 16 dimensions whose strides do not follow from each other.
-    /// Errors of the device and its compiler are candle's own.
+    /// K = 0, K = 1 with [`Smoothing::over_others`], class weights or a prior whose length is not K, row weights of another shape
+    /// or dtype or on another device or, on the CPU, negative or not finite, `ignore_index` with probabilities, class weights
+    /// that are too small or too large for the arithmetic, a class target that is neither in 0 to K−1 nor the ignored index, and
+    /// sizes beyond the memory. On a GPU a class target out of range is not an error. It makes its row's loss and gradient NaN,
+    /// and with them the sum or mean: see [`check_targets`]. A GPU takes at most 16 dimensions whose strides do not follow from
+    /// each other. Errors of the device and its compiler are candle's own.
     pub fn forward(&self, logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
         let (params, targets) = self.validate(&LogitsInfo::of(logits), targets)?;
         Ok(forward(params, logits, targets)?.0)
     }
 
-    /// [`forward`](Self::forward) for class indices, with the [`Metrics`] of the rows from the same read of the logits. The loss and its gradient have
-    /// the bits of [`forward`](Self::forward).
+    /// [`forward`](Self::forward) for class indices, with the [`Metrics`] of the rows from the same read of the logits. The loss
+    /// and its gradient have the bits of [`forward`](Self::forward).
     ///
     /// ```
     /// use candle_core::{Device, Tensor};

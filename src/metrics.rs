@@ -6,20 +6,22 @@ use candle_core::{DType, Tensor};
 
 /// What one logs beside the loss, from the same read of the logits.
 ///
-/// [`LabelSmoothingLoss::forward_with_metrics`](crate::LabelSmoothingLoss::forward_with_metrics) returns it. Each field has a number for each row,
-/// in the shape of the rows: the logits' shape without the class dimension. A row counts unless it is ignored or its weight by
-/// [`weigh_rows`](crate::LabelSmoothingLoss::weigh_rows) is 0. A row that does not count is 0 in every field. A row whose logits hold NaN, or
-/// are all −∞, has NaN in `nll`, `lse`, `entropy` and `confidence`, and its prediction is 0 and not correct.
+/// [`LabelSmoothingLoss::forward_with_metrics`](crate::LabelSmoothingLoss::forward_with_metrics) returns it. Each field has a
+/// number for each row, in the shape of the rows: the logits' shape without the class dimension. A row counts unless it is
+/// ignored or its weight by [`weigh_rows`](crate::LabelSmoothingLoss::weigh_rows) is 0. A row that does not count is 0 in every
+/// field. A row whose logits hold NaN, or are all −∞, has NaN in `nll`, `lse`, `entropy` and `confidence`, and its prediction is
+/// 0 and not correct.
 ///
-/// The tensors are constants: no gradient flows through them. They are on the logits' device, and nothing waits for the device. Their dtype is
-/// that of the loss, f64 for f64 logits and f32 otherwise, except for `prediction`. The logits x are those of the formula: with
-/// [`with_logit_scale`](crate::LabelSmoothingLoss::with_logit_scale) and [`with_softcap`](crate::LabelSmoothingLoss::with_softcap), their scaled
-/// and capped values. [The guide](crate::guide::metrics) shows how to log them over several batches, and how to measure calibration.
+/// The tensors are constants: no gradient flows through them. They are on the logits' device, and nothing waits for the device.
+/// Their dtype is that of the loss, f64 for f64 logits and f32 otherwise, except for `prediction`. The logits x are those of the
+/// formula: with [`with_logit_scale`](crate::LabelSmoothingLoss::with_logit_scale) and
+/// [`with_softcap`](crate::LabelSmoothingLoss::with_softcap), their scaled and capped values. [The guide](crate::guide::metrics)
+/// shows how to log them over several batches, and how to measure calibration.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Metrics {
-    /// The negative log-likelihood −log softmax(x)_y of the label y: the cross-entropy without smoothing, class weights, row weights and z-loss.
-    /// It is infinite if the label's logit is −∞.
+    /// The negative log-likelihood −log softmax(x)_y of the label y: the cross-entropy without smoothing, class weights, row
+    /// weights and z-loss. It is infinite if the label's logit is −∞.
     pub nll: Tensor,
     /// The class of the row's largest logit, the first of equals; u32.
     pub prediction: Tensor,
@@ -59,7 +61,8 @@ impl Metrics {
         sum(&self.counted, self.counted.dtype())
     }
 
-    /// The mean of [`nll`](Self::nll) over the rows that count, 0 if none does; a scalar on the device. Its exponential is the perplexity.
+    /// The mean of [`nll`](Self::nll) over the rows that count, 0 if none does; a scalar on the device. Its exponential is the
+    /// perplexity.
     ///
     /// # Errors
     /// Those of candle's operations.
@@ -100,7 +103,8 @@ impl Metrics {
     }
 }
 
-/// The dtype of a sum over many rows. candle adds them one by one, which in f32 would lose half of the digits of a million. Metal has no f64.
+/// The dtype of a sum over many rows. candle adds them one by one, which in f32 would lose half of the digits of a million. Metal
+/// has no f64.
 fn sum_dtype(values: &Tensor) -> DType {
     match values.device().is_metal() {
         true => values.dtype(),

@@ -142,8 +142,8 @@ fn class_rows(params: &LossParams, like: &Tensor) -> candle_core::Result<ClassPa
     })
 }
 
-/// The targets and the rows' weights, (N, 1) both. Ignored rows have weight 0, and rows of weight 0 have label 0. Without a weight
-/// and an ignored index, there is no tensor of weights.
+/// The targets and the rows' weights, (N, 1) both. Ignored rows have weight 0, and rows of weight 0 have label 0. Without a
+/// weight and an ignored index, there is no tensor of weights.
 fn labels_and_row_weights(
     params: &LossParams,
     targets: &Tensor,

@@ -89,12 +89,14 @@ impl Smoothing {
         Self::new(epsilon, Spread::Prior(prior.into()))
     }
 
-    /// Spreads ε evenly over the classes of a row whose logit is not −∞: q_k = (1−ε)·p_k + ε/n for these n classes, and (1−ε)·p_k for the others.
+    /// Spreads ε evenly over the classes of a row whose logit is not −∞: q_k = (1−ε)·p_k + ε/n for these n classes, and (1−ε)·p_k
+    /// for the others.
     ///
     /// It is for logits in which −∞ marks classes that are not allowed, such as actions that are not possible or a constrained
-    /// vocabulary. There the loss with [`over_all`](Self::over_all) is infinite, because it gives each masked class a share. A class is masked if its logit is −∞
-    /// before a scale and a softcap. A label that is masked itself has an infinite loss, unless ε is 1. A row whose logits are all −∞ is NaN.
-    /// Without a masked class this is [`over_all`](Self::over_all). [The guide](crate::guide::masks) has an example.
+    /// vocabulary. There the loss with [`over_all`](Self::over_all) is infinite, because it gives each masked class a share. A
+    /// class is masked if its logit is −∞ before a scale and a softcap. A label that is masked itself has an infinite loss,
+    /// unless ε is 1. A row whose logits are all −∞ is NaN. Without a masked class this is [`over_all`](Self::over_all). [The
+    /// guide](crate::guide::masks) has an example.
     ///
     /// # Errors
     /// ε must lie in 0 to 1, ends included. [`smooth_targets`] returns an error, since it does not know the logits.
@@ -158,7 +160,8 @@ impl Smoothing {
         Ok(ClassTable::PerClass(table))
     }
 
-    /// Whether the label's weighted target is below that of other classes of the same weight, as for `over_others` with a large ε.
+    /// Whether the label's weighted target is below that of other classes of the same weight, as for `over_others` with a large
+    /// ε.
     pub(crate) fn label_is_below(&self, num_classes: usize) -> bool {
         self.class_params(num_classes, 0, 1.).prob_scale < 0.
     }

@@ -409,6 +409,27 @@ fn row_weights_that_are_negative_or_not_finite() -> Result<()> {
     Ok(())
 }
 
+/// Row weights are rounded to the dtype of the arithmetic.
+#[test]
+fn row_weights_beyond_f32() -> Result<()> {
+    let logits = zeros(&[3, 4], DType::F32)?;
+    let labels = zeros(&[3], DType::U32)?;
+    let large = loss().weigh_rows(&Tensor::new(&[1f64, 1e300, 1.], &CPU)?)?;
+    assert_error(large.forward(&logits, &labels), &["weight of row 1", "inf"]);
+    let mean = large.forward(&logits.to_dtype(DType::F64)?, &labels)?.to_scalar::<f64>()?;
+    assert!((mean - 4f64.ln()).abs() < 1e-15, "{mean}");
+
+    // In f32 the row of weight 1e-300 is ignored, and its target is not looked at.
+    let small = loss().weigh_rows(&Tensor::new(&[1f64, 1e-300, 1.], &CPU)?)?;
+    let labels = Tensor::new(&[0u32, 9, 0], &CPU)?;
+    let mean = small.forward(&logits, &labels)?.to_scalar::<f32>()?;
+    assert_eq!(mean, 4f32.ln());
+    assert_error(small.forward(&logits.to_dtype(DType::F64)?, &labels), &["target 9 of row 1"]);
+    let (hidden, weight) = (zeros(&[3, 2], DType::F32)?, zeros(&[4, 2], DType::F32)?);
+    assert_eq!(small.forward_linear(&hidden, &weight, None, &labels)?.to_scalar::<f32>()?, mean);
+    Ok(())
+}
+
 /// The target of a row of weight 0 is not looked at; those of other rows are.
 #[test]
 fn targets_of_rows_of_weight_0() -> Result<()> {

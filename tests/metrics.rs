@@ -192,15 +192,18 @@ fn masked_logits(dims: &[usize]) -> Result<Tensor> {
 
 #[test]
 fn metrics_match_a_scalar_computation_for_every_class_count() -> Result<()> {
-    let mut counts = vec![1, 2, 5, 31, 32, 33, 255, 256, 257, 1000, 16_385, 40_000];
+    let mut counts = vec![1, 2, 5, 31, 32, 33, 255, 256, 257, 1000, 16_385, 33_000];
     if cfg!(emulator) {
         // The emulated threads are too slow for more classes.
         counts.truncate(10);
     }
     for num_classes in counts {
-        for (dims, dim) in
-            [(vec![4, num_classes], 1), (vec![num_classes, 3], 0), (vec![2, num_classes, 3], 1)]
-        {
+        let rows = if num_classes > 10_000 { 1 } else { 3 };
+        for (dims, dim) in [
+            (vec![rows + 1, num_classes], 1),
+            (vec![num_classes, rows], 0),
+            (vec![2, num_classes, rows], 1),
+        ] {
             let mut rows = dims.clone();
             rows.remove(dim);
             let labels = random_labels(&rows, num_classes, 2)?;
@@ -300,7 +303,8 @@ fn rows_with_undefined_softmax_have_nan_metrics() -> Result<()> {
             let logits = Tensor::new(rows, &CPU)?.to_dtype(dtype)?;
             let labels = Tensor::new(&[0u32, 0, 1, 0, 2], &CPU)?;
             for (dim, logits) in [(1, logits.clone()), (0, logits.t()?.contiguous()?)] {
-                for options in options(dim, num_classes, &[5])? {
+                let step = if num_classes > 10_000 { 6 } else { 1 };
+                for options in options(dim, num_classes, &[5])?.iter().step_by(step) {
                     options.check(&format!("{num_classes}"), &logits, dim, &labels)?;
                 }
             }

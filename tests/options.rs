@@ -1,4 +1,5 @@
-//! The effect of each option: smoothing, masks, class weights, row weights, ignore_index, z-loss, scale, softcap, reduction and dtype.
+//! The effect of each option: smoothing, masks, class weights, row weights, ignore_index, z-loss, scale, softcap, reduction and
+//! dtype.
 
 mod common;
 

@@ -39,6 +39,8 @@ fn losses(dims: &[usize], class_dim: usize) -> Result<Vec<(LabelSmoothingLoss, T
 }
 
 fn check(dims: &[usize], class_dim: usize) -> Result<()> {
+    let (num_classes, inner_size) =
+        (dims[class_dim], dims[class_dim + 1..].iter().product::<usize>());
     let logits = random(dims, 3., 4)?.to_dtype(DType::F32)?;
     for (i, (loss, targets)) in losses(dims, class_dim)?.into_iter().enumerate() {
         let variable = Var::from_tensor(&logits)?;
@@ -51,9 +53,14 @@ fn check(dims: &[usize], class_dim: usize) -> Result<()> {
             assert!(error.abs() <= MOST, "{dims:?} {i}, row {row}: {:.1} units", error / MOST * 4.);
         }
         // The gradient of a row is softmax·Σ r − r, which sums to 0.
-        let gradient = gradient.to_dtype(DType::F64)?;
-        let (sums, sizes) = (gradient.sum(class_dim)?, gradient.abs()?.sum(class_dim)?);
-        for (row, (sum, size)) in values(&sums)?.iter().zip(values(&sizes)?).enumerate() {
+        let mut sums = vec![(0., 0.); actual.elem_count()];
+        for (i, x) in values(&gradient)?.into_iter().enumerate() {
+            let (sum, size) =
+                &mut sums[i / (num_classes * inner_size) * inner_size + i % inner_size];
+            *sum += x;
+            *size += x.abs();
+        }
+        for (row, (sum, size)) in sums.into_iter().enumerate() {
             let error = sum / size.min(1.);
             assert!(
                 error.abs() <= MOST,
@@ -67,7 +74,9 @@ fn check(dims: &[usize], class_dim: usize) -> Result<()> {
 
 #[test]
 fn errors_of_f32_do_not_grow_with_the_number_of_classes() -> Result<()> {
-    for instruction_set in testing::instruction_sets() {
+    // The emulated kernels are the same for each instruction set.
+    let at_most = if cfg!(emulator) { 1 } else { usize::MAX };
+    for instruction_set in testing::instruction_sets().into_iter().take(at_most) {
         if !testing::choose_instruction_set(instruction_set) {
             continue;
         }
@@ -77,9 +86,6 @@ fn errors_of_f32_do_not_grow_with_the_number_of_classes() -> Result<()> {
         }
     }
     testing::choose_instruction_set(testing::instruction_sets()[0]);
-    for num_classes in [50_000, 500_000] {
-        check(&[2, num_classes], 1)?;
-        check(&[num_classes, 2], 0)?;
-    }
-    Ok(())
+    check(&[1, 500_000], 1)?;
+    check(&[500_000, 2], 0)
 }

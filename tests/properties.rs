@@ -284,7 +284,8 @@ property! {
         }
     }
 
-    /// Σ_k ∂loss/∂x_k is 2·z·lse times the row's weight, and 0 without z-loss. A scale and a softcap give each class another factor.
+    /// Σ_k ∂loss/∂x_k is 2·z·lse times the row's weight, and 0 without z-loss. A scale and a softcap give each class another
+    /// factor.
     fn gradient_of_a_row_sums_to_the_z_loss_term(example) {
         let example = Example { scale: None, cap: None, ..example };
         let loss = example.loss(Reduction::None)?;
@@ -486,7 +487,8 @@ property! {
         }
     }
 
-    /// The metrics have the numbers of other losses: `nll` is the loss without smoothing, and with a z-loss of 1 it has lse² more.
+    /// The metrics have the numbers of other losses: `nll` is the loss without smoothing, and with a z-loss of 1 it has lse²
+    /// more.
     fn metrics_agree_with_forward(example) {
         let example = Example { soft: false, ..example };
         let (logits, labels) = (example.logits()?, example.targets()?);

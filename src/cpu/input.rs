@@ -191,9 +191,9 @@ impl<'a, A: Real> Logits<'a, A> {
         self.rows.first_class..self.rows.first_class + self.rows.tile_classes
     }
 
-    /// The first `len` classes of a block, padded with −∞ to the length of `buffer`, a multiple of a vector's. They are copied to `buffer`,
-    /// unless they are contiguous, in the dtype of the arithmetic, and need neither padding nor the map. If there is a map, its
-    /// slope at each logit is written to `slopes`.
+    /// The first `len` classes of a block, padded with −∞ to the length of `buffer`, a multiple of a vector's. They are copied to
+    /// `buffer`, unless they are contiguous, in the dtype of the arithmetic, and need neither padding nor the map. If there is a
+    /// map, its slope at each logit is written to `slopes`.
     #[inline(always)]
     pub(super) fn block<'b, S: Simd>(
         &'b self,
@@ -216,7 +216,8 @@ impl<'a, A: Real> Logits<'a, A> {
         buffer
     }
 
-    /// Fills the first `len` elements of `out` with the block, and writes the slopes as [`block`](Self::block) does. `out` has whole vectors.
+    /// Fills the first `len` elements of `out` with the block, and writes the slopes as [`block`](Self::block) does. `out` has
+    /// whole vectors.
     #[inline(always)]
     pub(super) fn load<S: Simd>(
         &self,

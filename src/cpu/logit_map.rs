@@ -10,11 +10,11 @@
 //! ```
 //!
 //! For small u, 1 − e would cancel digits. The polynomial P interpolates (tanh(u)/u − 1)/u² at Chebyshev nodes, with a relative
-//! error of tanh of 5.4e-9 in f32 and 5.1e-18 in f64. The product begins with y and not with cap·u, so a logit that is tiny against
-//! the cap keeps its digits even if u underflows. For large u the slope 1 − tanh² would cancel.
+//! error of tanh of 5.4e-9 in f32 and 5.1e-18 in f64. The product begins with y and not with cap·u, so a logit that is tiny
+//! against the cap keeps its digits even if u underflows. For large u the slope 1 − tanh² would cancel.
 //!
-//! The error of v is at most 4 ulp. That of the slope is at most 8 + 6·|u| ulp: the relative error of an exponential, and of u itself, grows with its
-//! argument.
+//! The error of v is at most 4 ulp. That of the slope is at most 8 + 6·|u| ulp: the relative error of an exponential, and of u
+//! itself, grows with its argument.
 
 use super::dtype::Real;
 use super::exp::exp;

@@ -147,8 +147,8 @@ impl<E: Extras, A: Real> ForwardRows<'_, E, A> {
         (self.logits.block(simd, pos, len, &mut buffer[..padded], None), len)
     }
 
-    /// Adds a block of classes to the state of a row, whose prediction is the first class of the block with the largest logit. The first
-    /// `len` logits of the block count.
+    /// Adds a block of classes to the state of a row, whose prediction is the first class of the block with the largest logit.
+    /// The first `len` logits of the block count.
     #[inline(always)]
     fn add_block<S: Simd>(
         &self,

@@ -1,7 +1,7 @@
 //! The states of rows side by side: vectors hold one class of several rows.
 //!
-//! The terms of a group of classes are summed in the dtype of the arithmetic, and the sums of groups in f64. In f32 the roundings of a
-//! sum of equal terms all go to one side, so the error of a longer sum would grow with the number of classes.
+//! The terms of a group of classes are summed in the dtype of the arithmetic, and the sums of groups in f64. In f32 the roundings
+//! of a sum of equal terms all go to one side, so the error of a longer sum would grow with the number of classes.
 
 use super::dtype::Real;
 use super::exp::{add_exp, exp};
@@ -79,8 +79,8 @@ impl<T: Real> RowStates<T> {
 }
 
 impl<A: Real> RowStates<A> {
-    /// Overwrites the states by those over a group of classes. They are relative to the largest logits of the group and of the groups
-    /// before. Predictions count from the first class of the group. The first `rows` rows count.
+    /// Overwrites the states by those over a group of classes. They are relative to the largest logits of the group and of the
+    /// groups before. Predictions count from the first class of the group. The first `rows` rows count.
     #[inline(always)]
     pub(super) fn set_to_group<E: Extras, S: Simd>(
         &mut self,
@@ -170,7 +170,8 @@ impl<A: Real> ExtraState<Rows<A>> {
 }
 
 impl RowStates<f64> {
-    /// Merges the states over the next group of classes, from `first_class` on, as [`set_to_group`](RowStates::set_to_group) gives them.
+    /// Merges the states over the next group of classes, from `first_class` on, as [`set_to_group`](RowStates::set_to_group)
+    /// gives them.
     #[inline(always)]
     pub(super) fn merge<E: Extras, A: Real, S: Simd>(
         &mut self,

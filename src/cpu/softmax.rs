@@ -44,7 +44,8 @@ pub(super) fn block_max<A: Real, S: Simd>(simd: S, logits: &[A]) -> A {
     A::reduce_max(simd, A::vmax(simd, a, b))
 }
 
-/// The state over a block of whole chunks with one weighted target for all classes, and Σ exp(x − max)·(x − max) if extras are wanted.
+/// The state over a block of whole chunks with one weighted target for all classes, and Σ exp(x − max)·(x − max) if extras are
+/// wanted.
 ///
 /// `max` is the largest logit of this and the earlier blocks of the row. A block that does not raise it is merged without
 /// an exponential.
@@ -79,8 +80,8 @@ pub(super) fn state_of_uniform<E: Extras, A: Real, S: Simd>(
     (state, A::reduce_sum(simd, exp_dot).to_f64())
 }
 
-/// The chunks whose targets are summed before they are added to other sums: the roundings of a longer sum of equal numbers all go to one
-/// side.
+/// The chunks whose targets are summed before they are added to other sums: the roundings of a longer sum of equal numbers all go
+/// to one side.
 const SUMMED_AT_ONCE: usize = 4;
 
 /// The state over a block of whole chunks with a weighted target for each class. The arguments and the second result are as in
@@ -120,8 +121,8 @@ pub(super) fn state_of_slice<E: Extras, A: Real, S: Simd>(
     (state, A::reduce_sum(simd, exp_dot).to_f64())
 }
 
-/// The number of the block's classes whose logit is not −∞, the sum of their weights, and Σ weight·(x − max) over them. The block has whole
-/// vectors.
+/// The number of the block's classes whose logit is not −∞, the sum of their weights, and Σ weight·(x − max) over them. The block
+/// has whole vectors.
 #[inline(always)]
 pub(super) fn unmasked_of_slice<A: Real, S: Simd>(
     simd: S,
@@ -155,8 +156,8 @@ pub(super) fn add_unmasked<A: Real, S: Simd>(
     *dot = A::vadd(simd, *dot, or_zero(A::vmul(simd, weight, distance)));
 }
 
-/// Adds to the weighted targets of a block what the classes get whose logit is not −∞: `share` times the class weight. The block has whole
-/// vectors. `shares` has an item for each.
+/// Adds to the weighted targets of a block what the classes get whose logit is not −∞: `share` times the class weight. The block
+/// has whole vectors. `shares` has an item for each.
 #[inline(always)]
 pub(super) fn add_shares<A: Real, S: Simd>(
     simd: S,

@@ -7,14 +7,14 @@ use crate::error::{Error, Result, TargetsOf};
 use crate::formula::{CLASS_FIELDS, ClassParams, ClassTable, LossParams};
 use crate::layout::{Operand, RowOffsets, check_layout};
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, Layout, Storage, StorageRef};
+use candle_core::{CpuStorage, DType, Layout, Storage, StorageRef};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// The targets of all rows, with the params of all classes.
 pub(super) struct Targets<'a, A> {
     class_params: ClassParams<ClassValues<'a, A>>,
     data: TargetData<'a>,
-    row_weights: Option<Vec<f64>>,
+    row_weights: Option<Vec<A>>,
     may_ignore: bool,
     label_is_below: bool,
     spreads_over_unmasked: bool,
@@ -84,7 +84,7 @@ impl<'a, A: Real> Targets<'a, A> {
     /// The factor of the row's loss.
     #[inline(always)]
     pub(super) fn row_weight(&self, row: usize) -> f64 {
-        self.row_weights.as_ref().map_or(1., |weights| weights[row])
+        self.row_weights.as_ref().map_or(1., |weights| weights[row].to_f64())
     }
 
     /// The index of the row's label in a range of the classes, if it is there and counts.
@@ -121,7 +121,7 @@ impl<'a, A: Real> Targets<'a, A> {
             }
             (TargetData::Probabilities(_), Some(weights)) => {
                 for (out, &weight) in out.iter_mut().zip(&weights[first_row..]) {
-                    *out = if weight == 0. { A::ZERO } else { *out };
+                    *out = if weight == A::ZERO { A::ZERO } else { *out };
                 }
             }
             (TargetData::Probabilities(_), None) => {}
@@ -287,12 +287,23 @@ pub(crate) fn check_labels(
     num_classes: usize,
     ignore_index: Option<i64>,
 ) -> Result<()> {
-    read_labels(targets, num_classes, ignore_index, None).map(drop)
+    read_labels::<f32>(targets, num_classes, ignore_index, None).map(drop)
 }
 
-/// Checks the row weights, and the class targets of the rows that count.
-pub(crate) fn check_rows(params: &LossParams, targets: Operand<CpuStorage>) -> Result<()> {
-    let row_weights = read_row_weights(params)?;
+/// Checks the row weights, and the class targets of the rows that count, for arithmetic in `dtype`.
+pub(crate) fn check_rows(
+    params: &LossParams,
+    dtype: DType,
+    targets: Operand<CpuStorage>,
+) -> Result<()> {
+    match dtype {
+        DType::F64 => check_rows_in::<f64>(params, targets),
+        _ => check_rows_in::<f32>(params, targets),
+    }
+}
+
+fn check_rows_in<A: Real>(params: &LossParams, targets: Operand<CpuStorage>) -> Result<()> {
+    let row_weights = read_row_weights::<A>(params)?;
     if targets.0.dtype().is_int() {
         let LossParams { num_classes, ignore_index, .. } = *params;
         read_labels(targets, num_classes, ignore_index, row_weights.as_deref())?;
@@ -300,8 +311,8 @@ pub(crate) fn check_rows(params: &LossParams, targets: Operand<CpuStorage>) -> R
     Ok(())
 }
 
-/// The weight of each row, each checked.
-fn read_row_weights(params: &LossParams) -> Result<Option<Vec<f64>>> {
+/// The weight of each row, rounded to the dtype of the arithmetic and checked.
+fn read_row_weights<A: Real>(params: &LossParams) -> Result<Option<Vec<A>>> {
     let Some(tensor) = &params.row_weights else {
         return Ok(None);
     };
@@ -310,7 +321,7 @@ fn read_row_weights(params: &LossParams) -> Result<Option<Vec<f64>>> {
         let message = "the row weights are not on the CPU".to_string();
         return Err(candle_core::Error::Msg(message).into());
     };
-    let mut weights = default_vec::<f64>(layout.shape().elem_count())?;
+    let mut weights = default_vec::<A>(layout.shape().elem_count())?;
     // Beyond the rank, the class dimension makes each element a row.
     let rows = StridedRows::new((storage, layout), layout.shape().rank(), 0)?;
     par_split([&mut weights], BLOCK, 1, &|first, [weights]| {
@@ -319,22 +330,23 @@ fn read_row_weights(params: &LossParams) -> Result<Option<Vec<f64>>> {
             rows.load(BlockPos { row, class: 0, axis: InnerAxis::Row }, block);
         }
     });
-    match weights.iter().position(|weight| !(weight.is_finite() && *weight >= 0.)) {
-        Some(row) => Err(Error::RowWeightValue { row, value: weights[row] }),
+    let is_valid = |weight: &A| weight.to_f64().is_finite() && *weight >= A::ZERO;
+    match weights.iter().position(|weight| !is_valid(weight)) {
+        Some(row) => Err(Error::RowWeightValue { row, value: weights[row].to_f64() }),
         None => Ok(Some(weights)),
     }
 }
 
 /// The class targets as indices, each checked, or [`IGNORED`] where they equal `ignore_index` or the row's weight is 0.
-fn read_labels(
+fn read_labels<A: Real>(
     (targets, layout): Operand<CpuStorage>,
     num_classes: usize,
     ignore_index: Option<i64>,
-    row_weights: Option<&[f64]>,
+    row_weights: Option<&[A]>,
 ) -> Result<Vec<u32>> {
     let label_of = |row: usize, target: i64| match usize::try_from(target) {
         _ if Some(target) == ignore_index => Some(IGNORED),
-        _ if row_weights.is_some_and(|weights| weights[row] == 0.) => Some(IGNORED),
+        _ if row_weights.is_some_and(|weights| weights[row] == A::ZERO) => Some(IGNORED),
         Ok(class) if class < num_classes => Some(class as u32),
         _ => None,
     };

@@ -10,8 +10,8 @@ use crate::formula::{
 use crate::layout::{self, Operand, check_layout, inner_size, num_rows};
 use candle_core::{DType, Layout, Storage, StorageRef, WithDType};
 
-/// The number of rows up to which the saved states share the storage of the loss. This saves an allocation. Of more rows, a loss that is
-/// kept or copied to the host would carry too much along.
+/// The number of rows up to which the saved states share the storage of the loss. This saves an allocation. Of more rows, a loss
+/// that is kept or copied to the host would carry too much along.
 const MAX_ROWS_WITH_LOSS: usize = 4096;
 
 /// The number of states up to which one block merges those of all splits. More of them take a launch of their own.
@@ -289,9 +289,9 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
             Buffer::Scratch,
         ];
         // SAFETY: these are the buffers of `forward`. The strides were checked against the storages of the
-        // logits, the targets and the row weights, and the length of the class params. Each output has room for what the flags name, and the
-        // states have room for each split of each row. The kernel compares a class target with the number of classes
-        // before it indexes by it. The grid has at most `MAX_PARTIALS` blocks.
+        // logits, the targets and the row weights, and the length of the class params. Each output has room for what the flags
+        // name, and the states have room for each split of each row. The kernel compares a class target with the number of
+        // classes before it indexes by it. The grid has at most `MAX_PARTIALS` blocks.
         unsafe { self.run(kernel, grid, &mut buffers)? };
         match split_states {
             Some(states) if !joins_splits => self.merge_states(&states, num_splits, outputs),

@@ -36,7 +36,8 @@ pub(crate) enum Saves {
     WithLoss,
 }
 
-/// The type of the row weights: `RowWeightsType` in the kernel source. It has 64 bits so that the number of 32-bit fields stays even.
+/// The type of the row weights: `RowWeightsType` in the kernel source. It has 64 bits so that the number of 32-bit fields stays
+/// even.
 #[repr(u64)]
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) enum RowWeightsType {
@@ -244,10 +245,11 @@ const MAX_THREADS_PER_BLOCK: usize = 256;
 /// The size of a pack, the widest access, and the number of packs that a thread loads at once: `PACKS` in the kernel source.
 const PACK_BYTES: usize = 16;
 const PACKS: usize = 4;
-/// The number of packs of a row that a thread has at least, if there are many rows: with more packs, merging the states of the row's
-/// threads is less of the work.
+/// The number of packs of a row that a thread has at least, if there are many rows: with more packs, merging the states of the
+/// row's threads is less of the work.
 const MIN_PACKS: usize = 128;
-/// The number of threads that share a row even if they have fewer packs, but at least `PACKS` each. Together they read 64 adjacent bytes.
+/// The number of threads that share a row even if they have fewer packs, but at least `PACKS` each. Together they read 64
+/// adjacent bytes.
 const MIN_THREADS: usize = 4;
 
 /// How threads read the classes of a row.
@@ -328,8 +330,8 @@ impl IntParams {
     }
 }
 
-/// The number of threads that share a row of so many packs. With few rows more threads share a row, so that all blocks that fit the
-/// device have two tasks or more.
+/// The number of threads that share a row of so many packs. With few rows more threads share a row, so that all blocks that fit
+/// the device have two tasks or more.
 fn threads_for_packs(packs: usize, num_rows: usize, limits: Limits) -> usize {
     let block_size = limits.block_size();
     let threads = (packs / MIN_PACKS).max((packs / PACKS).min(MIN_THREADS)).clamp(1, block_size);
