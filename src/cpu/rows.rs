@@ -198,8 +198,10 @@ impl<E: Extras, A: Real> ForwardRows<'_, E, A> {
     /// Reads ignored rows too, without effect.
     #[inline(always)]
     fn side_by_side<S: Simd>(mut self, simd: S) {
-        let mut buffers = Aligned([[[A::ZERO; ROWS_AT_ONCE]; FEW_CLASSES]; 2]);
-        let [x, r] = &mut buffers.0;
+        // Zeros for all classes of a group would take longer than the rest with few classes.
+        let group_len = self.classes.len().min(FEW_CLASSES);
+        let mut buffer = vec![Aligned([A::ZERO; ROWS_AT_ONCE]); 2 * group_len];
+        let (x, r) = buffer.split_at_mut(group_len);
         let mut group_states = RowStates::<A>::new::<E>();
         let states = mem::take(&mut self.states);
         for (i, out) in states.chunks_mut(ROWS_AT_ONCE).enumerate() {
@@ -210,7 +212,7 @@ impl<E: Extras, A: Real> ForwardRows<'_, E, A> {
             for first_class in self.classes.clone().step_by(FEW_CLASSES) {
                 let classes = first_class..self.classes.end.min(first_class + FEW_CLASSES);
                 let is_only = classes == self.classes;
-                self.set_to_group(simd, rows.clone(), classes, [x, r], &mut group_states);
+                self.set_to_group(simd, rows.clone(), classes, [&mut *x, r], &mut group_states);
                 if !is_only {
                     let all_states = all_states.get_or_insert_with(RowStates::<f64>::new::<E>);
                     all_states.merge::<E, A, S>(simd, rows.len(), first_class, &group_states);
@@ -232,14 +234,14 @@ impl<E: Extras, A: Real> ForwardRows<'_, E, A> {
         simd: S,
         rows: Range<usize>,
         classes: Range<usize>,
-        [x, r]: [&mut [Rows<A>; FEW_CLASSES]; 2],
+        [x, r]: [&mut [Aligned<Rows<A>>]; 2],
         states: &mut RowStates<A>,
     ) {
         let (first_class, count, len) = (classes.start, classes.len(), rows.len());
         for (class, (x, r)) in classes.zip(x.iter_mut().zip(&mut *r)) {
             let pos = BlockPos { row: rows.start, class, axis: InnerAxis::Row };
-            self.logits.load(simd, pos, len, x, None);
-            self.targets.load(pos, &mut r[..len]);
+            self.logits.load(simd, pos, len, &mut x.0, None);
+            self.targets.load(pos, &mut r.0[..len]);
         }
         let mut weights = [A::ZERO; FEW_CLASSES];
         let weights = &mut weights[..count];
@@ -256,7 +258,7 @@ impl<E: Extras, A: Real> ForwardRows<'_, E, A> {
         if E::ARE_WANTED {
             for (i, row) in rows.enumerate() {
                 let label = self.targets.label_in(row, first_class, count);
-                states.set_label_logit(i, label.map_or(A::NEG_INFINITY, |k| x[k][i]));
+                states.set_label_logit(i, label.map_or(A::NEG_INFINITY, |k| x[k].0[i]));
             }
         }
     }

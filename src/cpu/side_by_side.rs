@@ -15,8 +15,8 @@ pub(super) type Rows<T> = [T; ROWS_AT_ONCE];
 
 /// A group of classes: the logits and the weighted targets of the rows for each class.
 pub(super) struct ClassGroup<'a, A> {
-    pub logits: &'a [Rows<A>],
-    pub targets: &'a [Rows<A>],
+    pub logits: &'a [Aligned<Rows<A>>],
+    pub targets: &'a [Aligned<Rows<A>>],
     /// The class weights, if the sums over the classes whose logit is not −∞ are needed.
     pub weights: Option<&'a [A]>,
 }
@@ -99,7 +99,7 @@ impl<A: Real> RowStates<A> {
         for (i, (((max, sum_exp), target_sum), target_dot)) in fields.take(vectors).enumerate() {
             let mut new_max = *max;
             for x in group.logits {
-                new_max = A::vmax(simd, A::as_vectors::<S>(x)[i], new_max);
+                new_max = A::vmax(simd, A::as_vectors::<S>(&x.0)[i], new_max);
             }
             let base = A::vfinite_max(simd, new_max);
             let (mut sums, mut exp_dot) = ([zero; 3], zero);
@@ -107,7 +107,7 @@ impl<A: Real> RowStates<A> {
             for (logits, targets) in logits.zip(group.targets.chunks(SUMMED_AT_ONCE)) {
                 let [mut exp, mut sum, mut dot] = [zero; 3];
                 for (x, r) in logits.iter().zip(targets) {
-                    let (x, r) = (A::as_vectors::<S>(x)[i], A::as_vectors::<S>(r)[i]);
+                    let (x, r) = (A::as_vectors::<S>(&x.0)[i], A::as_vectors::<S>(&r.0)[i]);
                     let x = A::vsub(simd, x, base);
                     add_exp::<A, S>(simd, &mut exp, E::ARE_WANTED.then_some(&mut exp_dot), x);
                     sum = A::vadd(simd, sum, r);
@@ -144,7 +144,7 @@ impl<A: Real> ExtraState<Rows<A>> {
         let (mut first, mut nan_or_zero) = (zero, zero);
         // From the last class to the first, so that the first of equals remains.
         for (k, x) in group.logits.iter().enumerate().rev() {
-            let (x, index) = (A::as_vectors::<S>(x)[i], A::splat(simd, A::from_f64(k as f64)));
+            let (x, index) = (A::as_vectors::<S>(&x.0)[i], A::splat(simd, A::from_f64(k as f64)));
             first = A::select_equal(simd, x, max, index, first);
             nan_or_zero = A::select_equal(simd, x, x, nan_or_zero, x);
         }
@@ -157,7 +157,7 @@ impl<A: Real> ExtraState<Rows<A>> {
             let base = A::vfinite_max(simd, max);
             let mut sums = [zero; 3];
             for (x, &weight) in group.logits.iter().zip(weights) {
-                let x = A::as_vectors::<S>(x)[i];
+                let x = A::as_vectors::<S>(&x.0)[i];
                 let (distance, weight) = (A::vsub(simd, x, base), A::splat(simd, weight));
                 add_unmasked::<A, S>(simd, &mut sums, x, distance, weight);
             }

@@ -5,8 +5,10 @@ use super::exp::{add_exp, exp};
 use super::state::Extras;
 use crate::formula::SoftmaxState;
 use pulp::Simd;
+use std::array;
 
 /// A buffer whose vectors do not cross cache lines.
+#[derive(Clone)]
 #[repr(align(64))]
 pub(super) struct Aligned<T>(pub T);
 
@@ -39,9 +41,7 @@ pub(super) fn block_max<A: Real, S: Simd>(simd: S, logits: &[A]) -> A {
             max[i] = A::vmax(simd, x[i], max[i]);
         }
     }
-    let [a, b, c, d] = max;
-    let (a, b) = (A::vmax(simd, a, b), A::vmax(simd, c, d));
-    A::reduce_max(simd, A::vmax(simd, a, b))
+    max_of_vectors::<A, S>(simd, max)
 }
 
 /// The state over a block of whole chunks with one weighted target for all classes, and Σ exp(x − max)·(x − max) if extras are
@@ -176,18 +176,29 @@ pub(super) fn add_shares<A: Real, S: Simd>(
     }
 }
 
-/// The index of the first logit that equals `max`, which is one of them. The block has whole vectors.
+/// The index of the first logit that equals `max`, which is one of them. The block has whole chunks.
 #[inline(always)]
 pub(super) fn position_of<A: Real, S: Simd>(simd: S, max: A, logits: &[A]) -> usize {
     let (lanes, len) = (A::as_vectors::<S>(A::LANES)[0], vector_len::<A, S>());
-    let (max, none) = (A::splat(simd, max), A::splat(simd, A::LOWEST));
-    // The largest of the negated indices, so that the first of equals remains.
-    let mut first = none;
-    for (i, &x) in A::as_vectors::<S>(logits).iter().enumerate() {
-        let index = A::vsub(simd, A::splat(simd, A::from_f64(-((i * len) as f64))), lanes);
-        first = A::vmax(simd, A::select_equal(simd, x, max, index, none), first);
+    let number = |number: usize| A::splat(simd, A::from_f64(-(number as f64)));
+    let (max, none, chunk) = (A::splat(simd, max), A::splat(simd, A::LOWEST), number(UNROLL * len));
+    // The indices are negated, so that the first of equals is the largest.
+    let mut indices: [_; UNROLL] = array::from_fn(|i| A::vsub(simd, number(i * len), lanes));
+    let mut first = [none; UNROLL];
+    for x in chunks::<A, S>(logits) {
+        for i in 0..UNROLL {
+            let index = A::select_equal(simd, x[i], max, indices[i], none);
+            first[i] = A::vmax(simd, index, first[i]);
+            indices[i] = A::vadd(simd, indices[i], chunk);
+        }
     }
-    (-A::reduce_max(simd, first).to_f64()) as usize
+    (-max_of_vectors::<A, S>(simd, first).to_f64()) as usize
+}
+
+#[inline(always)]
+fn max_of_vectors<A: Real, S: Simd>(simd: S, [a, b, c, d]: [A::Vector<S>; UNROLL]) -> A {
+    let (a, b) = (A::vmax(simd, a, b), A::vmax(simd, c, d));
+    A::reduce_max(simd, A::vmax(simd, a, b))
 }
 
 #[inline(always)]
