@@ -49,7 +49,8 @@ fn every_label_position_and_memory_offset() -> Result<()> {
     let classes = 300;
     let wide = random(&[classes, classes + 9], 6., 1)?;
     let labels = Tensor::arange(0, classes as i64, &common::CPU)?;
-    for start in 0..9 {
+    // The emulator is slow. Rows begin at 309 elements from each other, so each start has rows of every alignment.
+    for start in (0..9).step_by(if cfg!(emulator) { 4 } else { 1 }) {
         let logits = wide.narrow(1, start, classes)?;
         let name = format!("start {start}");
         check_case(&name, &unreduced(Smoothing::over_all(0.1)?), &logits, &labels)?;
