@@ -308,8 +308,10 @@ pub enum Error {
         weights: DeviceLocation,
     },
 
-    /// A row weight that is negative or not finite, on the CPU.
-    #[error("the weight of row {row} is {value}, expected a finite number >= 0")]
+    /// A row weight that is negative or not finite in the dtype of the arithmetic, on the CPU.
+    #[error(
+        "the weight of row {row} is {value:?}, expected a finite number >= 0, in the range of f32 unless the logits are f64"
+    )]
     RowWeightValue {
         /// The row, counted over all dimensions but the classes' in row-major order.
         row: usize,
@@ -428,11 +430,11 @@ fn shape_hint(targets: &[usize], expected: &[usize], logits: &[usize], class_dim
     let lens = |dims: &[usize]| dims.iter().copied().filter(|len| *len != 1).collect::<Vec<_>>();
     // If both have several dimensions, they may be transposed, which a reshape would not mend.
     let is_flat = targets.len() < 2 || expected.len() < 2 || lens(targets) == lens(expected);
-    if targets == logits && len(targets) == len(expected) {
+    if targets == logits && logits.get(class_dim) == Some(&1) {
         TWO_LOGITS.to_string()
     } else if targets == logits {
         format!(
-            "; the loss takes one class a row, for one-hot targets their argmax({class_dim}). Rows with several labels need a binary cross-entropy for each class: this loss of the logits 0 and x, Tensor::stack(&[&logits.zeros_like()?, &logits], D::Minus1)"
+            "; the loss takes one class a row: for one-hot targets pass their argmax({class_dim}). Rows with several labels need a binary cross-entropy for each class: pass Tensor::stack(&[&logits.zeros_like()?, &logits], D::Minus1)? as the logits, to a loss without with_class_dim"
         )
     } else if let Some(dim) = missing_dim(targets, logits) {
         format!(

@@ -85,8 +85,8 @@ pub(crate) struct LossParams {
     pub z_loss: f64,
     /// The divisor of the sum of the rows' losses. `None` means that they are not summed.
     pub divisor: Option<Divisor>,
-    /// Whether the loss and the gradient are 0 if the divisor is.
-    pub zero_if_empty: bool,
+    /// Whether the loss and the gradient are 0 if the divisor is, because no row has a weight.
+    pub zero_if_no_weight: bool,
     /// Whether backward will need the rows' [`SavedState`].
     pub saves_state: bool,
     pub wants_metrics: bool,
@@ -171,9 +171,9 @@ impl<T> ExtraState<T> {
 }
 
 /// The fields of a row's [`SoftmaxState`] over all classes that backward reads. A tensor (fields, N) stores them for all rows. If
-/// [`unmasked_epsilon`](LossParams::unmasked_epsilon) e is not 0, it has a fourth field, the share e/n, divided by
-/// [`unmasked_scale`](LossParams::unmasked_scale), that a class of weight 1 gets more
-/// if its logit is not −∞.
+/// [`unmasked_epsilon`](LossParams::unmasked_epsilon) e is not 0, there is a fourth field, the share e/(n·s) with s =
+/// [`unmasked_scale`](LossParams::unmasked_scale). A class whose logit is not −∞ gets this share times s times its class weight
+/// more in r.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct SavedState<T> {
     pub max: T,

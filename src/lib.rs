@@ -39,8 +39,9 @@
 //! ∂loss/∂x_k = v·(softmax(x)_k·(Σ_j w_j·q_j + 2·z·lse) − w_k·q_k)
 //! ```
 //!
-//! Options that are not set have w = 1, z = 0 and v = 1. With a logit scale s and a softcap c, x is not the given logit a, but
-//! x = c·tanh(s·a/c), or s·a without a softcap. The gradient of a then has the factor s·(1 − tanh²(s·a/c)), or s.
+//! Options that are not set have w = 1, z = 0 and v = 1. With a logit scale s and a softcap c, the
+//! formulas use x = c·tanh(s·a/c) for the given logit a. Without a softcap they use x = s·a. A logit of −∞ stays −∞. The gradient
+//! of a then has the factor s·(1 − tanh²(s·a/c)), or s.
 //!
 //! Every logit is taken relative to the largest logit of its row. The arithmetic runs in f32 for f16, bf16 and f32 logits and in
 //! f64 for f64 logits. The loss takes one pass over the logits, and the gradient one more.
@@ -67,10 +68,10 @@
 //!
 //! On a GPU the loss and the gradient are computed without waiting for the device. Only the first call with class weights or a
 //! prior waits, until they are copied. A class target that is out of range is an error on the CPU. On a GPU such a target makes
-//! its row's loss and gradient NaN, and [`check_targets`] finds it. The same holds for a row weight that is negative or not
-//! finite, but no function finds it. The CPU sums the rows' losses in f64, a GPU by compensated summation in the dtype of the
-//! arithmetic. Results have the same bits in every run, on the CPU for every number of threads. Results of two devices differ by
-//! some roundings.
+//! its row's loss and gradient NaN, and [`check_targets`] finds it. A row weight that is negative or not finite is an error on
+//! the CPU too. On a GPU it makes its row NaN, and no function finds it. The CPU sums the rows' losses in f64, a GPU by
+//! compensated summation in the dtype of the arithmetic. Results have the same bits in every run, on the CPU for every number of
+//! threads. Results of two devices differ by some roundings.
 //!
 //! Errors convert into candle's and back ([`Error`]), so `?` works in a candle model.
 

@@ -44,8 +44,8 @@ impl LabelSmoothingLoss {
     /// function never holds all logits in memory, nor their gradient, nor candle's copies of that gradient. It holds the
     /// gradients of `hidden`, `weight` and `bias`, a tile of the logits, a second one while it adds the bias or computes the
     /// tile's gradient, a piece of the weight and a piece of the hidden states of at most that size, and about a hundred
-    /// bytes a row. The cost is time: `backward` computes the logits again. This is a fourth matrix multiplication, where a
-    /// linear layer has three.
+    /// bytes a row, or two hundred with metrics or [`Smoothing::over_unmasked`](crate::Smoothing::over_unmasked). The cost is
+    /// time: `backward` computes the logits again. This is a fourth matrix multiplication, where a linear layer has three.
     ///
     /// [`forward`](Self::forward) is the better choice for logits that fit easily, for few classes, for a hidden size so
     /// large that the multiplications take nearly all of the time, and if the logits are needed anyway.
@@ -296,7 +296,7 @@ impl TiledLoss {
         bias: Option<&Tensor>,
     ) -> Result<Tensor> {
         let (dtype, device) = (matmul_dtype(hidden), hidden.device());
-        self.check_targets(dtype)?;
+        self.check_rows(dtype)?;
         let mut states = Vec::with_capacity(self.row_tiles.len());
         for tile in &self.row_tiles {
             let (hidden, targets) = (tile.hidden(hidden)?, tile.narrow(&self.targets)?);
@@ -326,7 +326,7 @@ impl TiledLoss {
         grad_output: &Tensor,
         saved: &Saved,
     ) -> Result<[Option<Tensor>; 3]> {
-        self.check_targets(matmul_dtype(hidden))?;
+        self.check_rows(matmul_dtype(hidden))?;
         let (wants_hidden, wants_weight) = (hidden.track_op(), weight.track_op());
         let wants_bias = bias.is_some_and(Tensor::track_op);
         let (hidden, weight, bias) = (hidden.detach(), weight.detach(), bias.map(Tensor::detach));
@@ -376,7 +376,7 @@ impl TiledLoss {
 
     /// Checks class targets and row weights on the CPU. The kernels check each tile again, but their error would count rows from
     /// the start of the tile. Backward calls this function too, because the tensors may have changed since forward.
-    fn check_targets(&self, dtype: DType) -> Result<()> {
+    fn check_rows(&self, dtype: DType) -> Result<()> {
         match autograd::runs_on_cpu(self.targets.device()) {
             true => autograd::check_rows(&self.params, dtype, &self.targets),
             false => Ok(()),

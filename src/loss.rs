@@ -73,8 +73,8 @@ pub enum Reduction {
 ///
 /// - A device of `Device::new_cuda` has one stream for each thread. candle 0.11 does not order these streams, because cudarc
 ///   tracks events only in a context in which streams were created. Call `device.synchronize()` on the thread that last used a
-///   tensor, before another thread uses or drops it. The same holds for dropping the last clone of a loss with class weights or a
-///   prior. The copies of these on a device are ready for all threads: the first call waits for the device.
+///   tensor, before another thread uses or drops it. The same holds for dropping the last clone of a loss with class weights, row
+///   weights or a prior. The copies of these on a device are ready for all threads: the first call waits for the device.
 /// - A device of `Device::new_cuda_with_stream` has one stream for all threads.
 /// - Before a CUDA graph captures `forward` or `backward`, run the same calls once on the same thread. The first ones compile
 ///   kernels, allocate memory for the reduction, copy class weights and wait, which a capture forbids. The graph keeps using that
@@ -176,7 +176,8 @@ impl LabelSmoothingLoss {
     }
 
     /// Multiplies the logits by `scale` before everything else, in every formula, metric and gradient. A scale of 1/T is a
-    /// temperature T.
+    /// temperature T. The scale is clamped to the normal numbers of the arithmetic: from 1.2e-38 to 3.4e38, for f64 logits from
+    /// 2.2e-308.
     ///
     /// # Errors
     /// The scale must be finite and greater than 0.
@@ -190,8 +191,8 @@ impl LabelSmoothingLoss {
     /// gradient. This is the softcap of [Gemma 2](https://arxiv.org/abs/2408.00118), whose cap is 30. A logit of −∞ stays −∞,
     /// since it marks a masked class.
     ///
-    /// On the CPU the capped logit is right to 4 units of its last place, in f32 and f64. In f32 a cap or a scale
-    /// below 1.2e-38 or above 3.4e38 is replaced by that limit.
+    /// On the CPU the capped logit is right to 4 units of its last place, in f32 and f64. The cap is clamped to the normal
+    /// numbers of the arithmetic: from 1.2e-38 to 3.4e38, for f64 logits from 2.2e-308.
     ///
     /// # Errors
     /// The cap must be finite and greater than 0.
@@ -253,8 +254,9 @@ impl LabelSmoothingLoss {
     /// The result is f64 for f64 logits and f32 otherwise: a scalar, or with [`Reduction::None`] a number a row. The
     /// arithmetic runs in the result's dtype. The gradient has the logits' dtype. Only first-order gradients exist, as
     /// everywhere in candle. This function reads the logits once, and `backward` once more. Neither logits nor targets nor row
-    /// weights may change in between. Only the gradient is as large as the logits. Beside it a few numbers a row are allocated,
-    /// and on the CPU 32 bytes for each 16384 classes of a row that is longer (80 for metrics and [`Smoothing::over_unmasked`]).
+    /// weights may change in between. Only the gradient is as large as the logits. Beside it a few numbers a row are allocated.
+    /// On the CPU a long row takes 32 bytes for each 16384 classes, or for each 1024 if the classes are not in the last
+    /// dimension. With metrics or [`Smoothing::over_unmasked`] it takes 80 bytes.
     ///
     /// # Errors
     /// Shapes, dtypes or devices that do not fit together or are not supported, a class dimension that does not exist,
@@ -362,9 +364,9 @@ impl<'a> LogitsInfo<'a> {
 /// Checks class targets against the number of classes.
 ///
 /// `targets` are class indices of any shape and integer dtype; each must lie in 0 to K−1 with K =
-/// `num_classes`, or equal `ignore_index`. [`LabelSmoothingLoss::forward`] does the same on the CPU. On a GPU it would
-/// have to wait for the device, so there a bad target makes its row's loss NaN. This function finds such targets. It waits
-/// for the device and copies the targets to the host.
+/// `num_classes`, or equal `ignore_index`. [`LabelSmoothingLoss::forward`] checks the same on the CPU, except for rows of weight
+/// 0: this function does not know the row weights. On a GPU `forward` would have to wait for the device, so there a bad target
+/// makes its row's loss NaN. This function finds such targets. It waits for the device and copies the targets to the host.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};

@@ -10,7 +10,9 @@ use candle_core::{DType, Tensor};
 /// number for each row, in the shape of the rows: the logits' shape without the class dimension. A row counts unless it is
 /// ignored or its weight by [`weigh_rows`](crate::LabelSmoothingLoss::weigh_rows) is 0. A row that does not count is 0 in every
 /// field. A row whose logits hold NaN, or are all −∞, has NaN in `nll`, `lse`, `entropy` and `confidence`, and its prediction is
-/// 0 and not correct.
+/// 0 and not correct. A logit of +∞ makes `nll`, `entropy` and `confidence` NaN and `lse` not finite, but
+/// it is predicted. On a GPU a label out of range makes only `nll` NaN, and a row weight that is negative or not finite changes
+/// no metric.
 ///
 /// The tensors are constants: no gradient flows through them. They are on the logits' device, and nothing waits for the device.
 /// Their dtype is that of the loss, f64 for f64 logits and f32 otherwise, except for `prediction`. The logits x are those of the
@@ -98,7 +100,9 @@ impl Metrics {
     fn mean(&self, values: &Tensor) -> Result<Tensor> {
         let dtype = sum_dtype(values);
         let count = sum(&self.counted, dtype)?;
-        let mean = (sum(values, dtype)? / count.maximum(1f64)?)?;
+        // max(count, 1). candle's maximum would copy the 1 to the device, which a capture of a CUDA graph does not allow.
+        let divisor = ((count - 1.)?.relu()? + 1.)?;
+        let mean = (sum(values, dtype)? / divisor)?;
         Ok(mean.to_dtype(values.dtype())?)
     }
 }

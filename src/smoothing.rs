@@ -94,8 +94,8 @@ impl Smoothing {
     ///
     /// It is for logits in which −∞ marks classes that are not allowed, such as actions that are not possible or a constrained
     /// vocabulary. There the loss with [`over_all`](Self::over_all) is infinite, because it gives each masked class a share. A
-    /// class is masked if its logit is −∞ before a scale and a softcap. A label that is masked itself has an infinite loss,
-    /// unless ε is 1. A row whose logits are all −∞ is NaN. Without a masked class this is [`over_all`](Self::over_all). [The
+    /// class is masked if its logit is −∞ before a scale and a softcap. A masked label has an infinite loss, unless ε is
+    /// 1 or its class weight is 0. A row whose logits are all −∞ is NaN. Without a masked class this is [`over_all`](Self::over_all). [The
     /// guide](crate::guide::masks) has an example.
     ///
     /// # Errors
@@ -293,7 +293,7 @@ pub fn smooth_targets(
         logit_map: None,
         z_loss: 0.,
         divisor: None,
-        zero_if_empty: false,
+        zero_if_no_weight: false,
         saves_state: false,
         wants_metrics: false,
     };

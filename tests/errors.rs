@@ -178,6 +178,8 @@ fn mismatched_shapes() -> Result<()> {
         &["F32", "probabilities", "[3]", "[3, 4]", "to_dtype(DType::I64)"],
     );
     assert_error(forward(loss(), &[3, 4], &[4, 3], DType::F32), &["[4, 3]", "[3, 4]"]);
+    // An empty batch has as many elements as its logits.
+    assert_error(forward(loss(), &[0, 3], &[0, 3], labels), &["[0, 3]", "[0]", "one-hot"]);
     Ok(())
 }
 
@@ -415,7 +417,10 @@ fn row_weights_beyond_f32() -> Result<()> {
     let logits = zeros(&[3, 4], DType::F32)?;
     let labels = zeros(&[3], DType::U32)?;
     let large = loss().weigh_rows(&Tensor::new(&[1f64, 1e300, 1.], &CPU)?)?;
-    assert_error(large.forward(&logits, &labels), &["weight of row 1", "inf"]);
+    assert_error(
+        large.forward(&logits, &labels),
+        &["weight of row 1 is 1e300", "the range of f32"],
+    );
     let mean = large.forward(&logits.to_dtype(DType::F64)?, &labels)?.to_scalar::<f64>()?;
     assert!((mean - 4f64.ln()).abs() < 1e-15, "{mean}");
 
@@ -427,6 +432,30 @@ fn row_weights_beyond_f32() -> Result<()> {
     assert_error(small.forward(&logits.to_dtype(DType::F64)?, &labels), &["target 9 of row 1"]);
     let (hidden, weight) = (zeros(&[3, 2], DType::F32)?, zeros(&[4, 2], DType::F32)?);
     assert_eq!(small.forward_linear(&hidden, &weight, None, &labels)?.to_scalar::<f32>()?, mean);
+
+    let negative = loss().weigh_rows(&Tensor::new(&[1f64, -1e-300, 1.], &CPU)?)?;
+    assert_error(negative.forward(&logits, &labels), &["weight of row 1 is -1e-300"]);
+    Ok(())
+}
+
+/// A common factor of the row weights changes no mean, even if its product with a loss is beyond f32.
+#[test]
+fn row_weights_at_the_limits_of_f32() -> Result<()> {
+    let logits = Tensor::new(&[[0f32, 10.], [0., 0.]], &CPU)?;
+    let labels = Tensor::new(&[0u32, 1], &CPU)?;
+    let class_weights = Tensor::full(2e-31f32, 2, &CPU)?;
+    let plain = LabelSmoothingLoss::new(Smoothing::none());
+    let expected = (10f64.exp().ln_1p() + 2f64.ln()) / 2.;
+    for loss in [plain.clone(), plain.with_class_weights(&class_weights)?] {
+        for weight in [3e38f32, 1e-20, 1e-45] {
+            let weighted = loss.weigh_rows(&Tensor::full(weight, 2, &CPU)?)?;
+            for reduction in [Reduction::Mean, Reduction::MeanOrZero] {
+                let weighted = weighted.clone().with_reduction(reduction);
+                let mean = f64::from(weighted.forward(&logits, &labels)?.to_scalar::<f32>()?);
+                assert!((mean - expected).abs() < 1e-6, "{weight}: {mean}, expected {expected}");
+            }
+        }
+    }
     Ok(())
 }
 

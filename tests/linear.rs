@@ -6,7 +6,7 @@ use candle_core::{D, DType, Device, Result, Tensor, Var};
 use candle_label_smoothing::testing::{self, TileSize};
 use candle_label_smoothing::{LabelSmoothingLoss, Reduction, Smoothing};
 use common::{
-    CPU, fewer_on_emulator, grid, on_device, random, random_labels, random_probabilities,
+    CPU, fewer_where_slow, grid, on_device, random, random_labels, random_probabilities,
     sum_with_grad_output, values,
 };
 
@@ -122,7 +122,7 @@ fn every_combination_of_options_matches_forward() -> Result<()> {
     let tiles = [(100, 100), (100, 4), (4, 100), (3, 5), (1, 3), (2, 10)];
     for (rows, classes) in [(&[2, 3][..], 11), (&[7], 3), (&[2, 1, 3], 40)] {
         let dims = [rows, &[classes]].concat();
-        for (i, case) in fewer_on_emulator(grid(&dims, rows.len())?).enumerate() {
+        for (i, case) in fewer_where_slow(grid(&dims, rows.len())?).enumerate() {
             let inputs = Inputs::new(rows, 5, classes, i % 2 == 0)?;
             let loss = case.loss_on(on_device(&inputs.hidden)?.device())?;
             let expected = inputs.run_full_logits(&loss, &case.targets)?;

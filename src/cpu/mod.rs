@@ -230,7 +230,7 @@ fn backward_of<T: Element>(
     };
     let dims = logits.1.dims();
     let len = dims.iter().product();
-    if params.zero_if_empty && divisor == 0. {
+    if params.zero_if_no_weight && divisor == 0. {
         return Ok(T::to_cpu_storage_owned(default_vec::<T>(len)?));
     }
     let class_table = LockedClassTable::new(&params.class_table);

@@ -18,6 +18,7 @@ const EXTRA_RESULTS: usize = 1 + METRIC_FIELDS;
 
 /// The results of all rows.
 pub(super) struct RowResults<A> {
+    /// Before the row weights.
     losses: Vec<A>,
     /// ([`num_saved_fields`](LossParams::num_saved_fields), N).
     saved: Vec<A>,
@@ -70,11 +71,13 @@ impl<A: Real> RowResults<A> {
             Divisor::Number(number) => number,
             Divisor::WeightSum(()) => sum_rows(num_rows, |row| targets.weight(row)),
         });
+        // In the dtype of the arithmetic the product could overflow, although the mean is finite.
+        let weighted = |row: usize| targets.row_weight(row) * losses[row].to_f64();
         let losses = match divisor {
-            None => losses,
-            Some(0.) if params.zero_if_empty => vec![A::ZERO],
+            None => (0..num_rows).map(|row| A::from_f64(weighted(row))).collect(),
+            Some(0.) if params.zero_if_no_weight => vec![A::ZERO],
             Some(divisor) => {
-                let sum = sum_rows(num_rows, |row| losses[row].to_f64());
+                let sum = sum_rows(num_rows, weighted);
                 vec![A::from_f64(sum / divisor)]
             }
         };
@@ -143,7 +146,7 @@ pub(super) fn write_row_with_extras<A: Real>(
     }
 }
 
-/// A row's loss, and the first fields of its `SavedState`: the formula of the loss.
+/// A row's loss before its row weight, and the first fields of its `SavedState`: the formula of the loss.
 #[inline(always)]
 fn row_results<A: Real>(
     params: &LossParams,
@@ -156,10 +159,7 @@ fn row_results<A: Real>(
     let loss = match targets.is_ignored(row) {
         true => 0.,
         // z·lse comes first: without z-loss an overflowing lse² would become 0·∞.
-        false => {
-            let loss = softmax.target_sum * log_sum - softmax.target_dot;
-            targets.row_weight(row) * (loss + params.z_loss * lse * lse)
-        }
+        false => softmax.target_sum * log_sum - softmax.target_dot + params.z_loss * lse * lse,
     };
     [loss, softmax.max, softmax.sum_exp, softmax.target_sum].map(A::from_f64)
 }
@@ -180,9 +180,9 @@ fn row_metrics<A: Real>(
     let [sum_exp, log_sum] =
         [softmax.sum_exp, log_sum].map(|value| if no_softmax { f64::NAN } else { value });
     // The sum of a row with +∞ is NaN too, but its largest logit is known.
-    let has_max = !no_softmax && !extras.exp_dot.is_nan();
-    let prediction = if has_max { extras.prediction as u32 } else { 0 };
-    let is_correct = has_max && targets.is_label(row, prediction);
+    let has_prediction = !no_softmax && !extras.exp_dot.is_nan();
+    let prediction = if has_prediction { extras.prediction as u32 } else { 0 };
+    let is_correct = has_prediction && targets.is_label(row, prediction);
     let values = [
         log_sum - (extras.label_logit - softmax.max),
         f64::from(u8::from(is_correct)),

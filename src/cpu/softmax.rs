@@ -153,7 +153,7 @@ pub(super) fn add_unmasked<A: Real, S: Simd>(
     let or_zero = |value| A::select_equal(simd, x, neg_infinity, zero, value);
     *count = A::vadd(simd, *count, or_zero(one));
     *sum = A::vadd(simd, *sum, or_zero(weight));
-    *dot = A::vadd(simd, *dot, or_zero(A::vmul(simd, weight, distance)));
+    *dot = A::vadd(simd, *dot, or_zero(A::mul_or_zero(simd, weight, distance)));
 }
 
 /// Adds to the weighted targets of a block what the classes get whose logit is not −∞: `share` times the class weight. The block

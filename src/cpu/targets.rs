@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 pub(super) struct Targets<'a, A> {
     class_params: ClassParams<ClassValues<'a, A>>,
     data: TargetData<'a>,
-    row_weights: Option<Vec<A>>,
+    row_weights: Option<Vec<f64>>,
     may_ignore: bool,
     label_is_below: bool,
     spreads_over_unmasked: bool,
@@ -45,7 +45,7 @@ impl<'a, A: Real> Targets<'a, A> {
         class_table: &'a LockedClassTable,
         targets: Operand<'a, CpuStorage>,
     ) -> Result<Self> {
-        let row_weights = read_row_weights(params)?;
+        let row_weights = read_row_weights::<A>(params)?;
         let data = match targets.0.dtype().is_int() {
             true => {
                 if params.num_classes > IGNORED as usize {
@@ -84,7 +84,7 @@ impl<'a, A: Real> Targets<'a, A> {
     /// The factor of the row's loss.
     #[inline(always)]
     pub(super) fn row_weight(&self, row: usize) -> f64 {
-        self.row_weights.as_ref().map_or(1., |weights| weights[row].to_f64())
+        self.row_weights.as_ref().map_or(1., |weights| weights[row])
     }
 
     /// The index of the row's label in a range of the classes, if it is there and counts.
@@ -121,7 +121,7 @@ impl<'a, A: Real> Targets<'a, A> {
             }
             (TargetData::Probabilities(_), Some(weights)) => {
                 for (out, &weight) in out.iter_mut().zip(&weights[first_row..]) {
-                    *out = if weight == A::ZERO { A::ZERO } else { *out };
+                    *out = if weight == 0. { A::ZERO } else { *out };
                 }
             }
             (TargetData::Probabilities(_), None) => {}
@@ -287,7 +287,7 @@ pub(crate) fn check_labels(
     num_classes: usize,
     ignore_index: Option<i64>,
 ) -> Result<()> {
-    read_labels::<f32>(targets, num_classes, ignore_index, None).map(drop)
+    read_labels(targets, num_classes, ignore_index, None).map(drop)
 }
 
 /// Checks the row weights, and the class targets of the rows that count, for arithmetic in `dtype`.
@@ -311,8 +311,8 @@ fn check_rows_in<A: Real>(params: &LossParams, targets: Operand<CpuStorage>) -> 
     Ok(())
 }
 
-/// The weight of each row, rounded to the dtype of the arithmetic and checked.
-fn read_row_weights<A: Real>(params: &LossParams) -> Result<Option<Vec<A>>> {
+/// The weight of each row, checked, and rounded to the dtype of the arithmetic.
+fn read_row_weights<A: Real>(params: &LossParams) -> Result<Option<Vec<f64>>> {
     let Some(tensor) = &params.row_weights else {
         return Ok(None);
     };
@@ -321,7 +321,7 @@ fn read_row_weights<A: Real>(params: &LossParams) -> Result<Option<Vec<A>>> {
         let message = "the row weights are not on the CPU".to_string();
         return Err(candle_core::Error::Msg(message).into());
     };
-    let mut weights = default_vec::<A>(layout.shape().elem_count())?;
+    let mut weights = default_vec::<f64>(layout.shape().elem_count())?;
     // Beyond the rank, the class dimension makes each element a row.
     let rows = StridedRows::new((storage, layout), layout.shape().rank(), 0)?;
     par_split([&mut weights], BLOCK, 1, &|first, [weights]| {
@@ -330,23 +330,26 @@ fn read_row_weights<A: Real>(params: &LossParams) -> Result<Option<Vec<A>>> {
             rows.load(BlockPos { row, class: 0, axis: InnerAxis::Row }, block);
         }
     });
-    let is_valid = |weight: &A| weight.to_f64().is_finite() && *weight >= A::ZERO;
-    match weights.iter().position(|weight| !is_valid(weight)) {
-        Some(row) => Err(Error::RowWeightValue { row, value: weights[row].to_f64() }),
-        None => Ok(Some(weights)),
+    for (row, weight) in weights.iter_mut().enumerate() {
+        let value = *weight;
+        *weight = A::from_f64(value).to_f64();
+        if !(value >= 0. && weight.is_finite()) {
+            return Err(Error::RowWeightValue { row, value });
+        }
     }
+    Ok(Some(weights))
 }
 
 /// The class targets as indices, each checked, or [`IGNORED`] where they equal `ignore_index` or the row's weight is 0.
-fn read_labels<A: Real>(
+fn read_labels(
     (targets, layout): Operand<CpuStorage>,
     num_classes: usize,
     ignore_index: Option<i64>,
-    row_weights: Option<&[A]>,
+    row_weights: Option<&[f64]>,
 ) -> Result<Vec<u32>> {
     let label_of = |row: usize, target: i64| match usize::try_from(target) {
         _ if Some(target) == ignore_index => Some(IGNORED),
-        _ if row_weights.is_some_and(|weights| weights[row] == A::ZERO) => Some(IGNORED),
+        _ if row_weights.is_some_and(|weights| weights[row] == 0.) => Some(IGNORED),
         Ok(class) if class < num_classes => Some(class as u32),
         _ => None,
     };

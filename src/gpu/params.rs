@@ -134,7 +134,7 @@ pub(crate) struct KernelParams<A> {
     divisor: A,
     scale: A,
     unscale: A,
-    empty_divisor: A,
+    no_weight: A,
 }
 
 // The fields of `Params` are not nested. Nesting the integers must not add padding after the last of them.
@@ -175,7 +175,7 @@ impl<A: WithDType> KernelParams<A> {
             divisor: A::from_f64(divisor),
             scale: A::from_f64(scale),
             unscale: A::from_f64(1. / scale),
-            empty_divisor: A::from_f64(if params.zero_if_empty { 0. } else { f64::NAN }),
+            no_weight: A::from_f64(if params.zero_if_no_weight { 0. } else { f64::NAN }),
         }
     }
 }

@@ -68,7 +68,7 @@ impl LabelSmoothingLoss {
             logit_map: self.logit_map(result_dtype(dtype)),
             z_loss: self.z_loss,
             divisor: self.divisor(num_rows(dims, class_dim), targets),
-            zero_if_empty: self.reduction == Reduction::MeanOrZero,
+            zero_if_no_weight: self.reduction == Reduction::MeanOrZero,
             saves_state: is_tracked,
             wants_metrics: false,
         };

@@ -265,9 +265,11 @@ pub fn grid(dims: &[usize], class_dim: usize) -> Result<Vec<Case>> {
     Ok([full_grid(dims, class_dim)?, grid_of_triples(dims, class_dim)?].concat())
 }
 
-/// The cases, or a fifth of them on the emulator, which is slow.
-pub fn fewer_on_emulator(cases: Vec<Case>) -> impl Iterator<Item = Case> {
-    cases.into_iter().step_by(if cfg!(emulator) { 5 } else { 1 })
+/// The cases, or a fifth of them in the packages `emulator` and `portable`: their tests run on emulated GPUs and processors, and
+/// with sanitizers.
+pub fn fewer_where_slow(cases: Vec<Case>) -> impl Iterator<Item = Case> {
+    let is_slow = matches!(env!("CARGO_PKG_NAME"), "emulator" | "portable");
+    cases.into_iter().step_by(if is_slow { 5 } else { 1 })
 }
 
 fn full_grid(dims: &[usize], class_dim: usize) -> Result<Vec<Case>> {

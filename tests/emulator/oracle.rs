@@ -405,6 +405,8 @@ fn the_mean_of_nothing() -> Result<()> {
     }
     let out_of_range = zeros.forward(&logits, &Tensor::new(&[1i64, 7, 3], &CPU)?)?;
     assert!(values(&out_of_range)?[0].is_nan());
+    let bad_weight = zeros.weigh_rows(&Tensor::new(&[1f32, -1., 1.], &CPU)?)?;
+    assert!(values(&bad_weight.forward(&logits, &targets)?)?[0].is_nan());
     let empty = Tensor::zeros((0, 5), DType::F32, &CPU)?;
     assert_eq!(values(&loss.forward(&empty, &Tensor::zeros(0, DType::I64, &CPU)?)?)?, [0.]);
     Ok(())
