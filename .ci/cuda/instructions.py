@@ -70,7 +70,7 @@ def params(classes, rows, threads, tasks):
         "classes_per_split": classes, "row_shift": threads.bit_length() - 1, "divisor_start": 1,
         "has_ignore_index": 1, "ignore_index": -100, "saves": 1, "reduces": 1, "weighted": 1, "prob_scale": 0.9,
         "off_value": 0.1 / classes, "on_value": 0.9 + 0.1 / classes, "weight": 1, "divisor": 1, "scale": 1, "unscale": 1,
-        "empty_divisor": math.nan,
+        "no_weight": math.nan,
     }  # fmt: skip
 
 
