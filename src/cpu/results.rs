@@ -65,19 +65,26 @@ impl<A: Real> RowResults<A> {
         params: &LossParams,
         targets: &Targets<A>,
     ) -> ForwardOut<CpuStorage> {
-        let Self { losses, saved, metrics, predictions } = self;
+        let Self { mut losses, saved, metrics, predictions } = self;
         let num_rows = losses.len();
         let divisor = params.divisor.map(|divisor| match divisor {
             Divisor::Number(number) => number,
             Divisor::WeightSum(()) => sum_rows(num_rows, |row| targets.weight(row)),
         });
         // In the dtype of the arithmetic the product could overflow, although the mean is finite.
-        let weighted = |row: usize| targets.row_weight(row) * losses[row].to_f64();
+        let weighted = |row: usize, loss: A| targets.row_weight(row) * loss.to_f64();
         let losses = match divisor {
-            None => (0..num_rows).map(|row| A::from_f64(weighted(row))).collect(),
+            None => {
+                if params.row_weights.is_some() {
+                    for (row, loss) in losses.iter_mut().enumerate() {
+                        *loss = A::from_f64(weighted(row, *loss));
+                    }
+                }
+                losses
+            }
             Some(0.) if params.zero_if_no_weight => vec![A::ZERO],
             Some(divisor) => {
-                let sum = sum_rows(num_rows, weighted);
+                let sum = sum_rows(num_rows, |row| weighted(row, losses[row]));
                 vec![A::from_f64(sum / divisor)]
             }
         };
