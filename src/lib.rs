@@ -39,9 +39,9 @@
 //! ∂loss/∂x_k = v·(softmax(x)_k·(Σ_j w_j·q_j + 2·z·lse) − w_k·q_k)
 //! ```
 //!
-//! Options that are not set have w = 1, z = 0 and v = 1. With a logit scale s and a softcap c, the
-//! formulas use x = c·tanh(s·a/c) for the given logit a. Without a softcap they use x = s·a. A logit of −∞ stays −∞. The gradient
-//! of a then has the factor s·(1 − tanh²(s·a/c)), or s.
+//! Options that are not set have w = 1, z = 0 and v = 1. With a logit scale s and a softcap c, the formulas use
+//! x = c·tanh(s·a/c) for the given logit a. Without a softcap they use x = s·a. A logit of −∞ stays −∞. The gradient of a then
+//! has the factor s·(1 − tanh²(s·a/c)), or s.
 //!
 //! Every logit is taken relative to the largest logit of its row. The arithmetic runs in f32 for f16, bf16 and f32 logits and in
 //! f64 for f64 logits. The loss takes one pass over the logits, and the gradient one more.

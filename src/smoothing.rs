@@ -94,9 +94,9 @@ impl Smoothing {
     ///
     /// It is for logits in which −∞ marks classes that are not allowed, such as actions that are not possible or a constrained
     /// vocabulary. There the loss with [`over_all`](Self::over_all) is infinite, because it gives each masked class a share. A
-    /// class is masked if its logit is −∞ before a scale and a softcap. A masked label has an infinite loss, unless ε is
-    /// 1 or its class weight is 0. A row whose logits are all −∞ is NaN. Without a masked class this is [`over_all`](Self::over_all). [The
-    /// guide](crate::guide::masks) has an example.
+    /// class is masked if its logit is −∞ before a scale and a softcap. A masked label has an infinite loss, unless ε is 1
+    /// or its class weight is 0. A row whose logits are all −∞ is NaN. Without a masked class this is
+    /// [`over_all`](Self::over_all). [The guide](crate::guide::masks) has an example.
     ///
     /// # Errors
     /// ε must lie in 0 to 1, ends included. [`smooth_targets`] returns an error, since it does not know the logits.
