@@ -180,10 +180,11 @@ pub(super) fn add_shares<A: Real, S: Simd>(
 #[inline(always)]
 pub(super) fn position_of<A: Real, S: Simd>(simd: S, max: A, logits: &[A]) -> usize {
     let (lanes, len) = (A::as_vectors::<S>(A::LANES)[0], vector_len::<A, S>());
-    let number = |number: usize| A::splat(simd, A::from_f64(-(number as f64)));
-    let (max, none, chunk) = (A::splat(simd, max), A::splat(simd, A::LOWEST), number(UNROLL * len));
+    let negated = |index: usize| A::splat(simd, A::from_f64(-(index as f64)));
+    let (max, none, chunk) =
+        (A::splat(simd, max), A::splat(simd, A::LOWEST), negated(UNROLL * len));
     // The indices are negated, so that the first of equals is the largest.
-    let mut indices: [_; UNROLL] = array::from_fn(|i| A::vsub(simd, number(i * len), lanes));
+    let mut indices: [_; UNROLL] = array::from_fn(|i| A::vsub(simd, negated(i * len), lanes));
     let mut first = [none; UNROLL];
     for x in chunks::<A, S>(logits) {
         for i in 0..UNROLL {
