@@ -134,12 +134,21 @@ impl Saved {
     pub fn rows(&self, first_row: usize, len: usize) -> Result<Self> {
         Ok(Self { layout: self.layout.narrow(1, first_row, len)?, ..self.clone() })
     }
+
+    /// What was saved of the rows with these indices, on the CPU. There the saved state is a contiguous tensor of its own, and
+    /// the divisor is a number.
+    pub fn select(&self, rows: &Tensor) -> Result<Self> {
+        let tensor = self.tensor.index_select(rows, 1)?;
+        Ok(Self { layout: tensor.layout().clone(), tensor, divisor: self.divisor })
+    }
 }
 
 impl ComputedLoss {
     fn new(params: &LossParams, out: ForwardOut<Storage>, row_shape: Vec<usize>) -> Self {
-        // Only the storage is used, so the shape does not matter.
-        let saved = out.saved.map(|saved| saved.map(|storage| untracked(storage, 0)));
+        let saved = out.saved.map(|saved| {
+            let shape = saved.layout.shape().clone();
+            saved.map(|storage| untracked(storage, shape))
+        });
         let num_rows: usize = row_shape.iter().product();
         let metrics = out.metrics.map(|metrics| RowMetrics {
             values: untracked(metrics.values, (METRIC_FIELDS, num_rows)),
@@ -279,11 +288,16 @@ pub(crate) fn check_class_targets(
     }
 }
 
-/// Checks the row weights and the class targets of the rows that count, on the CPU, for logits of `dtype`.
-pub(crate) fn check_rows(params: &LossParams, dtype: DType, targets: &Tensor) -> Result<()> {
+/// The indices of the rows that count, or `None` if all count. Checks the row weights and the class targets of these rows. The
+/// tensors are on the CPU, and the logits would have `dtype`.
+pub(crate) fn counted_rows(
+    params: &LossParams,
+    dtype: DType,
+    targets: &Tensor,
+) -> Result<Option<Vec<i64>>> {
     match &*targets.storage_and_layout().0 {
         Storage::Cpu(storage) => {
-            cpu::check_rows(params, result_dtype(dtype), (storage, targets.layout()))
+            cpu::counted_rows(params, result_dtype(dtype), (storage, targets.layout()))
         }
         _ => Err(no_backend()),
     }
@@ -292,6 +306,21 @@ pub(crate) fn check_rows(params: &LossParams, dtype: DType, targets: &Tensor) ->
 /// Whether the CPU kernels run on tensors of this device.
 pub(crate) fn runs_on_cpu(device: &Device) -> bool {
     device.is_cpu() && !cfg!(emulator)
+}
+
+/// Zeros that will be written as a whole. Linux is asked for huge pages under them.
+pub(crate) fn zeros_like(tensor: &Tensor) -> Result<Tensor> {
+    let zeros = tensor.zeros_like()?;
+    // candle's in-place ops refuse a tensor without elements.
+    if zeros.device().is_cpu() && zeros.elem_count() > 0 {
+        in_place(&zeros, |zeros| {
+            if let AnyOperandMut::Cpu((storage, _)) = zeros {
+                cpu::advise_huge_pages(storage);
+            }
+            Ok(())
+        })?;
+    }
+    Ok(zeros)
 }
 
 // ---- Storages

@@ -159,7 +159,7 @@ pub enum Error {
 
     /// Hidden states, weight and bias of several dtypes.
     #[error(
-        "the hidden states have dtype {hidden:?}, the weight {weight:?} and the bias {}, expected one dtype: F16, BF16, F32 or F64",
+        "the hidden states have dtype {hidden:?}, the weight {weight:?} and the bias {}, expected F64 for all, or F16, BF16 or F32 for each",
         or_none(bias)
     )]
     LinearDTypes {

@@ -11,6 +11,8 @@ use crate::layout::{check_memory, row_shape};
 use crate::loss::{LabelSmoothingLoss, LogitsInfo, ask_for_metrics, no_metrics};
 use crate::metrics::Metrics;
 use candle_core::{D, DType, Device, Tensor};
+use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
 
 impl LabelSmoothingLoss {
     /// The loss of `logits = hidden · weightᵀ + bias`, without the memory for all logits.
@@ -70,7 +72,8 @@ impl LabelSmoothingLoss {
         bias: Option<&Tensor>,
         targets: &Tensor,
     ) -> Result<Tensor> {
-        Ok(forward_linear(self, hidden, weight, bias, targets, None, false)?.0)
+        let tiling = Tiling { tile: None, budget: self.logits_budget() };
+        Ok(forward_linear(self, hidden, weight, bias, targets, tiling, false)?.0)
     }
 
     /// [`forward_linear`](Self::forward_linear) for class indices, with the [`Metrics`] of the rows from the same logits. The
@@ -85,10 +88,15 @@ impl LabelSmoothingLoss {
         bias: Option<&Tensor>,
         targets: &Tensor,
     ) -> Result<(Tensor, Metrics)> {
-        let (loss, metrics) = forward_linear(self, hidden, weight, bias, targets, None, true)?;
+        let tiling = Tiling { tile: None, budget: self.logits_budget() };
+        let (loss, metrics) = forward_linear(self, hidden, weight, bias, targets, tiling, true)?;
         Ok((loss, metrics.ok_or_else(no_metrics)?))
     }
 }
+
+/// The bytes of logits that are kept until backward, unless [`LabelSmoothingLoss::with_logits_budget`] says otherwise. All logits
+/// of 4096 rows by 32768 classes fit in f32.
+pub(crate) const DEFAULT_LOGITS_BUDGET: usize = 512 << 20;
 
 /// The size of a tile of the logits.
 #[derive(Clone, Copy, Debug)]
@@ -99,63 +107,42 @@ pub struct TileSize {
     pub classes: usize,
 }
 
-impl TileSize {
-    /// The default. The hidden states' gradient is summed over tiles of classes, and the weight's over tiles of rows. Larger
-    /// tiles make these sums cheaper. On the CPU a tile has at most 16 MB in f32: glibc's allocator returns blocks from
-    /// 32 MB on to the system at once.
-    fn new(num_rows: usize, hidden_size: usize, device: &Device) -> Self {
-        let (rows, elements): (usize, usize) = match device {
-            Device::Cpu => (1 << 12, 1 << 22),
-            _ => (1 << 14, 1 << 28),
-        };
-        let max_len = |len: usize| (elements / len.max(1)).max(64);
-        let rows = rows.min(max_len(hidden_size)).min(num_rows).max(1);
-        Self { rows, classes: max_len(rows.max(hidden_size)) }
-    }
+/// How [`forward_linear`] divides the logits.
+#[derive(Clone, Copy)]
+pub(crate) struct Tiling {
+    /// The size of the tiles, or `None` for the default.
+    pub tile: Option<TileSize>,
+    /// The bytes of logits to keep until backward.
+    pub budget: usize,
 }
 
-/// [`LabelSmoothingLoss::forward_linear`], with tiles of any size, and the metrics if they are asked for.
+/// [`LabelSmoothingLoss::forward_linear`], and the metrics if they are asked for.
 pub(crate) fn forward_linear(
     loss: &LabelSmoothingLoss,
     hidden: &Tensor,
     weight: &Tensor,
     bias: Option<&Tensor>,
     targets: &Tensor,
-    tile: Option<TileSize>,
+    tiling: Tiling,
     wants_metrics: bool,
 ) -> Result<(Tensor, Option<Metrics>)> {
-    let dims = logits_shape(loss, hidden, weight, bias)?;
+    let (dims, dtype) = logits_of(loss, hidden, weight, bias)?;
     let is_tracked = [Some(hidden), Some(weight), bias].iter().flatten().any(|t| t.track_op());
-    let (dtype, device) = (hidden.dtype(), hidden.device());
-    let logits = LogitsInfo { dims: &dims, dtype, device, is_tracked };
+    let logits = LogitsInfo { dims: &dims, dtype, device: hidden.device(), is_tracked };
     let (mut params, targets) = loss.validate(&logits, targets)?;
     if wants_metrics {
         ask_for_metrics(&mut params, &targets)?;
     }
-    let rows = row_shape(&dims, params.class_dim);
+    let row_shape = row_shape(&dims, params.class_dim);
+    check_rows_memory(&params, &row_shape)?;
+    let rows = Rows::new(&params, dtype, &targets, row_shape.clone())?;
 
-    let num_rows: usize = rows.iter().product();
-    let hidden_size = weight.dims()[1];
-    let tile = tile.unwrap_or_else(|| TileSize::new(num_rows, hidden_size, device));
-    let tile = TileSize { rows: tile.rows.max(1), classes: tile.classes.max(1) };
-    // What is kept of a row: what was saved, its loss and weight, its metrics, and its state twice while the row tiles are
-    // concatenated.
-    let num_metrics = if wants_metrics { METRIC_FIELDS + 1 } else { 0 };
-    let per_row = 2 * params.num_state_fields() + params.num_saved_fields() + 2 + num_metrics;
-    check_memory("what is kept of rows", &rows, num_rows.saturating_mul(per_row))?;
-    // A GPU reports itself that its memory is too small.
-    if device.is_cpu() {
-        let len = num_rows.min(tile.rows).saturating_mul(hidden_size);
-        check_memory("a tile of the hidden states", hidden.dims(), len)?;
-        let len = params.num_classes.min(tile.classes).saturating_mul(hidden_size);
-        check_memory("a tile of the weight", weight.dims(), len)?;
-    }
-    let row_tiles = RowTile::all(&rows, tile.rows);
-    let tiled = TiledLoss { params, targets, row_tiles, classes_per_tile: tile.classes };
+    let mut tiled = TiledLoss::new(params, targets, rows, dtype, (weight, bias), tiling);
+    tiled.check_memory(hidden, weight)?;
     let (h, w, b) = (hidden.detach(), weight.detach(), bias.map(Tensor::detach));
     let states = tiled.forward_states(&h, &w, b.as_ref())?;
-    let dtype = matmul_dtype(hidden);
-    let computed = autograd::finish(&tiled.params, dtype, &states, rows, &tiled.targets)?;
+    let computed =
+        autograd::finish(&tiled.params, tiled.matmul_dtype, &states, row_shape, &tiled.targets)?;
     let metrics = computed.metrics()?;
     let has_bias = bias.is_some();
     // Without a bias, a constant takes its place.
@@ -168,14 +155,14 @@ pub(crate) fn forward_linear(
     Ok((loss, metrics))
 }
 
-/// The shape of the logits that hidden states, weight and bias make. Checks their shapes, dtypes, storages and devices, and the
-/// class dimension.
-fn logits_shape(
+/// The shape and the dtype of the logits that hidden states, weight and bias make. Checks their shapes, dtypes, storages and
+/// devices, and the class dimension.
+fn logits_of(
     loss: &LabelSmoothingLoss,
     hidden: &Tensor,
     weight: &Tensor,
     bias: Option<&Tensor>,
-) -> Result<Vec<usize>> {
+) -> Result<(Vec<usize>, DType)> {
     let logits = match (hidden.dims(), weight.dims()) {
         ([rows @ .., size], [classes, columns])
             if size == columns && bias.is_none_or(|bias| bias.dims() == [*classes]) =>
@@ -190,73 +177,110 @@ fn logits_shape(
         return Err(Error::LinearShapes { hidden, weight, bias });
     };
     let dtype = |tensor: &Tensor| tensor.dtype();
-    let same_dtype = [Some(weight), bias].iter().flatten().all(|t| dtype(t) == hidden.dtype());
-    if !same_dtype || !is_logits_dtype(dtype(hidden)) {
-        let (hidden, weight, bias) = (dtype(hidden), dtype(weight), bias.map(dtype));
-        return Err(Error::LinearDTypes { hidden, weight, bias });
-    }
-    [Some(hidden), Some(weight), bias].into_iter().flatten().try_for_each(check_storage)?;
+    let all = || [Some(hidden), Some(weight), bias].into_iter().flatten();
+    let logits_dtype = match dtype(hidden) {
+        hidden if is_logits_dtype(hidden) && all().all(|t| dtype(t) == hidden) => hidden,
+        _ if all().all(|t| matches!(dtype(t), DType::F16 | DType::BF16 | DType::F32)) => DType::F32,
+        _ => {
+            let (hidden, weight, bias) = (dtype(hidden), dtype(weight), bias.map(dtype));
+            return Err(Error::LinearDTypes { hidden, weight, bias });
+        }
+    };
+    all().try_for_each(check_storage)?;
     let device = |tensor: &Tensor| tensor.device().location();
-    if [Some(weight), bias].iter().flatten().any(|tensor| device(tensor) != device(hidden)) {
+    if all().any(|tensor| device(tensor) != device(hidden)) {
         let (hidden, weight, bias) = (device(hidden), device(weight), bias.map(device));
         return Err(Error::LinearDevices { hidden, weight, bias });
     }
     let (last, logits) = (rows.len(), [rows, &[classes]].concat());
     match loss.class_dim(&logits)? {
         class_dim if class_dim != last => Err(Error::LinearClassDim { class_dim, last }),
-        _ => Ok(logits),
+        _ => Ok((logits, logits_dtype)),
     }
 }
 
-/// A tile of the rows.
-struct RowTile {
-    first_row: usize,
-    /// The start and the length in each dimension of the rows.
-    ranges: Vec<(usize, usize)>,
+/// Checks the memory for what is kept of a row: what was saved, its loss and weight, its metrics, its state twice while the row
+/// tiles are concatenated, and its index.
+fn check_rows_memory(params: &LossParams, row_shape: &[usize]) -> Result<()> {
+    let num_metrics = if params.wants_metrics { METRIC_FIELDS + 1 } else { 0 };
+    let per_row = 2 * params.num_state_fields() + params.num_saved_fields() + 4 + num_metrics;
+    let num_rows: usize = row_shape.iter().product();
+    check_memory("what is kept of rows", row_shape, num_rows.saturating_mul(per_row))
 }
 
-impl RowTile {
-    /// All rows of these dimensions in their order, at most `max_rows` a tile.
-    fn all(dims: &[usize], max_rows: usize) -> Vec<Self> {
-        if dims.contains(&0) {
-            return Vec::new();
+/// The rows whose logits are computed: on the CPU those that count, on a GPU all.
+struct Rows {
+    /// The shape of all rows.
+    shape: Vec<usize>,
+    /// The number of computed rows.
+    len: usize,
+    /// Where they are, if not all are computed.
+    selection: Option<Selection>,
+}
+
+/// Some of the rows, in their order.
+struct Selection {
+    /// The index among all rows of each computed row.
+    rows: Tensor,
+    /// The index among the computed rows of each row, or the number of computed rows.
+    positions: Tensor,
+}
+
+impl Rows {
+    /// Checks class targets and row weights on the CPU. The kernels check each tile again, but their error would count rows from
+    /// the start of the tile. A GPU would have to wait for the targets.
+    fn new(params: &LossParams, dtype: DType, targets: &Tensor, shape: Vec<usize>) -> Result<Self> {
+        let num_rows = shape.iter().product();
+        let counted = match autograd::runs_on_cpu(targets.device()) {
+            true => autograd::counted_rows(params, dtype, targets)?,
+            false => None,
+        };
+        let Some(rows) = counted else {
+            return Ok(Self { shape, len: num_rows, selection: None });
+        };
+        let len = rows.len();
+        let mut positions = vec![len as i64; num_rows];
+        for (position, &row) in rows.iter().enumerate() {
+            positions[row as usize] = position as i64;
         }
-        // The last dimensions stay whole while they fit, the one before them is cut, and the others have length 1.
-        let mut tiles = vec![Self { first_row: 0, ranges: Vec::new() }];
-        for (dim, &len) in dims.iter().enumerate() {
-            let inner: usize = dims[dim + 1..].iter().product();
-            let step = (max_rows / inner).clamp(1, len);
-            let cut = |tile: Self| {
-                (0..len).step_by(step).map(move |start| Self {
-                    first_row: tile.first_row + start * inner,
-                    ranges: [&tile.ranges[..], &[(start, step.min(len - start))]].concat(),
-                })
-            };
-            tiles = tiles.into_iter().flat_map(cut).collect();
+        let tensor = |indices: Vec<i64>| Tensor::new(indices, targets.device());
+        let selection = Selection { rows: tensor(rows)?, positions: tensor(positions)? };
+        Ok(Self { shape, len, selection: Some(selection) })
+    }
+
+    /// The computed rows of a tensor that begins with the dimensions of the rows: (rows, ..).
+    fn flatten(&self, tensor: &Tensor) -> Result<Tensor> {
+        let (rows, others) = tensor.dims().split_at(self.shape.len());
+        let tensor = tensor.reshape([&[rows.iter().product()], others].concat())?;
+        match &self.selection {
+            None => Ok(tensor),
+            Some(selection) => Ok(tensor.index_select(&selection.rows, 0)?),
         }
-        tiles
     }
 
-    fn narrow(&self, tensor: &Tensor) -> candle_core::Result<Tensor> {
-        let mut tile = tensor.clone();
-        for (dim, &(start, len)) in self.ranges.iter().enumerate() {
-            tile = tile.narrow(dim, start, len)?;
+    /// All rows along `dim` from tiles of the computed ones. The others are 0. `zeros` makes a number of rows.
+    fn expand(
+        &self,
+        mut tiles: Vec<Tensor>,
+        dim: usize,
+        zeros: impl Fn(usize) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        match &self.selection {
+            None if tiles.is_empty() => zeros(0),
+            None => Ok(Tensor::cat(&tiles, dim)?),
+            Some(selection) => {
+                tiles.push(zeros(1)?);
+                Ok(Tensor::cat(&tiles, dim)?.index_select(&selection.positions, dim)?)
+            }
         }
-        Ok(tile)
     }
 
-    /// The tile's hidden states in the dtype of the multiplication, (rows, H).
-    fn hidden(&self, hidden: &Tensor) -> Result<Tensor> {
-        let rows = self.narrow(hidden)?.to_dtype(matmul_dtype(hidden))?;
-        Ok(rows.reshape((self.num_rows(), rows.dim(D::Minus1)?))?.contiguous()?)
-    }
-
-    fn dims(&self) -> Vec<usize> {
-        self.ranges.iter().map(|(_, len)| *len).collect()
-    }
-
-    fn num_rows(&self) -> usize {
-        self.dims().iter().product()
+    /// What forward saved of the computed rows.
+    fn select_saved(&self, saved: &Saved) -> Result<Saved> {
+        match &self.selection {
+            None => Ok(saved.clone()),
+            Some(selection) => saved.select(&selection.rows),
+        }
     }
 }
 
@@ -267,53 +291,108 @@ struct WeightTile {
 }
 
 impl WeightTile {
-    /// The logits of these hidden states, in the shape of their tile.
-    fn logits(&self, hidden: &Tensor, tile: &RowTile) -> Result<Tensor> {
-        let mut logits = hidden.matmul(&self.weight.t()?)?;
-        if let Some(bias) = &self.bias {
-            logits = logits.broadcast_add(bias)?;
+    /// The logits of these hidden states, (rows, classes).
+    fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        let logits = hidden.matmul(&self.weight.t()?)?;
+        match &self.bias {
+            None => Ok(logits),
+            Some(bias) => Ok(logits.broadcast_add(bias)?),
         }
-        let mut dims = tile.dims();
-        dims.push(self.weight.dim(0)?);
-        Ok(logits.reshape(dims)?)
     }
 }
 
 /// The loss of logits that are computed in tiles.
 struct TiledLoss {
+    /// Of all rows.
     params: LossParams,
     targets: Tensor,
-    row_tiles: Vec<RowTile>,
-    classes_per_tile: usize,
+    rows: Rows,
+    /// The dtype of the logits.
+    dtype: DType,
+    /// The dtype of the multiplications. On the CPU candle converts half types at every call, and for bf16 the whole storage.
+    matmul_dtype: DType,
+    /// The size of the tiles, except that the first tile of the rows has all rows whose logits are kept.
+    tile: TileSize,
+    num_kept: usize,
+    /// The kept logits of each tile of the classes, until a backward takes them.
+    kept: Mutex<Vec<Option<Tensor>>>,
 }
 
+/// A multiplication with fewer rows takes nearly as long, because it reads the whole weight.
+const MIN_ROWS: usize = 64;
+
 impl TiledLoss {
-    /// The softmax states of the rows over all classes.
+    /// Chooses the tiles. The hidden states' gradient is summed over tiles of classes, and the weight's over tiles of rows. Larger
+    /// tiles make these sums cheaper. On the CPU a tile has at most 16 MB in f32: glibc's allocator returns blocks from
+    /// 32 MB on to the system at once.
+    fn new(
+        params: LossParams,
+        targets: Tensor,
+        rows: Rows,
+        dtype: DType,
+        (weight, bias): (&Tensor, Option<&Tensor>),
+        Tiling { tile, budget }: Tiling,
+    ) -> Self {
+        let (device, num_classes) = (weight.device(), params.num_classes);
+        let matmul_dtype = match (device, dtype) {
+            (Device::Cpu, DType::F16 | DType::BF16) => DType::F32,
+            (_, dtype) => dtype,
+        };
+        let row_bytes = num_classes.saturating_mul(matmul_dtype.size_in_bytes());
+        let num_kept = match (budget / row_bytes).min(rows.len) {
+            num_rows if params.saves_state && num_rows >= MIN_ROWS.min(rows.len) => num_rows,
+            _ => 0,
+        };
+        let tile = tile.unwrap_or_else(|| {
+            let (max_rows, max_len): (usize, usize) = match device {
+                Device::Cpu => (1 << 11, 1 << 22),
+                _ => (1 << 14, 1 << 28),
+            };
+            let hidden_size = weight.dims()[1];
+            let max_lines = |len: usize| (max_len / len.max(1)).max(MIN_ROWS);
+            let max_rows = max_rows.min(max_lines(hidden_size)).min(rows.len);
+            // Where all logits are kept, and neither they nor the weight need to be copied, one tile has all of them.
+            let is_weight_copied = weight.dtype() != matmul_dtype || !weight.is_contiguous();
+            let is_one_tile = num_kept == rows.len && bias.is_none() && !is_weight_copied;
+            let max_classes = max_lines(max_rows.max(hidden_size));
+            TileSize {
+                rows: max_rows,
+                classes: if is_one_tile { num_classes } else { max_classes },
+            }
+        });
+        let tile = TileSize { rows: tile.rows.max(1), classes: tile.classes.clamp(1, num_classes) };
+        let kept = Mutex::default();
+        Self { params, targets, rows, dtype, matmul_dtype, tile, num_kept, kept }
+    }
+
+    /// The softmax states of all rows over all classes.
     fn forward_states(
-        &self,
+        &mut self,
         hidden: &Tensor,
         weight: &Tensor,
         bias: Option<&Tensor>,
     ) -> Result<Tensor> {
-        let (dtype, device) = (matmul_dtype(hidden), hidden.device());
-        self.check_rows(dtype)?;
-        let mut states = Vec::with_capacity(self.row_tiles.len());
-        for tile in &self.row_tiles {
-            let (hidden, targets) = (tile.hidden(hidden)?, tile.narrow(&self.targets)?);
-            let mut params = self.params_of(tile)?;
-            let tile_states = autograd::new_states(&params, tile.num_rows(), dtype, device)?;
-            for first_class in self.class_starts() {
-                let weight_tile = self.weight_tile(weight, bias, first_class)?;
-                let logits = weight_tile.logits(&hidden, tile)?;
-                params.first_class = first_class;
-                autograd::merge_tile(&params, &tile_states, &logits, &targets)?;
+        let hidden_rows = self.rows.flatten(hidden)?;
+        let mut kept = Vec::new();
+        let mut row_tiles = self.row_tiles()?;
+        let new_states =
+            |len| autograd::new_states(&self.params, len, self.matmul_dtype, hidden.device());
+        let states =
+            row_tiles.iter().map(|(rows, _)| new_states(rows.len())).collect::<Result<Vec<_>>>()?;
+        for classes in self.class_tiles() {
+            let weight_tile = self.weight_tile(weight, bias, &classes)?;
+            let targets = self.targets_of(&classes)?;
+            for ((rows, params), states) in row_tiles.iter_mut().zip(&states) {
+                let logits = weight_tile.logits(&self.hidden_tile(&hidden_rows, rows)?)?;
+                params.first_class = classes.start;
+                autograd::merge_tile(params, states, &logits, &narrow(&targets, rows)?)?;
+                if rows.end <= self.num_kept {
+                    kept.push(Some(logits));
+                }
             }
-            states.push(tile_states);
         }
-        match &states[..] {
-            [] => autograd::new_states(&self.params, 0, dtype, device),
-            _ => Ok(Tensor::cat(&states, 1)?),
-        }
+        self.kept = Mutex::new(kept);
+        self.rows.expand(states, 1, new_states)
     }
 
     /// The gradients of the hidden states, the weight and the bias, each if it is tracked. `grad_output` is the
@@ -326,30 +405,35 @@ impl TiledLoss {
         grad_output: &Tensor,
         saved: &Saved,
     ) -> Result<[Option<Tensor>; 3]> {
-        self.check_rows(matmul_dtype(hidden))?;
+        // The targets and row weights may have changed since forward.
+        Rows::new(&self.params, self.dtype, &self.targets, self.rows.shape.clone())?;
         let (wants_hidden, wants_weight) = (hidden.track_op(), weight.track_op());
         let wants_bias = bias.is_some_and(Tensor::track_op);
         let (hidden, weight, bias) = (hidden.detach(), weight.detach(), bias.map(Tensor::detach));
-        let narrow = |tile: &RowTile| {
-            let saved = saved.rows(tile.first_row, tile.num_rows())?;
-            let params = self.params_of(tile)?;
-            Ok((params, tile.narrow(&self.targets)?, tile.narrow(grad_output)?, saved))
-        };
-        let mut row_inputs = self.row_tiles.iter().map(narrow).collect::<Result<Vec<_>>>()?;
+        let grad_output = self.rows.flatten(grad_output)?;
+        let saved = self.rows.select_saved(saved)?;
+        let hidden_rows = self.rows.flatten(&hidden)?;
 
-        let mut grad_hidden = vec![None; self.row_tiles.len()];
-        let grad_weight = wants_weight.then(|| weight.zeros_like()).transpose()?;
-        let grad_bias = bias.as_ref().filter(|_| wants_bias).map(Tensor::zeros_like).transpose()?;
-        for first_class in self.class_starts() {
-            let weight_tile = self.weight_tile(&weight, bias.as_ref(), first_class)?;
+        let mut row_tiles = self.row_tiles()?;
+        let mut grad_hidden = vec![None; row_tiles.len()];
+        let mut grad_weight = wants_weight.then(|| ClassGradient::new(&weight));
+        let mut grad_bias = bias.as_ref().filter(|_| wants_bias).map(ClassGradient::new);
+        for (class_tile, classes) in self.class_tiles().enumerate() {
+            let weight_tile = self.weight_tile(&weight, bias.as_ref(), &classes)?;
+            let targets = self.targets_of(&classes)?;
             let (mut grad_weight_tile, mut grad_bias_tile) = (None, None);
-            let row_tiles = self.row_tiles.iter().zip(&mut row_inputs).zip(&mut grad_hidden);
-            for ((tile, (params, targets, grad_output, saved)), grad_hidden) in row_tiles {
-                let hidden = tile.hidden(&hidden)?;
-                let logits = weight_tile.logits(&hidden, tile)?;
-                params.first_class = first_class;
-                autograd::backward_in_place(params, &logits, targets, grad_output, saved)?;
-                let grad_logits = logits.reshape((tile.num_rows(), ()))?;
+            for ((rows, params), grad_hidden) in row_tiles.iter_mut().zip(&mut grad_hidden) {
+                let hidden = self.hidden_tile(&hidden_rows, rows)?;
+                let kept =
+                    if rows.end <= self.num_kept { self.take_kept(class_tile) } else { None };
+                let grad_logits = match kept {
+                    Some(logits) => logits,
+                    None => weight_tile.logits(&hidden)?,
+                };
+                params.first_class = classes.start;
+                let (targets, grad_output) = (narrow(&targets, rows)?, narrow(&grad_output, rows)?);
+                let saved = saved.rows(rows.start, rows.len())?;
+                autograd::backward_in_place(params, &grad_logits, &targets, &grad_output, &saved)?;
                 if wants_hidden {
                     add_to(grad_hidden, grad_logits.matmul(&weight_tile.weight)?)?;
                 }
@@ -359,78 +443,147 @@ impl TiledLoss {
                 if wants_bias {
                     // candle's sum over rows adds number by number. A multiplication is faster.
                     let (dtype, device) = (grad_logits.dtype(), grad_logits.device());
-                    let ones = Tensor::ones((1, tile.num_rows()), dtype, device)?;
+                    let ones = Tensor::ones((1, rows.len()), dtype, device)?;
                     add_to(&mut grad_bias_tile, ones.matmul(&grad_logits)?.squeeze(0)?)?;
                 }
             }
-            for (gradient, tile) in [(&grad_weight, grad_weight_tile), (&grad_bias, grad_bias_tile)]
-            {
-                if let (Some(gradient), Some(tile)) = (gradient, tile) {
-                    gradient.slice_set(&tile.to_dtype(gradient.dtype())?, 0, first_class)?;
-                }
+            if let Some((gradient, tile)) = grad_weight.as_mut().zip(grad_weight_tile) {
+                gradient.set(&classes, tile)?;
+            }
+            if let Some((gradient, tile)) = grad_bias.as_mut().zip(grad_bias_tile) {
+                gradient.set(&classes, tile)?;
             }
         }
-        let grad_hidden = wants_hidden.then(|| concat_rows(grad_hidden, &hidden)).transpose()?;
+        let grad_weight = grad_weight.map(ClassGradient::finish).transpose()?;
+        let grad_bias = grad_bias.map(ClassGradient::finish).transpose()?;
+        let grad_hidden = match wants_hidden {
+            true => Some(self.expand_grad_hidden(grad_hidden, &hidden)?),
+            false => None,
+        };
         Ok([grad_hidden, grad_weight, grad_bias])
     }
 
-    /// Checks class targets and row weights on the CPU. The kernels check each tile again, but their error would count rows from
-    /// the start of the tile. Backward calls this function too, because the tensors may have changed since forward.
-    fn check_rows(&self, dtype: DType) -> Result<()> {
-        match autograd::runs_on_cpu(self.targets.device()) {
-            true => autograd::check_rows(&self.params, dtype, &self.targets),
-            false => Ok(()),
-        }
+    /// The gradient of all hidden states from the sums of the row tiles.
+    fn expand_grad_hidden(&self, tiles: Vec<Option<Tensor>>, hidden: &Tensor) -> Result<Tensor> {
+        let (size, dtype) = (hidden.dim(D::Minus1)?, hidden.dtype());
+        // Each sum is freed once it is rounded.
+        let tiles = tiles.into_iter().flatten().map(|tile| tile.to_dtype(dtype));
+        let zeros = |len| Ok(Tensor::zeros((len, size), dtype, hidden.device())?);
+        let gradient = self.rows.expand(tiles.collect::<candle_core::Result<_>>()?, 0, zeros)?;
+        Ok(gradient.reshape(hidden.shape())?)
     }
 
-    /// The params of a tile of the rows.
-    fn params_of(&self, tile: &RowTile) -> Result<LossParams> {
+    /// The logits that forward kept of a tile of classes, once.
+    fn take_kept(&self, class_tile: usize) -> Option<Tensor> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner).get_mut(class_tile)?.take()
+    }
+
+    /// The range and the params of each tile of the computed rows.
+    fn row_tiles(&self) -> Result<Vec<(Range<usize>, LossParams)>> {
         let row_weights = self.params.row_weights.as_ref();
-        let row_weights = row_weights.map(|weights| tile.narrow(weights)).transpose()?;
-        Ok(LossParams { row_weights, ..self.params.clone() })
+        let row_weights = row_weights.map(|weights| self.rows.flatten(weights)).transpose()?;
+        let len = self.rows.len;
+        let kept = (self.num_kept > 0).then_some(0..self.num_kept);
+        let others = (self.num_kept..len).step_by(self.tile.rows);
+        let others = others.map(|start| start..len.min(start + self.tile.rows));
+        let with_params = |rows: Range<usize>| {
+            let row_weights = row_weights.as_ref().map(|w| narrow(w, &rows)).transpose()?;
+            Ok((rows, LossParams { row_weights, class_dim: 1, ..self.params.clone() }))
+        };
+        kept.into_iter().chain(others).map(with_params).collect()
     }
 
-    /// The first class of each tile.
-    fn class_starts(&self) -> impl Iterator<Item = usize> {
-        (0..self.params.num_classes).step_by(self.classes_per_tile)
+    /// The range of each tile of the classes.
+    fn class_tiles(&self) -> impl Iterator<Item = Range<usize>> {
+        let (num_classes, step) = (self.params.num_classes, self.tile.classes);
+        (0..num_classes).step_by(step).map(move |start| start..num_classes.min(start + step))
+    }
+
+    /// Some of the computed rows' hidden states, in the dtype of the multiplication.
+    fn hidden_tile(&self, hidden: &Tensor, rows: &Range<usize>) -> Result<Tensor> {
+        Ok(narrow(hidden, rows)?.to_dtype(self.matmul_dtype)?)
+    }
+
+    /// The class targets of the computed rows, (rows), or their probabilities for some classes, (rows, classes).
+    fn targets_of(&self, classes: &Range<usize>) -> Result<Tensor> {
+        match self.targets.dtype().is_int() {
+            true => self.rows.flatten(&self.targets),
+            false => {
+                let targets = self.targets.narrow(D::Minus1, classes.start, classes.len())?;
+                self.rows.flatten(&targets)
+            }
+        }
     }
 
     fn weight_tile(
         &self,
         weight: &Tensor,
         bias: Option<&Tensor>,
-        first_class: usize,
+        classes: &Range<usize>,
     ) -> Result<WeightTile> {
-        let len = self.classes_per_tile.min(self.params.num_classes - first_class);
-        let dtype = matmul_dtype(weight);
-        let tile = |t: &Tensor| t.narrow(0, first_class, len)?.to_dtype(dtype)?.contiguous();
+        let tile = |t: &Tensor| narrow(t, classes)?.to_dtype(self.matmul_dtype)?.contiguous();
         Ok(WeightTile { weight: tile(weight)?, bias: bias.map(tile).transpose()? })
     }
+
+    /// Checks the memory for the kept logits and for copies of the hidden states and of a tile of the weight. A GPU reports itself
+    /// that its memory is too small.
+    fn check_memory(&self, hidden: &Tensor, weight: &Tensor) -> Result<()> {
+        if !hidden.device().is_cpu() {
+            return Ok(());
+        }
+        if self.rows.selection.is_some() || !hidden.is_contiguous() {
+            check_memory("a copy of the hidden states", hidden.dims(), hidden.elem_count())?;
+        }
+        if weight.dtype() != self.matmul_dtype || !weight.is_contiguous() {
+            let len = self.tile.classes.saturating_mul(weight.dims()[1]);
+            check_memory("a tile of the weight", weight.dims(), len)?;
+        }
+        let kept = [self.num_kept, self.params.num_classes];
+        let bytes =
+            kept[0].saturating_mul(kept[1]).saturating_mul(self.matmul_dtype.size_in_bytes());
+        check_memory("the kept logits", &kept, bytes.div_ceil(size_of::<f64>()))
+    }
 }
 
-/// The dtype of the multiplications. On the CPU candle converts half types at every call, and for bf16 the whole storage.
-fn matmul_dtype(tensor: &Tensor) -> DType {
-    match (tensor.device(), tensor.dtype()) {
-        (Device::Cpu, DType::F16 | DType::BF16) => DType::F32,
-        (_, dtype) => dtype,
+/// The gradient of the weight or bias, which is computed for some classes at a time.
+struct ClassGradient<'a> {
+    tensor: &'a Tensor,
+    gradient: Option<Tensor>,
+}
+
+impl<'a> ClassGradient<'a> {
+    fn new(tensor: &'a Tensor) -> Self {
+        Self { tensor, gradient: None }
+    }
+
+    /// Sets the gradient of these classes. That of all classes is not copied.
+    fn set(&mut self, classes: &Range<usize>, tile: Tensor) -> Result<()> {
+        let tile = tile.to_dtype(self.tensor.dtype())?;
+        if classes.len() == self.tensor.dims()[0] {
+            self.gradient = Some(tile);
+            return Ok(());
+        }
+        let gradient = match self.gradient.take() {
+            Some(gradient) => gradient,
+            None => autograd::zeros_like(self.tensor)?,
+        };
+        gradient.slice_set(&tile, 0, classes.start)?;
+        self.gradient = Some(gradient);
+        Ok(())
+    }
+
+    /// The gradient of all classes, 0 without rows.
+    fn finish(self) -> Result<Tensor> {
+        match self.gradient {
+            Some(gradient) => Ok(gradient),
+            None => Ok(self.tensor.zeros_like()?),
+        }
     }
 }
 
-/// The gradient of the hidden states from those of all row tiles. Each of these is freed once it is copied.
-fn concat_rows(tiles: Vec<Option<Tensor>>, hidden: &Tensor) -> candle_core::Result<Tensor> {
-    let dtype = hidden.dtype();
-    if let [Some(only)] = &tiles[..] {
-        return only.to_dtype(dtype)?.reshape(hidden.shape());
-    }
-    let gradient = hidden.zeros_like()?;
-    let mut first_row = 0;
-    let num_rows: usize = tiles.iter().flatten().map(|tile| tile.dims()[0]).sum();
-    let rows = gradient.reshape((num_rows, hidden.dim(D::Minus1)?))?;
-    for tile in tiles.into_iter().flatten() {
-        rows.slice_set(&tile.to_dtype(dtype)?, 0, first_row)?;
-        first_row += tile.dim(0)?;
-    }
-    Ok(gradient)
+/// Some rows of a tensor (rows, ..).
+fn narrow(tensor: &Tensor, rows: &Range<usize>) -> candle_core::Result<Tensor> {
+    tensor.narrow(0, rows.start, rows.len())
 }
 
 /// Adds a term to a sum of gradients, in the dtype of the arithmetic.

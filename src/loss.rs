@@ -6,6 +6,7 @@ use crate::autograd;
 use crate::error::{Error, Result, TargetsOf};
 use crate::formula::LossParams;
 use crate::layout::check_size;
+use crate::linear::DEFAULT_LOGITS_BUDGET;
 use crate::metrics::Metrics;
 use crate::smoothing::{self, Smoothing};
 use candle_core::{DType, Device, Tensor};
@@ -92,6 +93,7 @@ pub struct LabelSmoothingLoss {
     z_loss: f64,
     logit_scale: f64,
     softcap: Option<f64>,
+    logits_budget: usize,
     /// Detached.
     row_weights: Option<Tensor>,
     /// [`PerClass`](crate::formula::ClassTable::PerClass), one tensor for each device and dtype used so far.
@@ -110,6 +112,7 @@ impl LabelSmoothingLoss {
             z_loss: 0.,
             logit_scale: 1.,
             softcap: None,
+            logits_budget: DEFAULT_LOGITS_BUDGET,
             row_weights: None,
             class_tables: Arc::default(),
         }
@@ -200,6 +203,32 @@ impl LabelSmoothingLoss {
         check_positive("softcap", cap)?;
         self.softcap = Some(cap);
         Ok(self)
+    }
+
+    /// Sets how many bytes of the logits [`forward_linear`](Self::forward_linear) may keep until `backward`; 512 MiB otherwise.
+    ///
+    /// `forward_linear` computes the logits a tile at a time. It keeps as many tiles as fit, in the dtype of the multiplication.
+    /// `backward` turns each kept tile into its gradient and frees it, and computes the other tiles again. With 0 it computes all
+    /// of them again, which takes the least memory and a fourth matrix multiplication. Results and gradients have the same bits
+    /// for every budget. [The guide](crate::guide::large_vocabularies) has times and memory.
+    ///
+    /// Nothing is kept if no gradient can be asked for. Kept tiles are also freed when the loss tensor is dropped.
+    ///
+    /// ```
+    /// use candle_label_smoothing::{LabelSmoothingLoss, Smoothing};
+    ///
+    /// let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?);
+    /// let least_memory = loss.clone().with_logits_budget(0);
+    /// let fastest = loss.with_logits_budget(usize::MAX);
+    /// # Ok::<(), candle_label_smoothing::Error>(())
+    /// ```
+    pub fn with_logits_budget(mut self, bytes: usize) -> Self {
+        self.logits_budget = bytes;
+        self
+    }
+
+    pub(crate) fn logits_budget(&self) -> usize {
+        self.logits_budget
     }
 
     /// This loss for a batch whose rows have these weights. The clone is cheap: it shares the copies of the class weights

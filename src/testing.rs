@@ -8,7 +8,7 @@ use crate::cpu::simd;
 use crate::error::Result;
 use crate::formula::LossParams;
 use crate::layout::row_shape;
-use crate::linear;
+use crate::linear::{self, Tiling};
 use crate::loss::{LabelSmoothingLoss, LogitsInfo, no_metrics};
 use crate::metrics::Metrics;
 use candle_core::{Shape, Tensor};
@@ -49,7 +49,7 @@ pub fn backward_rows(saved: &Saved, logits: &Tensor, grad_output: &Tensor) -> Re
     autograd::backward(params, logits, targets, grad_output, saved)
 }
 
-/// [`LabelSmoothingLoss::forward_linear`] with tiles of this size.
+/// [`LabelSmoothingLoss::forward_linear`] with tiles of this size, none of which is kept.
 pub fn forward_linear_tiled(
     loss: &LabelSmoothingLoss,
     hidden: &Tensor,
@@ -58,10 +58,24 @@ pub fn forward_linear_tiled(
     targets: &Tensor,
     tile: TileSize,
 ) -> Result<Tensor> {
-    Ok(linear::forward_linear(loss, hidden, weight, bias, targets, Some(tile), false)?.0)
+    forward_linear_tiled_within_budget(loss, hidden, weight, bias, targets, tile, 0)
 }
 
-/// [`LabelSmoothingLoss::forward_linear_with_metrics`] with tiles of this size.
+/// [`LabelSmoothingLoss::forward_linear`] with tiles of this size, and this budget of bytes to keep of the logits.
+pub fn forward_linear_tiled_within_budget(
+    loss: &LabelSmoothingLoss,
+    hidden: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    targets: &Tensor,
+    tile: TileSize,
+    budget: usize,
+) -> Result<Tensor> {
+    let tiling = Tiling { tile: Some(tile), budget };
+    Ok(linear::forward_linear(loss, hidden, weight, bias, targets, tiling, false)?.0)
+}
+
+/// [`LabelSmoothingLoss::forward_linear_with_metrics`] with tiles of this size, none of which is kept.
 pub fn forward_linear_tiled_with_metrics(
     loss: &LabelSmoothingLoss,
     hidden: &Tensor,
@@ -70,8 +84,9 @@ pub fn forward_linear_tiled_with_metrics(
     targets: &Tensor,
     tile: TileSize,
 ) -> Result<(Tensor, Metrics)> {
+    let tiling = Tiling { tile: Some(tile), budget: 0 };
     let (loss, metrics) =
-        linear::forward_linear(loss, hidden, weight, bias, targets, Some(tile), true)?;
+        linear::forward_linear(loss, hidden, weight, bias, targets, tiling, true)?;
     Ok((loss, metrics.ok_or_else(no_metrics)?))
 }
 

@@ -14,6 +14,7 @@ use common::{
 type Forward<'a> = &'a dyn Fn(&Tensor, &Tensor, Option<&Tensor>) -> Result<Tensor>;
 
 /// Hidden states and the weight and bias of a linear layer, all f64 on the CPU.
+#[derive(Clone)]
 struct Inputs {
     hidden: Tensor,
     weight: Tensor,
@@ -75,9 +76,22 @@ impl Inputs {
         targets: &Tensor,
         tile: TileSize,
     ) -> Result<(Vec<f64>, Vec<Vec<f64>>)> {
+        self.run_within_budget(dtype, loss, targets, tile, 0)
+    }
+
+    fn run_within_budget(
+        &self,
+        dtype: DType,
+        loss: &LabelSmoothingLoss,
+        targets: &Tensor,
+        tile: TileSize,
+        budget: usize,
+    ) -> Result<(Vec<f64>, Vec<Vec<f64>>)> {
         self.run(dtype, |hidden, weight, bias| {
             let targets = targets.to_device(hidden.device())?;
-            Ok(testing::forward_linear_tiled(loss, hidden, weight, bias, &targets, tile)?)
+            Ok(testing::forward_linear_tiled_within_budget(
+                loss, hidden, weight, bias, &targets, tile, budget,
+            )?)
         })
     }
 }
@@ -116,7 +130,7 @@ fn assert_all_close(
     }
 }
 
-/// The tiles divide the classes and the rows in several ways.
+/// The tiles divide the classes and the rows in several ways. All logits are kept, or none.
 #[test]
 fn every_combination_of_options_matches_forward() -> Result<()> {
     let tiles = [(100, 100), (100, 4), (4, 100), (3, 5), (1, 1), (2, 10)];
@@ -127,9 +141,11 @@ fn every_combination_of_options_matches_forward() -> Result<()> {
             let loss = case.loss_on(on_device(&inputs.hidden)?.device())?;
             let expected = inputs.run_full_logits(&loss, &case.targets)?;
             let (rows, classes) = tiles[i % tiles.len()];
+            let tile = TileSize { rows, classes };
+            let budget = [0, usize::MAX][i / tiles.len() % 2];
             let actual =
-                inputs.run_tiled(DType::F64, &loss, &case.targets, TileSize { rows, classes })?;
-            let name = format!("{}, tiles of {rows} x {classes}", case.name);
+                inputs.run_within_budget(DType::F64, &loss, &case.targets, tile, budget)?;
+            let name = format!("{}, tiles of {rows} x {classes}, budget {budget}", case.name);
             assert_all_close(&name, &actual, &expected, 1e-12);
         }
     }
@@ -155,6 +171,196 @@ fn default_tiles_match_forward() -> Result<()> {
         Ok(loss.forward_linear(hidden, weight, bias, &targets)?)
     })?;
     assert_all_close("4200 x 1100", &actual, &expected, 1e-11);
+    Ok(())
+}
+
+/// A budget for all rows, for some, for too few, and for none. Each gives the bits of the same tiles without a budget, also in a
+/// second backward, which has no kept logits.
+#[test]
+fn every_budget_gives_the_same_bits() -> Result<()> {
+    const ROWS: usize = 200;
+    const CLASSES: usize = 40;
+    let tile = TileSize { rows: 100, classes: 16 };
+    let inputs = Inputs::new(&[2, ROWS / 2], 5, CLASSES, true)?;
+    let labels = random_labels(&[2, ROWS / 2], CLASSES, 2)?;
+    let probabilities = random_probabilities(&[2, ROWS / 2, CLASSES], 2, 3)?;
+    let row_weights = on_device(&random(&[2, ROWS / 2], 1., 4)?.relu()?)?;
+    let plain = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?).with_softcap(3.)?;
+    let losses = [
+        plain.clone().with_reduction(Reduction::None),
+        plain.clone().with_ignore_index(7),
+        plain.clone().with_z_loss(0.1)?.weigh_rows(&row_weights)?,
+        LabelSmoothingLoss::new(Smoothing::over_unmasked(0.1)?).weigh_rows(&row_weights)?,
+    ];
+    for (i, loss) in losses.iter().enumerate() {
+        for targets in [&labels, &probabilities] {
+            if i == 1 && targets.dtype().is_float() {
+                continue;
+            }
+            for dtype in [DType::F64, DType::F32] {
+                let expected = inputs.run_tiled(dtype, loss, targets, tile)?;
+                let row_bytes = CLASSES * dtype.size_in_bytes();
+                // The kept rows are a tile of their own, which here has the size of the others or divides the rows alike.
+                for budget in [1, 63 * row_bytes, 100 * row_bytes + 5, usize::MAX] {
+                    let (losses, gradients) =
+                        inputs.run_within_budget(dtype, loss, targets, tile, budget)?;
+                    let name = format!("{i} {:?} {dtype:?} {budget}", targets.dtype());
+                    assert_eq!(losses, expected.0, "{name}");
+                    let tolerance = if dtype == DType::F64 { 1e-13 } else { 1e-5 };
+                    for (actual, expected) in gradients.iter().zip(&expected.1) {
+                        assert_close(&name, actual, expected, tolerance);
+                    }
+                }
+            }
+        }
+    }
+
+    let [hidden, weight, bias] = inputs.vars(DType::F32)?.map(Option::unwrap);
+    let labels = on_device(&labels)?;
+    for budget in [0, 100 * CLASSES * 4, usize::MAX] {
+        let loss = losses[1].clone().with_logits_budget(budget);
+        let result = loss.forward_linear(&hidden, &weight, Some(bias.as_tensor()), &labels)?;
+        let gradients = || {
+            let gradients = (&result * 1.)?.backward()?;
+            let of = |var: &Var| values(gradients.get(var).expect("no gradient"));
+            Ok::<_, candle_core::Error>([of(&hidden)?, of(&weight)?, of(&bias)?])
+        };
+        assert_eq!(gradients()?, gradients()?, "budget {budget}");
+    }
+    Ok(())
+}
+
+/// On the CPU the rows that do not count are left out of the multiplications, so even hidden states that are NaN do no harm.
+#[test]
+fn rows_that_do_not_count_are_not_multiplied() -> Result<()> {
+    if cfg!(emulator) {
+        // A GPU multiplies all rows.
+        return Ok(());
+    }
+    let (rows, size, classes) = (7, 3, 10);
+    let counted = [0usize, 3, 5];
+    let inputs = Inputs::new(&[rows], size, classes, true)?;
+    let nan = Tensor::full(f64::NAN, (1, size), &CPU)?;
+    let hidden: Vec<Tensor> =
+        (0..rows)
+            .map(|row| {
+                if counted.contains(&row) {
+                    inputs.hidden.narrow(0, row, 1)
+                } else {
+                    Ok(nan.clone())
+                }
+            })
+            .collect::<Result<_>>()?;
+    let select = |tensor: &Tensor| tensor.index_select(&Tensor::new(&[0u32, 3, 5], &CPU)?, 0);
+    let few = Inputs { hidden: select(&inputs.hidden)?, ..inputs.clone() };
+    let with_nan = Inputs { hidden: Tensor::cat(&hidden, 0)?, ..inputs };
+
+    let smoothing = Smoothing::over_all(0.1)?;
+    let ignoring = LabelSmoothingLoss::new(smoothing.clone()).with_ignore_index(-1);
+    let labels = Tensor::new(&[3i64, -1, -1, 0, 9, 2, -1], &CPU)?;
+    let label_weights = Tensor::new(&[0.5f32, 1., 2., 1., 0., 3., 0.], &CPU)?;
+    let probabilities = random_probabilities(&[rows, classes], 1, 3)?;
+    let mask = Tensor::new(&[1u8, 0, 0, 1, 0, 1, 0], &CPU)?;
+    let cases = [
+        (ignoring, labels, label_weights),
+        (LabelSmoothingLoss::new(smoothing), probabilities, mask),
+    ];
+    let tile = TileSize { rows: 2, classes: 4 };
+    for (loss, targets, row_weights) in &cases {
+        for reduction in [Reduction::None, Reduction::Sum, Reduction::Mean, Reduction::MeanOrZero] {
+            let loss = loss.clone().with_reduction(reduction);
+            let expected =
+                few.run_full_logits(&loss.weigh_rows(&select(row_weights)?)?, &select(targets)?)?;
+            let loss = loss.weigh_rows(row_weights)?;
+            for budget in [0, usize::MAX] {
+                let (losses, gradients) =
+                    with_nan.run_within_budget(DType::F64, &loss, targets, tile, budget)?;
+                let name = format!("{:?} {reduction:?}, budget {budget}", targets.dtype());
+                let of_counted = |values: &[f64], len: usize| -> Vec<f64> {
+                    counted.iter().flat_map(|row| &values[row * len..][..len]).copied().collect()
+                };
+                assert!(gradients[1..].iter().flatten().all(|g| g.is_finite()), "{name}");
+                let others = (0..rows).filter(|row| !counted.contains(row));
+                let others = others.flat_map(|row| &gradients[0][row * size..][..size]);
+                assert!(others.into_iter().all(|g| *g == 0.), "{name}");
+                if reduction == Reduction::None {
+                    // The upstream gradients are random and differ, so only the losses can be compared.
+                    assert_close(&name, &of_counted(&losses, 1), &expected.0, 1e-12);
+                    continue;
+                }
+                assert_close(&name, &losses, &expected.0, 1e-12);
+                assert_close(&name, &of_counted(&gradients[0], size), &expected.1[0], 1e-12);
+                assert_close(&name, &gradients[1], &expected.1[1], 1e-12);
+                assert_close(&name, &gradients[2], &expected.1[2], 1e-12);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// No row counts: no multiplication is left.
+#[test]
+fn a_batch_without_rows_that_count() -> Result<()> {
+    let inputs = Inputs::new(&[2, 3], 4, 5, true)?;
+    let labels = on_device(&Tensor::full(-1i64, (2, 3), &CPU)?)?;
+    for (reduction, expected) in [(Reduction::MeanOrZero, 0.), (Reduction::Sum, 0.)] {
+        let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?)
+            .with_ignore_index(-1)
+            .with_reduction(reduction);
+        let [hidden, weight, bias] = inputs.vars(DType::F32)?.map(Option::unwrap);
+        let (result, metrics) =
+            loss.forward_linear_with_metrics(&hidden, &weight, Some(bias.as_tensor()), &labels)?;
+        assert_eq!(values(&result)?, [expected]);
+        assert_eq!(values(&metrics.count()?)?, [0.]);
+        assert_eq!(metrics.nll.dims(), [2, 3]);
+        let gradients = result.backward()?;
+        for var in [&hidden, &weight, &bias] {
+            let gradient = gradients.get(var).expect("no gradient");
+            assert!(values(gradient)?.iter().all(|g| *g == 0.));
+            assert_eq!(gradient.dims(), var.dims());
+        }
+    }
+    Ok(())
+}
+
+/// Hidden states, weight and bias of several dtypes are computed in f32. Each gets its gradient in its dtype.
+#[test]
+fn dtypes_of_up_to_32_bits_mix() -> Result<()> {
+    let exact = Inputs::new(&[3, 2], 4, 7, true)?;
+    let targets = random_labels(&[3, 2], 7, 2)?;
+    let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?);
+    let (bf16, f16, f32) = (DType::BF16, DType::F16, DType::F32);
+    for dtypes in [[bf16, f32, f32], [f32, bf16, f32], [f16, bf16, bf16], [bf16, bf16, f32]] {
+        let tensors = [&exact.hidden, &exact.weight, exact.bias.as_ref().expect("a bias")];
+        let vars: Vec<Var> = tensors
+            .iter()
+            .zip(dtypes)
+            .map(|(tensor, dtype)| Var::from_tensor(&on_device(&tensor.to_dtype(dtype)?)?))
+            .collect::<Result<_>>()?;
+        let wide: Vec<Var> =
+            vars.iter().map(|var| Var::from_tensor(&var.to_dtype(f32)?)).collect::<Result<_>>()?;
+        let targets = on_device(&targets)?;
+        for budget in [0, usize::MAX] {
+            let loss = loss.clone().with_logits_budget(budget);
+            let of = |vars: &[Var]| {
+                let bias = Some(vars[2].as_tensor());
+                let result = loss.forward_linear(&vars[0], &vars[1], bias, &targets)?;
+                let gradients = result.backward()?;
+                let gradients = vars.iter().map(|var| {
+                    let gradient = gradients.get(var).expect("no gradient");
+                    assert_eq!(gradient.dtype(), var.dtype());
+                    Ok::<_, candle_core::Error>(gradient.clone())
+                });
+                Ok::<_, candle_core::Error>((result, gradients.collect::<Result<Vec<_>>>()?))
+            };
+            let (actual, expected) = (of(&vars)?, of(&wide)?);
+            assert_eq!(actual.0.dtype(), f32);
+            assert_eq!(values(&actual.0)?, values(&expected.0)?);
+            for (actual, expected) in actual.1.iter().zip(&expected.1) {
+                assert_eq!(values(actual)?, values(&expected.to_dtype(actual.dtype())?)?);
+            }
+        }
+    }
     Ok(())
 }
 
@@ -436,9 +642,9 @@ fn errors_contain_the_given_shapes_and_dtypes() -> Result<()> {
         assert!(message.contains(&format!("{:?}", hidden.dims())), "{message}");
         assert!(message.contains(&format!("{:?}", weight.dims())), "{message}");
     }
-    let half = weight.to_dtype(DType::F16)?;
-    let text = message(loss.forward_linear(&hidden, &half, Some(&bias), &targets));
-    assert!(text.contains("F32") && text.contains("F16"), "{text}");
+    let double = weight.to_dtype(DType::F64)?;
+    let text = message(loss.forward_linear(&hidden, &double, Some(&bias), &targets));
+    assert!(text.contains("F32") && text.contains("F64"), "{text}");
     let ints = hidden.to_dtype(DType::U32)?;
     let text = message(loss.forward_linear(&ints, &weight.to_dtype(DType::U32)?, None, &targets));
     assert!(text.contains("hidden states have dtype U32"), "{text}");

@@ -27,7 +27,10 @@ fn peak_memory_is_bounded() -> Result<()> {
     forward_and_backward_allocate_no_copy_of_the_logits()?;
     // On a single thread, the warm-up runs on the thread that is measured.
     let pool = ThreadPoolBuilder::new().num_threads(1).build().expect("a thread pool");
-    pool.install(forward_linear_allocates_one_tile_of_logits)
+    pool.install(|| {
+        forward_linear_allocates_one_tile_of_logits()?;
+        forward_linear_keeps_logits_within_its_budget()
+    })
 }
 
 fn forward_and_backward_allocate_no_copy_of_the_logits() -> Result<()> {
@@ -117,5 +120,44 @@ fn forward_linear_allocates_one_tile_of_logits() -> Result<()> {
     let (sums, gradient) = (4 * rows * size, 2 * rows * size);
     let bound = (sums + 5 * piece).max(3 * gradient + piece) + 256 * 1024;
     assert!(backward < bound, "bf16: {backward} bytes of {bound}");
+    Ok(())
+}
+
+/// Forward keeps the logits of as many rows as fit. Backward turns them into their gradient where they are.
+fn forward_linear_keeps_logits_within_its_budget() -> Result<()> {
+    const ROWS: usize = 4096;
+    let weight = Var::from_tensor(&random(&[1000, 4], 1., 1)?.to_dtype(DType::F32)?)?;
+    let (classes, size) = weight.dims2()?;
+    let hidden = Var::from_tensor(&random(&[ROWS, size], 1., 2)?.to_dtype(DType::F32)?)?;
+    let labels = random_labels(&[ROWS], classes, 3)?;
+    let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?);
+    let row_bytes = classes * size_of::<f32>();
+    let tiles = 3 * TILE.rows * TILE.classes * size_of::<f32>() + 128 * 1024;
+    for kept_rows in [0, 63, 64, 1000, ROWS, 2 * ROWS] {
+        let budget = kept_rows * row_bytes;
+        let before = ALLOCATOR.current_usage();
+        let (result, forward) = peak(|| {
+            Ok(testing::forward_linear_tiled_within_budget(
+                &loss, &hidden, &weight, None, &labels, TILE, budget,
+            )?)
+        })?;
+        let kept = ALLOCATOR.current_usage() - before;
+        // With fewer than 64 rows a multiplication would not be worth its while.
+        let expected = if kept_rows < 64 { 0 } else { kept_rows.min(ROWS) * row_bytes };
+        let rows = 104 * ROWS;
+        assert!(kept >= expected && kept < expected + rows, "{kept_rows} rows: {kept} bytes kept");
+        assert!(forward < expected + tiles + rows, "{kept_rows} rows, forward: {forward} bytes");
+        let (gradients, backward) = peak(|| result.backward())?;
+        let grads = 3 * (ROWS + classes) * size * size_of::<f32>();
+        assert!(backward < tiles + grads + rows, "{kept_rows} rows, backward: {backward} bytes");
+        // The result still has its graph, but no logits.
+        let left = ALLOCATOR.current_usage() - before;
+        assert!(left < grads + rows, "{kept_rows} rows: {left} bytes left after backward");
+        drop((result, gradients));
+    }
+    // Nothing is kept if there is no gradient to compute.
+    let before = ALLOCATOR.current_usage();
+    let result = loss.forward_linear(&hidden.detach(), &weight.detach(), None, &labels)?;
+    assert!(ALLOCATOR.current_usage() - before < 1024, "{result}");
     Ok(())
 }

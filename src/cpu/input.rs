@@ -71,15 +71,18 @@ pub(super) struct StridedRows<'a> {
     pub first_class: usize,
     pub tile_classes: usize,
     class_stride: usize,
+    /// The index in the tensor's storage of the first element of `storage`.
+    storage_start: usize,
 }
 
 impl<'a> StridedRows<'a> {
     /// The tensor's first class is `first_class`. If `class_dim` is beyond the rank, each element is a row of one class.
     pub(super) fn new(
-        (storage, layout): Operand<'a, CpuStorage>,
+        tensor: Operand<'a, CpuStorage>,
         class_dim: usize,
         first_class: usize,
     ) -> Result<Self> {
+        let (storage, layout) = tensor;
         let Some(len) = readable_len(storage) else {
             return Err(Error::TargetsDType {
                 dtype: storage.dtype(),
@@ -87,20 +90,31 @@ impl<'a> StridedRows<'a> {
             });
         };
         check_layout(layout, len)?;
-        Ok(Self {
+        Ok(Self::of_piece(tensor, class_dim, first_class, 0))
+    }
+
+    /// The numbers of a tensor of which only a piece of the storage is given, from its element `storage_start` on.
+    fn of_piece(
+        (storage, layout): Operand<'a, CpuStorage>,
+        class_dim: usize,
+        first_class: usize,
+        storage_start: usize,
+    ) -> Self {
+        Self {
             storage,
+            storage_start,
             offsets: RowOffsets::new(layout, Some(class_dim)),
             num_rows: num_rows(layout.dims(), class_dim),
             first_class,
             tile_classes: layout.dims().get(class_dim).copied().unwrap_or(1),
             class_stride: layout.stride().get(class_dim).copied().unwrap_or(0),
-        })
+        }
     }
 
     /// The index in the storage of a class of the row at `row_offset`.
     #[inline(always)]
     fn index(&self, row_offset: usize, class: usize) -> usize {
-        row_offset + (class - self.first_class) * self.class_stride
+        row_offset + (class - self.first_class) * self.class_stride - self.storage_start
     }
 
     /// The range of a block in the storage, if it is contiguous.
@@ -180,6 +194,19 @@ impl<'a, A: Real> Logits<'a, A> {
             rows: StridedRows::new(logits, params.class_dim, params.first_class)?,
             map: params.logit_map.map(LogitMap::new),
         })
+    }
+
+    /// The logits of a tensor of which only a piece of the storage is given, from its element `storage_start` on.
+    pub(super) fn of_piece(
+        params: &LossParams,
+        piece: Operand<'a, CpuStorage>,
+        storage_start: usize,
+    ) -> Self {
+        let (class_dim, first_class) = (params.class_dim, params.first_class);
+        Self {
+            rows: StridedRows::of_piece(piece, class_dim, first_class, storage_start),
+            map: params.logit_map.map(LogitMap::new),
+        }
     }
 
     pub(super) fn num_rows(&self) -> usize {

@@ -25,18 +25,18 @@ use crate::formula::{
 };
 use crate::layout::{self, inner_size, num_rows};
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, DType, WithDType};
+use candle_core::{CpuStorage, DType, Layout, WithDType};
 use dtype::{Element, Real};
 use half::{bf16, f16};
 pub(crate) use input::readable_len;
 use input::{BlockPos, InnerAxis, Logits, StridedRows};
-use parallel::{BLOCK, SEGMENT, default_vec, par_build, par_split};
+use parallel::{BLOCK, SEGMENT, default_vec, par_build, par_rewrite, par_split};
 use results::{RowResults, field_slices_mut, write_fields, write_row, write_row_with_extras};
 use rows::{GradInputs, for_each_row};
 use softmax::{GradCoeffs, ROWS_AT_ONCE};
 use state::{Extras, RowState};
 use targets::{LockedClassTable, Targets};
-pub(crate) use targets::{check_labels, check_rows};
+pub(crate) use targets::{check_labels, counted_rows};
 
 type Operand<'a> = layout::Operand<'a, CpuStorage>;
 type OperandMut<'a> = layout::OperandMut<'a, CpuStorage>;
@@ -220,28 +220,90 @@ fn backward_of<T: Element>(
     [logits, targets, grad_output, saved]: [Operand; 4],
     divisor: Option<Divisor<usize>>,
 ) -> Result<CpuStorage> {
+    let dims = logits.1.dims();
+    let len = dims.iter().product();
+    let logits = Logits::<T::Real>::new(params, logits)?;
+    let inputs = [targets, grad_output, saved];
+    let gradient = with_grad_inputs(params, dims, inputs, divisor, |grad| match grad {
+        None => default_vec::<T>(len),
+        Some(grad) => {
+            let unit = grad.unit(logits.classes().len());
+            par_build(len, unit, |start, out| grad.write(&logits, start, out))
+        }
+    })?;
+    Ok(T::to_cpu_storage_owned(gradient))
+}
+
+/// Replaces contiguous logits by their gradient. They have the dtype of the arithmetic.
+pub(crate) fn backward_in_place(
+    params: &LossParams,
+    (logits, layout): OperandMut,
+    inputs: [Operand; 3],
+    divisor: Option<Divisor<usize>>,
+) -> Result<()> {
+    if layout.start_offset() != 0 || !layout.is_contiguous() {
+        return Err(not_contiguous());
+    }
+    match logits {
+        CpuStorage::F32(values) => backward_in_place_of(params, values, layout, inputs, divisor),
+        CpuStorage::F64(values) => backward_in_place_of(params, values, layout, inputs, divisor),
+        _ => {
+            let op = "label-smoothing-loss-in-place";
+            Err(candle_core::Error::UnsupportedDTypeForOp(logits.dtype(), op).bt().into())
+        }
+    }
+}
+
+fn backward_in_place_of<A: Real>(
+    params: &LossParams,
+    logits: &mut [A],
+    layout: &Layout,
+    inputs: [Operand; 3],
+    divisor: Option<Divisor<usize>>,
+) -> Result<()> {
+    let dims = layout.dims();
+    with_grad_inputs::<A, _>(params, dims, inputs, divisor, |grad| match grad {
+        None => {
+            logits.fill(A::ZERO);
+            Ok(())
+        }
+        Some(grad) => {
+            let unit = grad.unit(dims[params.class_dim]);
+            par_rewrite(logits, unit, |start, old, out| {
+                let old = A::to_cpu_storage_owned(old);
+                grad.write(&Logits::of_piece(params, (&old, layout), start), start, out);
+            })
+        }
+    })
+}
+
+/// Calls `f` with the inputs of the gradient of logits of this shape, or with `None` if the gradient is 0.
+fn with_grad_inputs<A: Real, R>(
+    params: &LossParams,
+    dims: &[usize],
+    [targets, grad_output, saved]: [Operand; 3],
+    divisor: Option<Divisor<usize>>,
+    f: impl FnOnce(Option<GradInputs<A>>) -> Result<R>,
+) -> Result<R> {
     let divisor = match divisor {
         None => 1.,
         Some(Divisor::Number(number)) => number,
         Some(Divisor::WeightSum(index)) => {
-            let values = T::Real::cpu_storage_as_slice(saved.0)?;
+            let values = A::cpu_storage_as_slice(saved.0)?;
             values.get(index).ok_or_else(not_contiguous)?.to_f64()
         }
     };
-    let dims = logits.1.dims();
-    let len = dims.iter().product();
     if params.zero_if_no_weight && divisor == 0. {
-        return Ok(T::to_cpu_storage_owned(default_vec::<T>(len)?));
+        return f(None);
     }
     let class_table = LockedClassTable::new(&params.class_table);
-    let logits = Logits::new(params, logits)?;
-    let num_rows = logits.num_rows();
+    let num_rows = num_rows(dims, params.class_dim);
     let targets = Targets::new(params, &class_table, targets)?;
     let [max, sum_exp, target_sum] = tensor_fields(saved, num_rows)?;
     let unmasked_shares = match params.unmasked_epsilon == 0. {
         true => None,
         false => {
-            let [.., shares] = tensor_fields::<T::Real, 4>(saved, num_rows)?;
+            let [.., shares] = tensor_fields::<A, 4>(saved, num_rows)?;
             let mut padded = default_vec(num_rows + ROWS_AT_ONCE)?;
             padded[..num_rows].copy_from_slice(shares);
             Some(padded)
@@ -249,29 +311,12 @@ fn backward_of<T: Element>(
     };
     let saved = SavedState { max, sum_exp, target_sum };
     let grad_output = StridedRows::new(grad_output, grad_output.1.shape().rank(), 0)?;
-    let grad = GradInputs::<T::Real> {
-        logits: &logits,
+    f(Some(GradInputs {
         targets: &targets,
         inner_size: inner_size(dims, params.class_dim).max(1),
         coeffs: grad_coeffs(params, &targets, saved, &grad_output, divisor)?,
         unmasked_shares,
-    };
-    let gradient = par_build(len, grad.unit(), |start, out| grad.write(start, out))?;
-    Ok(T::to_cpu_storage_owned(gradient))
-}
-
-/// Replaces contiguous logits by their gradient, which is computed in memory of its own.
-pub(crate) fn backward_in_place(
-    params: &LossParams,
-    (logits, layout): OperandMut,
-    [targets, grad_output, saved]: [Operand; 3],
-    divisor: Option<Divisor<usize>>,
-) -> Result<()> {
-    if layout.start_offset() != 0 || !layout.is_contiguous() {
-        return Err(not_contiguous());
-    }
-    *logits = backward(params, [(logits, layout), targets, grad_output, saved], divisor)?;
-    Ok(())
+    }))
 }
 
 /// The coefficients of each row's gradient.
@@ -307,6 +352,17 @@ fn grad_coeffs<A: Real>(
         }
     });
     Ok(GradCoeffs { max, exp_scale, neg_grad_output })
+}
+
+/// Asks for huge pages under zeros that will be written as a whole.
+pub(crate) fn advise_huge_pages(storage: &mut CpuStorage) {
+    match storage {
+        CpuStorage::BF16(values) => parallel::advise_huge_pages(values),
+        CpuStorage::F16(values) => parallel::advise_huge_pages(values),
+        CpuStorage::F32(values) => parallel::advise_huge_pages(values),
+        CpuStorage::F64(values) => parallel::advise_huge_pages(values),
+        _ => {}
+    }
 }
 
 // ---- Targets

@@ -3,6 +3,7 @@
 use crate::error::{Error, Result};
 use rayon::prelude::*;
 use std::mem::MaybeUninit;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Elements that a loop works on at a time: few enough for the stack and the first-level cache.
 pub(super) const BLOCK: usize = 256;
@@ -74,11 +75,35 @@ pub(super) fn par_build<T: Copy + Default + Send>(
     Ok(out)
 }
 
+/// Replaces all values. `f(start, old, writer)` gets the values of a piece, and writes the new ones. Each `start` is a multiple
+/// of `unit`.
+pub(super) fn par_rewrite<T: Copy + Default + Send>(
+    values: &mut [T],
+    unit: usize,
+    f: impl Fn(usize, Vec<T>, &mut SliceWriter<T>) + Sync,
+) -> Result<()> {
+    let is_out_of_memory = AtomicBool::new(false);
+    par_split([values], unit, 1, &|start, [piece]| match reserve(piece.len()) {
+        Err(_) => is_out_of_memory.store(true, Ordering::Relaxed),
+        Ok(mut old) => {
+            old.extend_from_slice(piece);
+            let piece: *mut [T] = piece;
+            // SAFETY: the piece stays borrowed mutably, and a writer only writes values, never uninitialised memory.
+            let slice = unsafe { &mut *(piece as *mut [MaybeUninit<T>]) };
+            f(start, old, &mut SliceWriter { slice, written: 0 });
+        }
+    });
+    match is_out_of_memory.into_inner() {
+        true => Err(Error::TooLarge { what: "an intermediate result", shape: vec![unit] }),
+        false => Ok(()),
+    }
+}
+
 /// Asks for huge pages under memory that will be written as a whole. Fresh memory is mapped page by page, at the first
 /// write to each. Where Linux maps huge pages only on request (`madvise`, a common default), the page faults cost
 /// several times the gradient's arithmetic.
 #[cfg(target_os = "linux")]
-fn advise_huge_pages<T>(memory: &mut [MaybeUninit<T>]) {
+pub(super) fn advise_huge_pages<T>(memory: &mut [T]) {
     const HUGE_PAGE: usize = 2 << 20;
     let range = memory.as_mut_ptr_range();
     let start = range.start.addr().next_multiple_of(HUGE_PAGE);
@@ -92,9 +117,9 @@ fn advise_huge_pages<T>(memory: &mut [MaybeUninit<T>]) {
 }
 
 #[cfg(not(target_os = "linux"))]
-fn advise_huge_pages<T>(_: &mut [MaybeUninit<T>]) {}
+pub(super) fn advise_huge_pages<T>(_: &mut [T]) {}
 
-/// Writes a slice of uninitialised memory from its start to its end.
+/// Writes a slice from its start to its end. Its memory may be uninitialised.
 pub(super) struct SliceWriter<'a, T> {
     slice: &'a mut [MaybeUninit<T>],
     written: usize,
@@ -148,6 +173,20 @@ mod tests {
             writer.write(&piece);
         })?;
         assert!(values.iter().enumerate().all(|(i, &value)| value == (i + 1) as f32));
+        Ok(())
+    }
+
+    #[test]
+    fn par_rewrite_gives_each_piece_its_old_values() -> Result<()> {
+        let mut values: Vec<usize> = (0..3 * MIN_TASK + 200).collect();
+        par_rewrite(&mut values, 64, |start, old, writer| {
+            assert!(start % 64 == 0 && old.len() == writer.remaining());
+            assert!(old.iter().enumerate().all(|(i, &value)| value == start + i));
+            for value in old {
+                writer.write(&[2 * value]);
+            }
+        })?;
+        assert!(values.iter().enumerate().all(|(i, &value)| value == 2 * i));
         Ok(())
     }
 

@@ -278,9 +278,8 @@ fn block_len<A: Real, S: Simd>(remaining: usize) -> (usize, usize) {
 
 // ---- Backward
 
-/// The inputs of the gradient.
+/// The inputs of the gradient, beside the logits.
 pub(super) struct GradInputs<'a, A> {
-    pub logits: &'a Logits<'a, A>,
     pub targets: &'a Targets<'a, A>,
     /// The number of elements between one class and the next of the contiguous gradient.
     pub inner_size: usize,
@@ -292,10 +291,10 @@ pub(super) struct GradInputs<'a, A> {
 
 impl<A: Real> GradInputs<'_, A> {
     /// A piece of the gradient must begin at a multiple of this.
-    pub(super) fn unit(&self) -> usize {
-        let unit = match (self.inner_size, self.logits.classes().len()) {
-            (1, tile_classes @ ..=FEW_CLASSES) => ROWS_AT_ONCE * tile_classes,
-            (1, tile_classes) => tile_classes,
+    pub(super) fn unit(&self, tile_classes: usize) -> usize {
+        let unit = match (self.inner_size, tile_classes) {
+            (1, ..=FEW_CLASSES) => ROWS_AT_ONCE * tile_classes,
+            (1, _) => tile_classes,
             (inner_size, _) => inner_size,
         };
         unit.min(SEGMENT)
@@ -342,14 +341,20 @@ impl<A: Real> GradInputs<'_, A> {
         }
     }
 
-    /// Writes a piece of the gradient, from its element `start` on.
-    pub(super) fn write<T: Element<Real = A>>(&self, start: usize, out: &mut SliceWriter<T>) {
-        dispatch(WriteGrad { grad: self, start, out });
+    /// Writes a piece of the gradient of these logits, from its element `start` on.
+    pub(super) fn write<T: Element<Real = A>>(
+        &self,
+        logits: &Logits<A>,
+        start: usize,
+        out: &mut SliceWriter<T>,
+    ) {
+        dispatch(WriteGrad { grad: self, logits, start, out });
     }
 }
 
 struct WriteGrad<'a, 'b, T: Element> {
     grad: &'a GradInputs<'a, T::Real>,
+    logits: &'a Logits<'a, T::Real>,
     start: usize,
     out: &'a mut SliceWriter<'b, T>,
 }
@@ -359,7 +364,7 @@ impl<T: Element> WithSimd for WriteGrad<'_, '_, T> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        match (self.grad.inner_size, self.grad.logits.classes().len()) {
+        match (self.grad.inner_size, self.logits.classes().len()) {
             (1, ..=FEW_CLASSES) => self.side_by_side(simd),
             (1, _) => self.row_by_row(simd),
             _ => self.class_by_class(simd),
@@ -371,8 +376,8 @@ impl<T: Element> WriteGrad<'_, '_, T> {
     /// For classes that are adjacent in memory.
     #[inline(always)]
     fn row_by_row<S: Simd>(self, simd: S) {
-        let Self { grad, start, out } = self;
-        let GradInputs { logits, targets, .. } = *grad;
+        let Self { grad, logits, start, out } = self;
+        let targets = grad.targets;
         let classes = logits.classes();
         let mut buffers = Aligned([[T::Real::ZERO; BLOCK]; 4]);
         let [x_buffer, r_buffer, gradient, slopes] = &mut buffers.0;
@@ -401,7 +406,7 @@ impl<T: Element> WriteGrad<'_, '_, T> {
     /// For so few adjacent classes that vectors hold the rows instead.
     #[inline(always)]
     fn side_by_side<S: Simd>(self, simd: S) {
-        let classes = self.grad.logits.classes();
+        let classes = self.logits.classes();
         let (first_class, tile_classes) = (classes.start, classes.len());
         let mut scratch = Scratch::new();
         let mut tile = [T::default(); ROWS_AT_ONCE * FEW_CLASSES];
@@ -410,7 +415,7 @@ impl<T: Element> WriteGrad<'_, '_, T> {
             let len = ROWS_AT_ONCE.min(self.out.remaining() / tile_classes);
             for i in 0..tile_classes {
                 let pos = BlockPos { row, class: first_class + i, axis: InnerAxis::Row };
-                let gradient = scratch.grad(simd, self.grad, pos, len);
+                let gradient = scratch.grad(simd, self.grad, self.logits, pos, len);
                 let column = tile.iter_mut().skip(i).step_by(tile_classes);
                 column.zip(gradient).for_each(|(out, &value)| *out = value);
             }
@@ -422,7 +427,7 @@ impl<T: Element> WriteGrad<'_, '_, T> {
     /// For rows that are adjacent in memory.
     #[inline(always)]
     fn class_by_class<S: Simd>(self, simd: S) {
-        let classes = self.grad.logits.classes();
+        let classes = self.logits.classes();
         let (first_class, tile_classes) = (classes.start, classes.len());
         let inner_size = self.grad.inner_size;
         let mut scratch = Scratch::new();
@@ -431,7 +436,7 @@ impl<T: Element> WriteGrad<'_, '_, T> {
         while self.out.remaining() > 0 {
             let len = ROWS_AT_ONCE.min(inner_size - inner).min(self.out.remaining());
             let pos = BlockPos { row: outer * inner_size + inner, class, axis: InnerAxis::Row };
-            self.out.write(scratch.grad(simd, self.grad, pos, len));
+            self.out.write(scratch.grad(simd, self.grad, self.logits, pos, len));
             inner += len;
             if inner == inner_size {
                 (inner, class) = (0, class + 1);
@@ -467,10 +472,11 @@ impl<T: Element> Scratch<T> {
         &mut self,
         simd: S,
         grad: &GradInputs<T::Real>,
+        logits: &Logits<T::Real>,
         pos: BlockPos,
         len: usize,
     ) -> &[T] {
-        grad.logits.load(simd, pos, len, &mut self.x, Some(&mut self.slopes));
+        logits.load(simd, pos, len, &mut self.x, Some(&mut self.slopes));
         grad.targets.load(pos, &mut self.r[..len]);
         if let Some(shares) = &grad.unmasked_shares {
             let mut weight = [T::Real::ZERO];
@@ -482,7 +488,7 @@ impl<T: Element> Scratch<T> {
         let r = T::Real::as_vectors::<S>(&self.r).iter().copied().take(vectors);
         write_grad(simd, grad.coeffs.vectors(pos.row), &self.x, r, &mut self.gradient);
         let gradient = &mut self.gradient[..len];
-        grad.logits.apply_slopes(gradient, &self.slopes);
+        logits.apply_slopes(gradient, &self.slopes);
         grad.targets.zero_ignored(pos.row, gradient);
         T::round(gradient, &mut self.rounded)
     }

@@ -5,7 +5,7 @@ use super::input::{BlockPos, InnerAxis, StridedRows, field_slices};
 use super::parallel::{BLOCK, default_vec, par_split};
 use crate::error::{Error, Result, TargetsOf};
 use crate::formula::{CLASS_FIELDS, ClassParams, ClassTable, LossParams};
-use crate::layout::{Operand, RowOffsets, check_layout};
+use crate::layout::{Operand, RowOffsets, check_layout, num_rows};
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, DType, Layout, Storage, StorageRef};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -24,6 +24,7 @@ pub(super) struct Targets<'a, A> {
 enum TargetData<'a> {
     /// A class index for each row, or [`IGNORED`]. A row of weight 0 is ignored too.
     Labels(Vec<u32>),
+    /// Of the classes of the logits.
     Probabilities(StridedRows<'a>),
 }
 
@@ -59,7 +60,10 @@ impl<'a, A: Real> Targets<'a, A> {
                     row_weights.as_deref(),
                 )?)
             }
-            false => TargetData::Probabilities(StridedRows::new(targets, params.class_dim, 0)?),
+            false => {
+                let first_class = params.first_class;
+                TargetData::Probabilities(StridedRows::new(targets, params.class_dim, first_class)?)
+            }
         };
         Ok(Self {
             class_params: class_table.class_params()?,
@@ -290,25 +294,36 @@ pub(crate) fn check_labels(
     read_labels(targets, num_classes, ignore_index, None).map(drop)
 }
 
-/// Checks the row weights, and the class targets of the rows that count, for arithmetic in `dtype`.
-pub(crate) fn check_rows(
+/// The indices of the rows that count, or `None` if all count. Checks the row weights, and the class targets of these rows, for
+/// arithmetic in `dtype`.
+pub(crate) fn counted_rows(
     params: &LossParams,
     dtype: DType,
     targets: Operand<CpuStorage>,
-) -> Result<()> {
+) -> Result<Option<Vec<i64>>> {
     match dtype {
-        DType::F64 => check_rows_in::<f64>(params, targets),
-        _ => check_rows_in::<f32>(params, targets),
+        DType::F64 => counted_rows_in::<f64>(params, targets),
+        _ => counted_rows_in::<f32>(params, targets),
     }
 }
 
-fn check_rows_in<A: Real>(params: &LossParams, targets: Operand<CpuStorage>) -> Result<()> {
-    let row_weights = read_row_weights::<A>(params)?;
-    if targets.0.dtype().is_int() {
-        let LossParams { num_classes, ignore_index, .. } = *params;
-        read_labels(targets, num_classes, ignore_index, row_weights.as_deref())?;
+fn counted_rows_in<A: Real>(
+    params: &LossParams,
+    targets: Operand<CpuStorage>,
+) -> Result<Option<Vec<i64>>> {
+    let num_rows = num_rows(targets.1.dims(), params.class_dim);
+    let class_table = LockedClassTable::new(&params.class_table);
+    let targets = Targets::<A>::new(params, &class_table, targets)?;
+    let rows = || (0..num_rows).filter(|row| !targets.is_ignored(*row));
+    let num_counted = rows().count();
+    if num_counted == num_rows {
+        return Ok(None);
     }
-    Ok(())
+    let mut counted = default_vec(num_counted)?;
+    for (counted, row) in counted.iter_mut().zip(rows()) {
+        *counted = row as i64;
+    }
+    Ok(Some(counted))
 }
 
 /// The weight of each row, checked, and rounded to the dtype of the arithmetic.

@@ -104,6 +104,10 @@ impl<'a, S: GpuStorage> Launch<'a, S> {
         let mut launch = Self::new(params, logits.0.device(), logits.0.dtype(), targets, num_rows)?;
         launch.ints.logits = RowStrides::new(logits, Some(params.class_dim))?;
         launch.ints.tile_classes = dims.get(params.class_dim).map_or(0, |&len| len as u32);
+        if launch.variant.targets.is_float() && targets.1.dims() != dims {
+            let shape = targets.1.dims();
+            return Err(internal_error(format!("the probabilities have shape {shape:?}")));
+        }
         Ok(launch)
     }
 
