@@ -1,13 +1,13 @@
 //! Time and memory of `forward_linear` on the CPU, compared with a matmul followed by `forward`.
 //!
-//! `cargo bench --bench linear` runs it. Two more benchmarks time the parts of `forward_linear`: its multiplications
-//! and its kernels.
+//! `cargo bench --bench linear` runs it. More benchmarks time the parts of `forward_linear`: its multiplications, its kernels, and
+//! the sums of gradients with candle's zeros.
 //!
 //! Peak memory is measured in a process for each method, on Linux only, and excludes the memory of the inputs.
 //!
 //! Unlike the other benchmarks, this one uses the system's allocator, as most programs do. With
 //! `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000`, glibc keeps freed memory instead of returning it to the
-//! system.
+//! system. With `RUSTFLAGS="--cfg mimalloc"` the allocator is mimalloc.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_label_smoothing::{LabelSmoothingLoss, Smoothing, testing};
@@ -18,16 +18,21 @@ use std::process::Command;
 use std::time::Duration;
 use std::{env, fs};
 
+#[cfg(mimalloc)]
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Rows, hidden size, classes.
 const SHAPES: [[usize; 3]; 3] = [[4096, 256, 32_000], [1024, 1024, 32_000], [64, 64, 100]];
-/// The classes of a tile that `forward_linear` chooses for 4096 rows.
-const TILE_CLASSES: usize = 1024;
+const IGNORED: i64 = -100;
 
 struct Head {
     loss: LabelSmoothingLoss,
     hidden: Var,
     weight: Var,
     targets: Tensor,
+    /// The targets of a batch with ignored rows, half of them in runs of 64.
+    half_ignored: Tensor,
 }
 
 impl Head {
@@ -40,12 +45,15 @@ impl Head {
             Var::from_tensor(&tensor.to_dtype(dtype)?)
         };
         let (hidden, weight) = (random((rows, hidden_size))?, random((classes, hidden_size))?);
-        let targets: Vec<u32> = (0..rows).map(|_| rng.random_range(0..classes as u32)).collect();
+        let targets: Vec<i64> = (0..rows).map(|_| rng.random_range(0..classes as i64)).collect();
+        let ignore = |(row, &target)| if row / 64 % 2 == 0 { target } else { IGNORED };
+        let half_ignored: Vec<i64> = targets.iter().enumerate().map(ignore).collect();
         Ok(Self {
-            loss: LabelSmoothingLoss::new(Smoothing::over_all(0.1)?),
+            loss: LabelSmoothingLoss::new(Smoothing::over_all(0.1)?).with_ignore_index(IGNORED),
             hidden,
             weight,
             targets: Tensor::from_vec(targets, rows, &Device::Cpu)?,
+            half_ignored: Tensor::from_vec(half_ignored, rows, &Device::Cpu)?,
         })
     }
 
@@ -54,23 +62,23 @@ impl Head {
         Ok(self.loss.forward(&logits, &self.targets)?)
     }
 
-    fn forward_linear(&self) -> Result<Tensor> {
-        Ok(self.loss.forward_linear(&self.hidden, &self.weight, None, &self.targets)?)
+    fn forward_linear(&self, loss: &LabelSmoothingLoss, targets: &Tensor) -> Result<Tensor> {
+        Ok(loss.forward_linear(&self.hidden, &self.weight, None, targets)?)
     }
 
-    /// The four multiplications of `forward_linear` and its backward, in the same tiles.
+    /// The multiplications of forward and backward on whole matrices, in f32.
     fn multiplications(&self) -> Result<()> {
         let (hidden, weight) = (self.hidden.as_detached_tensor(), self.weight.as_detached_tensor());
-        let classes = weight.dim(0)?;
-        for first in (0..classes).step_by(TILE_CLASSES) {
-            let weight = weight.narrow(0, first, TILE_CLASSES.min(classes - first))?;
-            let logits = hidden.matmul(&weight.t()?)?;
-            drop(logits);
-            // Backward computes the logits again.
-            let logits = hidden.matmul(&weight.t()?)?;
-            logits.matmul(&weight)?;
-            logits.t()?.matmul(&hidden)?;
-        }
+        let logits = hidden.matmul(&weight.t()?)?;
+        logits.matmul(&weight)?;
+        logits.t()?.matmul(&hidden)?;
+        Ok(())
+    }
+
+    /// What candle does with the gradients of the operands: it adds each to zeros.
+    fn add_to_zeros(&self) -> Result<()> {
+        (self.hidden.zeros_like()? + self.hidden.as_tensor())?;
+        (self.weight.zeros_like()? + self.weight.as_tensor())?;
         Ok(())
     }
 }
@@ -83,32 +91,37 @@ fn bench(criterion: &mut Criterion) {
             let mut group = criterion.benchmark_group(format!("linear {name} {}", dtype.as_str()));
             group.sample_size(10).warm_up_time(Duration::from_millis(300));
             group.measurement_time(Duration::from_secs(2));
+            let no_budget = head.loss.clone().with_logits_budget(0);
             group.bench_function("forward: logits first", |b| b.iter(|| head.forward().unwrap()));
-            group.bench_function("forward: linear", |b| b.iter(|| head.forward_linear().unwrap()));
+            group.bench_function("forward: linear", |b| {
+                b.iter(|| head.forward_linear(&head.loss, &head.targets).unwrap())
+            });
             group.bench_function("with backward: logits first", |b| {
                 b.iter(|| head.forward().unwrap().backward().unwrap())
             });
-            group.bench_function("with backward: linear", |b| {
-                b.iter(|| head.forward_linear().unwrap().backward().unwrap())
-            });
-            if dtype == DType::F32 && shape[0] == 4096 {
-                group.bench_function("multiplications alone", |b| {
+            for (name, loss, targets) in [
+                ("linear", &head.loss, &head.targets),
+                ("linear, budget 0", &no_budget, &head.targets),
+                ("linear, half of the rows ignored", &head.loss, &head.half_ignored),
+            ] {
+                group.bench_function(format!("with backward: {name}"), |b| {
+                    b.iter(|| head.forward_linear(loss, targets).unwrap().backward().unwrap())
+                });
+            }
+            if dtype == DType::F32 && shape[0] > 64 {
+                group.bench_function("three multiplications", |b| {
                     b.iter(|| head.multiplications().unwrap())
                 });
-                let logits = head
-                    .hidden
-                    .matmul(&head.weight.narrow(0, 0, TILE_CLASSES).unwrap().t().unwrap());
-                let logits = logits.unwrap().detach();
+                group.bench_function("zeros and addition of the gradients", |b| {
+                    b.iter(|| head.add_to_zeros().unwrap())
+                });
+                let logits = head.hidden.matmul(&head.weight.t().unwrap()).unwrap().detach();
                 let grad_output = head.targets.to_dtype(dtype).unwrap();
-                let targets = head.targets.zeros_like().unwrap();
-                let tiles = shape[2].div_ceil(TILE_CLASSES);
-                group.bench_function("kernels alone", |b| {
+                group.bench_function("kernels", |b| {
                     b.iter(|| {
-                        for _ in 0..tiles {
-                            let (_, saved) =
-                                testing::forward_rows(&head.loss, &logits, &targets).unwrap();
-                            testing::backward_rows(&saved.unwrap(), &logits, &grad_output).unwrap();
-                        }
+                        let (_, saved) =
+                            testing::forward_rows(&head.loss, &logits, &head.targets).unwrap();
+                        testing::backward_rows(&saved.unwrap(), &logits, &grad_output).unwrap();
                     })
                 });
             }
@@ -133,7 +146,11 @@ fn peak_bytes(method: &str) -> Option<usize> {
     // Resets the peak, `VmHWM`.
     fs::write("/proc/self/clear_refs", "5").ok()?;
     let before = status("VmRSS:")?;
-    let loss = if method == "linear" { head.forward_linear() } else { head.forward() };
+    let loss = match method {
+        "logits first" => head.forward(),
+        "linear" => head.forward_linear(&head.loss, &head.targets),
+        _ => head.forward_linear(&head.loss.clone().with_logits_budget(0), &head.targets),
+    };
     let gradients = loss.ok()?.backward().ok()?;
     gradients.get(&head.weight)?;
     Some(status("VmHWM:")? - before)
@@ -150,7 +167,7 @@ fn main() {
     if env::args().any(|argument| argument == "--test") {
         return;
     }
-    for method in ["logits first", "linear"] {
+    for method in ["logits first", "linear", "linear, budget 0"] {
         let program = env::current_exe().expect("the path of this program");
         let output =
             Command::new(program).env(METHOD_VARIABLE, method).output().expect("a child process");

@@ -179,8 +179,8 @@ impl ComputedLoss {
     }
 
     /// The loss as a node of the graph that depends on three tensors, the most that candle's custom ops take; or outside
-    /// the graph, if no state was saved. `backward` gets these tensors, the gradient of the result for each row (`grad_output`),
-    /// and what was saved. It returns a gradient for each of the tensors that is tracked.
+    /// the graph, if no state was saved. `backward` gets these tensors, the gradient of the result and what was saved. It returns a
+    /// gradient for each of the tensors that is tracked.
     pub fn attach_backward(
         self,
         [a, b, c]: [&Tensor; 3],
@@ -190,12 +190,11 @@ impl ComputedLoss {
         + 'static,
     ) -> Result<Tensor> {
         let shape = self.shape();
-        let Self { loss, row_shape, saved: Some(saved), .. } = self else {
+        let Self { loss, saved: Some(saved), .. } = self else {
             return Ok(self.detached().0);
         };
         let backward = move |inputs: [&Tensor; 3], result: &Tensor, grad_result: &Tensor| {
-            let saved = Saved::new(&saved, result);
-            backward(inputs, &grad_result.broadcast_as(&row_shape[..])?, &saved)
+            backward(inputs, grad_result, &Saved::new(&saved, result))
         };
         Ok(a.apply_op3(b, c, LossNode { loss: Mutex::new(Some(loss)), shape, backward })?)
     }

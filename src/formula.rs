@@ -71,7 +71,7 @@ pub(crate) struct LossParams {
     pub class_dim: usize,
     /// K, the number of all classes. The logits may hold only a range of them.
     pub num_classes: usize,
-    /// The first class of the logits.
+    /// The first class of the logits, and of probabilities.
     pub first_class: usize,
     pub class_table: ClassTable,
     /// Whether the weighted target of the label is below that of other classes of the same weight.

@@ -1,8 +1,9 @@
-//! The loss from hidden states, for logits too large for the memory.
+//! The loss from hidden states, without all the logits at once.
 //!
 //! The logits are computed a tile at a time: some rows of the hidden states times some classes of the weight. Forward
-//! merges each tile into the softmax state of its rows. Backward computes each tile again, replaces it by its
-//! gradient, and multiplies that into the gradients of the hidden states and the weight.
+//! merges each tile into the softmax state of its rows. Backward replaces each tile by its gradient, and multiplies that into the
+//! gradients of the hidden states and the weight. Forward keeps the logits of the first rows, as many as the budget allows.
+//! Backward computes the others again. On the CPU, rows that do not count are left out of all this.
 
 use crate::autograd::{self, Saved, check_storage};
 use crate::error::{Error, Result};
@@ -15,14 +16,17 @@ use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 impl LabelSmoothingLoss {
-    /// The loss of `logits = hidden · weightᵀ + bias`, without the memory for all logits.
+    /// The loss of `logits = hidden · weightᵀ + bias`, without the memory for all logits and their gradients.
     ///
-    /// `hidden` has shape (.., H), `weight` (K, H) and `bias` (K), as [`candle_nn::Linear`] keeps them. They have one
-    /// dtype, f16, bf16, f32 or f64, and one device. `targets` are those of logits of shape (.., K). The class dimension
-    /// is the last one. All options and the result are as in [`forward`](Self::forward), except that logits of a half
-    /// type are rounded at other places, and that the hidden states of an ignored row must be finite: the multiplication for
-    /// the weight's gradient would turn them into 0·NaN = NaN. Each of `hidden`, `weight` and `bias` that is tracked gets its
-    /// gradient. None of them may change before `backward`, which computes the logits again.
+    /// `hidden` has shape (.., H), `weight` (K, H) and `bias` (K), as [`candle_nn::Linear`] keeps them. They are on one device.
+    /// Their dtype is f16, bf16 or f32, or f64 for all three. `targets` are those of logits of shape (.., K). The class
+    /// dimension is the last one. All options and the result are as in [`forward`](Self::forward), except that logits of a half
+    /// type are rounded at other places. Each of `hidden`, `weight` and `bias` that is tracked gets its gradient, in its own dtype.
+    /// None of them may change before `backward`, which reads them again.
+    ///
+    /// On the CPU ignored rows and rows of weight 0 are left out of the multiplications. On a GPU they are multiplied too, and
+    /// their hidden states must be finite: the weight's gradient would have 0·NaN = NaN.
+    /// [The guide](crate::guide::large_vocabularies#rows-that-do-not-count) shows how to leave them out there.
     ///
     /// ```
     /// use candle_core::{DType, Device, Tensor};
@@ -42,27 +46,32 @@ impl LabelSmoothingLoss {
     /// ```
     ///
     /// # When to use it
-    /// Use it if the logits do not fit: many tokens, and a vocabulary that is large against the hidden size. This
-    /// function never holds all logits in memory, nor their gradient, nor candle's copies of that gradient. It holds the
-    /// gradients of `hidden`, `weight` and `bias`, a tile of the logits, a second one while it adds the bias or computes the
-    /// tile's gradient, a piece of the weight and a piece of the hidden states of at most that size, and about a hundred
-    /// bytes a row, or two hundred with metrics or [`Smoothing::over_unmasked`](crate::Smoothing::over_unmasked). The cost is
-    /// time: `backward` computes the logits again. This is a fourth matrix multiplication, where a linear layer has three.
+    /// Use it where a linear layer makes the logits and nothing else needs them. candle's `backward` holds the logits, their gradient
+    /// and further tensors of that size. This function holds neither all logits nor their gradient, unless the logits fit into the
+    /// [budget](Self::with_logits_budget). It holds
+    /// - the logits within the budget, 512 MiB unless set otherwise. `backward` replaces them by their gradient;
+    /// - a tile of the logits beyond the budget, and a second one while it adds the bias;
+    /// - copies of a tile of the weight and of the hidden states where their dtype or layout requires it, and of all hidden states
+    ///   if they are not contiguous or if rows are left out;
+    /// - the gradients of `hidden`, `weight` and `bias`, and the products that are added to them;
+    /// - about a hundred bytes a row, or two hundred with metrics or [`Smoothing::over_unmasked`](crate::Smoothing::over_unmasked).
     ///
-    /// [`forward`](Self::forward) is the better choice for logits that fit easily, for few classes, for a hidden size so
-    /// large that the multiplications take nearly all of the time, and if the logits are needed anyway.
+    /// If all logits fit into the budget, it multiplies as often as a linear layer, three times with backward. The logits beyond the
+    /// budget are computed twice. [The guide](crate::guide::large_vocabularies) has times and memory.
     ///
     /// # How it computes
-    /// A tile has at most 4096 rows on the CPU and 16384 on a GPU. Its number of classes is such that neither the tile nor
-    /// its pieces of the hidden states and of the weight have more than 2²² elements on the CPU and 2²⁸ on a GPU (but
-    /// at least 64 rows and classes). That is 16 MB of f32, or 512 MB of bf16. On the CPU f16 and bf16 are computed in f32,
-    /// since candle's multiplication of half types there converts whole tensors at every call. On a GPU a tile has the
-    /// dtype of candle's multiplication, and its gradient is rounded to that dtype, as in `forward`. Gradients are summed
-    /// over tiles in f32 (f64 for f64) and rounded once. So a half type needs an f32 copy of the hidden states' gradient.
+    /// If all logits fit into the budget, there is no bias, and the weight need not be copied, they are one tile. Otherwise a tile
+    /// has the rows within the budget, or at most 2048 of the others (16384 on a GPU). Its number of classes is such that the
+    /// tiles of the other rows and of the weight have at most 2²² elements on the CPU and 2²⁸ on a GPU (but at least 64 rows and
+    /// classes). That is 16 MB of f32, or 512 MB of bf16. On the CPU f16 and bf16 are computed in f32, since
+    /// candle's multiplication of half types there converts whole tensors at every call. On a GPU a tile has the dtype of
+    /// candle's multiplication, and its gradient is rounded to that dtype, as in `forward`. If the dtypes of the three differ,
+    /// all is computed in f32. Gradients are summed over tiles in f32 (f64 for f64) and rounded once. So a half type needs an f32
+    /// copy of the hidden states' gradient.
     ///
     /// # Errors
-    /// Those of [`forward`](Self::forward); shapes, dtypes or devices of the three that do not fit together; and a class
-    /// dimension other than the last.
+    /// Those of [`forward`](Self::forward); shapes or devices of the three that do not fit together; f64 beside another dtype; and
+    /// a class dimension other than the last.
     ///
     /// [`candle_nn::Linear`]: https://docs.rs/candle-nn/latest/candle_nn/struct.Linear.html
     pub fn forward_linear(
@@ -149,8 +158,8 @@ pub(crate) fn forward_linear(
     let constant = tiled.targets.clone();
     let inputs = [hidden, weight, bias.unwrap_or(&constant)];
     let loss =
-        computed.attach_backward(inputs, move |[hidden, weight, bias], grad_output, saved| {
-            tiled.backward(hidden, weight, has_bias.then_some(bias), grad_output, saved)
+        computed.attach_backward(inputs, move |[hidden, weight, bias], grad_result, saved| {
+            tiled.backward(hidden, weight, has_bias.then_some(bias), grad_result, saved)
         })?;
     Ok((loss, metrics))
 }
@@ -200,7 +209,7 @@ fn logits_of(
 }
 
 /// Checks the memory for what is kept of a row: what was saved, its loss and weight, its metrics, its state twice while the row
-/// tiles are concatenated, and its index.
+/// tiles are concatenated, and its indices.
 fn check_rows_memory(params: &LossParams, row_shape: &[usize]) -> Result<()> {
     let num_metrics = if params.wants_metrics { METRIC_FIELDS + 1 } else { 0 };
     let per_row = 2 * params.num_state_fields() + params.num_saved_fields() + 4 + num_metrics;
@@ -258,6 +267,14 @@ impl Rows {
         }
     }
 
+    /// The gradient of the result for each computed row. A scalar is not copied.
+    fn grad_output(&self, grad_result: &Tensor) -> Result<Tensor> {
+        match grad_result.rank() {
+            0 => Ok(grad_result.broadcast_as(self.len)?),
+            _ => self.flatten(grad_result),
+        }
+    }
+
     /// All rows along `dim` from tiles of the computed ones. The others are 0. `zeros` makes a number of rows.
     fn expand(
         &self,
@@ -311,14 +328,16 @@ struct TiledLoss {
     dtype: DType,
     /// The dtype of the multiplications. On the CPU candle converts half types at every call, and for bf16 the whole storage.
     matmul_dtype: DType,
-    /// The size of the tiles, except that the first tile of the rows has all rows whose logits are kept.
+    /// The size of the tiles, except that the first tile of the rows has the rows whose logits are kept.
     tile: TileSize,
+    /// The number of rows whose logits are kept.
     num_kept: usize,
     /// The kept logits of each tile of the classes, until a backward takes them.
     kept: Mutex<Vec<Option<Tensor>>>,
 }
 
-/// A multiplication with fewer rows takes nearly as long, because it reads the whole weight.
+/// The least number of rows to keep, and of rows and classes of a tile. A multiplication with fewer rows takes nearly as long,
+/// because it reads the whole weight.
 const MIN_ROWS: usize = 64;
 
 impl TiledLoss {
@@ -395,14 +414,13 @@ impl TiledLoss {
         self.rows.expand(states, 1, new_states)
     }
 
-    /// The gradients of the hidden states, the weight and the bias, each if it is tracked. `grad_output` is the
-    /// gradient of the result, for each row.
+    /// The gradients of the hidden states, the weight and the bias, each if it is tracked, from the gradient of the result.
     fn backward(
         &self,
         hidden: &Tensor,
         weight: &Tensor,
         bias: Option<&Tensor>,
-        grad_output: &Tensor,
+        grad_result: &Tensor,
         saved: &Saved,
     ) -> Result<[Option<Tensor>; 3]> {
         // The targets and row weights may have changed since forward.
@@ -410,7 +428,7 @@ impl TiledLoss {
         let (wants_hidden, wants_weight) = (hidden.track_op(), weight.track_op());
         let wants_bias = bias.is_some_and(Tensor::track_op);
         let (hidden, weight, bias) = (hidden.detach(), weight.detach(), bias.map(Tensor::detach));
-        let grad_output = self.rows.flatten(grad_output)?;
+        let grad_output = self.rows.grad_output(grad_result)?;
         let saved = self.rows.select_saved(saved)?;
         let hidden_rows = self.rows.flatten(&hidden)?;
 

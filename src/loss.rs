@@ -5,7 +5,7 @@ mod validate;
 use crate::autograd;
 use crate::error::{Error, Result, TargetsOf};
 use crate::formula::LossParams;
-use crate::layout::check_size;
+use crate::layout::{check_size, row_shape};
 use crate::linear::DEFAULT_LOGITS_BUDGET;
 use crate::metrics::Metrics;
 use crate::smoothing::{self, Smoothing};
@@ -81,8 +81,8 @@ pub enum Reduction {
 ///   kernels, allocate memory for the reduction, copy class weights and wait, which a capture forbids. The graph keeps using that
 ///   memory, so it must not run at the same time as other calls of the thread that captured it. With
 ///   `Device::new_cuda_with_stream`, also switch event tracking off (`CudaDevice::disable_event_tracking`), because a capture
-///   cannot wait for events before it. For [`forward_linear`](Self::forward_linear) with a bias, candle copies shapes to the
-///   device at each call, unless `CudaDevice::enable_cuda_graph_htod_cache` keeps them.
+///   cannot wait for events before it. For [`forward_linear`](Self::forward_linear) with a bias, or with tensors
+///   that are not contiguous, candle copies shapes to the device at each call, unless `CudaDevice::enable_cuda_graph_htod_cache` keeps them.
 #[derive(Clone, Debug)]
 pub struct LabelSmoothingLoss {
     smoothing: Smoothing,
@@ -207,12 +207,13 @@ impl LabelSmoothingLoss {
 
     /// Sets how many bytes of the logits [`forward_linear`](Self::forward_linear) may keep until `backward`; 512 MiB otherwise.
     ///
-    /// `forward_linear` computes the logits a tile at a time. It keeps as many tiles as fit, in the dtype of the multiplication.
-    /// `backward` turns each kept tile into its gradient and frees it, and computes the other tiles again. With 0 it computes all
-    /// of them again, which takes the least memory and a fourth matrix multiplication. Results and gradients have the same bits
-    /// for every budget. [The guide](crate::guide::large_vocabularies) has times and memory.
+    /// `forward_linear` keeps the logits of as many rows as fit, if at least 64 do, in the dtype of the multiplication: f32 on the
+    /// CPU, f64 for f64. `backward` replaces them by their gradient and frees them, and computes the other logits again. With 0 all
+    /// are computed again. This takes the least memory, and a fourth matrix multiplication. Another budget changes the results
+    /// only by rounding. [The guide](crate::guide::large_vocabularies) has times and memory.
     ///
-    /// Nothing is kept if no gradient can be asked for. Kept tiles are also freed when the loss tensor is dropped.
+    /// Nothing is kept if no gradient can be asked for. Otherwise the logits are also freed when the loss tensor is dropped. A second
+    /// `backward` computes all logits again.
     ///
     /// ```
     /// use candle_label_smoothing::{LabelSmoothingLoss, Smoothing};
@@ -341,8 +342,9 @@ fn forward(
     // The targets are constants. They only fill the places of an op with three inputs.
     let constants = targets.clone();
     let inputs = [logits, &constants, &constants];
-    let loss = computed.attach_backward(inputs, move |[logits, ..], grad_output, saved| {
-        let gradient = autograd::backward(&params, logits, &targets, grad_output, saved)?;
+    let loss = computed.attach_backward(inputs, move |[logits, ..], grad_result, saved| {
+        let grad_output = grad_result.broadcast_as(row_shape(logits.dims(), params.class_dim))?;
+        let gradient = autograd::backward(&params, logits, &targets, &grad_output, saved)?;
         Ok([Some(gradient), None, None])
     })?;
     Ok((loss, metrics))

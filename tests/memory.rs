@@ -125,7 +125,7 @@ fn forward_linear_allocates_one_tile_of_logits() -> Result<()> {
 
 /// Forward keeps the logits of as many rows as fit. Backward turns them into their gradient where they are.
 fn forward_linear_keeps_logits_within_its_budget() -> Result<()> {
-    const ROWS: usize = 4096;
+    const ROWS: usize = 1024;
     let weight = Var::from_tensor(&random(&[1000, 4], 1., 1)?.to_dtype(DType::F32)?)?;
     let (classes, size) = weight.dims2()?;
     let hidden = Var::from_tensor(&random(&[ROWS, size], 1., 2)?.to_dtype(DType::F32)?)?;
@@ -133,7 +133,7 @@ fn forward_linear_keeps_logits_within_its_budget() -> Result<()> {
     let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?);
     let row_bytes = classes * size_of::<f32>();
     let tiles = 3 * TILE.rows * TILE.classes * size_of::<f32>() + 128 * 1024;
-    for kept_rows in [0, 63, 64, 1000, ROWS, 2 * ROWS] {
+    for kept_rows in [63, 64, 700, 2 * ROWS] {
         let budget = kept_rows * row_bytes;
         let before = ALLOCATOR.current_usage();
         let (result, forward) = peak(|| {

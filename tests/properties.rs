@@ -541,7 +541,7 @@ property! {
         }
     }
 
-    /// For any tile, hidden size, layout of hidden states and weight, and grad_output.
+    /// For any tile, budget, hidden size, layout of hidden states and weight, and grad_output.
     fn forward_linear_matches_forward(example) {
         let mut dims = example.dims.clone();
         let classes = dims.remove(example.class_dim);
@@ -549,13 +549,15 @@ property! {
         let class_dim = dims.len() - 1;
         let example = Example { dims, class_dim, ..example };
         let seed = example.seed;
-        // The seed determines hidden size and tile.
+        // The seed determines hidden size, tile and budget.
         let size = (seed % 7) as usize;
         let tile = TileSize {
             rows: 1 + (seed / 7 % 9) as usize,
             classes: 1 + (seed / 63) as usize % (2 * classes),
         };
         let (num_rows, scale) = (example.num_rows(), example.range / 10.);
+        let logits_bytes = num_rows * classes * size_of::<f64>();
+        let budget = [0, usize::MAX, logits_bytes / 2, logits_bytes][(seed / 5 % 4) as usize];
         let hidden = random(&[size, num_rows], scale, seed + 10)?.t()?;
         let hidden = Var::from_tensor(&hidden.reshape([example.rows(), vec![size]].concat())?)?;
         let weight = Var::from_tensor(&random(&[size, classes], 1., seed + 11)?)?;
@@ -569,13 +571,14 @@ property! {
             Ok([&hidden, &weight, &bias].map(|var| gradients.get(var).cloned()))
         };
         let transposed = weight.t()?;
-        let tiled = testing::forward_linear_tiled(
+        let tiled = testing::forward_linear_tiled_within_budget(
             &loss,
             &hidden,
             &transposed,
             has_bias.then_some(&*bias),
             &targets,
             tile,
+            budget,
         )?;
         let logits = hidden.reshape((num_rows, size))?.matmul(&weight)?;
         let logits = match has_bias {
