@@ -24,6 +24,7 @@ use candle_core::{
     CpuStorage, CudaStorage, CustomOp3, DType, Device, InplaceOp1, Layout, MetalStorage, Shape,
     Storage, StorageRef, Tensor,
 };
+use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 // ---- Forward
@@ -320,6 +321,38 @@ pub(crate) fn zeros_like(tensor: &Tensor) -> Result<Tensor> {
         })?;
     }
     Ok(zeros)
+}
+
+/// Adds a bias of each class to logits (rows, classes). On the CPU this is done in place, so no other tensor may share their storage.
+pub(crate) fn add_bias(logits: Tensor, bias: &Tensor) -> Result<Tensor> {
+    if !logits.device().is_cpu() {
+        return Ok(logits.broadcast_add(bias)?);
+    }
+    let (locked, layout) = bias.storage_and_layout();
+    in_place(&logits, |logits| match (logits, &*locked) {
+        (AnyOperandMut::Cpu(logits), Storage::Cpu(bias)) => cpu::add_bias(logits, (bias, layout)),
+        _ => Err(no_backend()),
+    })?;
+    Ok(logits)
+}
+
+/// Copies some rows and columns of a tensor (.., columns) on the CPU: (rows, columns), in a dtype of the arithmetic. The rows are those
+/// with these indices, or a range.
+pub(crate) fn gather(
+    tensor: &Tensor,
+    indices: Option<&[i64]>,
+    rows: &Range<usize>,
+    columns: &Range<usize>,
+    dtype: DType,
+) -> Result<Tensor> {
+    let (storage, layout) = tensor.storage_and_layout();
+    match &*storage {
+        Storage::Cpu(storage) => {
+            let gathered = cpu::gather((storage, layout), indices, rows, columns, dtype)?;
+            Ok(untracked(Storage::Cpu(gathered), (rows.len(), columns.len())))
+        }
+        _ => Err(no_backend()),
+    }
 }
 
 // ---- Storages

@@ -144,14 +144,15 @@ pub(crate) fn forward_linear(
     }
     let row_shape = row_shape(&dims, params.class_dim);
     check_rows_memory(&params, &row_shape)?;
-    let rows = Rows::new(&params, dtype, &targets, row_shape.clone())?;
+    let matmul_dtype = matmul_dtype(dtype, hidden.device());
+    let rows = ComputedRows::new(&params, matmul_dtype, &targets, row_shape.clone())?;
 
-    let mut tiled = TiledLoss::new(params, targets, rows, dtype, (weight, bias), tiling);
-    tiled.check_memory(hidden, weight)?;
+    let mut tiled = TiledLoss::new(params, targets, rows, matmul_dtype, weight, tiling);
+    tiled.check_memory(weight)?;
     let (h, w, b) = (hidden.detach(), weight.detach(), bias.map(Tensor::detach));
     let states = tiled.forward_states(&h, &w, b.as_ref())?;
     let computed =
-        autograd::finish(&tiled.params, tiled.matmul_dtype, &states, row_shape, &tiled.targets)?;
+        autograd::finish(&tiled.params, matmul_dtype, &states, row_shape, &tiled.targets)?;
     let metrics = computed.metrics()?;
     let has_bias = bias.is_some();
     // Without a bias, a constant takes its place.
@@ -218,52 +219,33 @@ fn check_rows_memory(params: &LossParams, row_shape: &[usize]) -> Result<()> {
 }
 
 /// The rows whose logits are computed: on the CPU those that count, on a GPU all.
-struct Rows {
+struct ComputedRows {
     /// The shape of all rows.
     shape: Vec<usize>,
     /// The number of computed rows.
     len: usize,
-    /// Where they are, if not all are computed.
-    selection: Option<Selection>,
+    /// The index among all rows of each computed row, or `None` if all are computed.
+    indices: Option<Vec<i64>>,
 }
 
-/// Some of the rows, in their order.
-struct Selection {
-    /// The index among all rows of each computed row.
-    rows: Tensor,
-    /// The index among the computed rows of each row, or the number of computed rows.
-    positions: Tensor,
-}
-
-impl Rows {
-    /// Checks class targets and row weights on the CPU. The kernels check each tile again, but their error would count rows from
-    /// the start of the tile. A GPU would have to wait for the targets.
+impl ComputedRows {
+    /// Checks class targets and row weights on the CPU, and finds the rows that count.
     fn new(params: &LossParams, dtype: DType, targets: &Tensor, shape: Vec<usize>) -> Result<Self> {
-        let num_rows = shape.iter().product();
-        let counted = match autograd::runs_on_cpu(targets.device()) {
-            true => autograd::counted_rows(params, dtype, targets)?,
-            false => None,
-        };
-        let Some(rows) = counted else {
-            return Ok(Self { shape, len: num_rows, selection: None });
-        };
-        let len = rows.len();
-        let mut positions = vec![len as i64; num_rows];
-        for (position, &row) in rows.iter().enumerate() {
-            positions[row as usize] = position as i64;
-        }
-        let tensor = |indices: Vec<i64>| Tensor::new(indices, targets.device());
-        let selection = Selection { rows: tensor(rows)?, positions: tensor(positions)? };
-        Ok(Self { shape, len, selection: Some(selection) })
+        let indices = counted_rows(params, dtype, targets)?;
+        let len = indices.as_ref().map_or_else(|| shape.iter().product(), Vec::len);
+        Ok(Self { shape, len, indices })
     }
 
-    /// The computed rows of a tensor that begins with the dimensions of the rows: (rows, ..).
-    fn flatten(&self, tensor: &Tensor) -> Result<Tensor> {
-        let (rows, others) = tensor.dims().split_at(self.shape.len());
-        let tensor = tensor.reshape([&[rows.iter().product()], others].concat())?;
-        match &self.selection {
-            None => Ok(tensor),
-            Some(selection) => Ok(tensor.index_select(&selection.rows, 0)?),
+    fn num_rows(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// The numbers of the computed rows, of a tensor with a number for each row.
+    fn select(&self, tensor: &Tensor) -> Result<Tensor> {
+        let numbers = tensor.reshape(self.num_rows())?;
+        match &self.indices {
+            None => Ok(numbers),
+            Some(indices) => Ok(numbers.index_select(&index_tensor(indices)?, 0)?),
         }
     }
 
@@ -271,33 +253,74 @@ impl Rows {
     fn grad_output(&self, grad_result: &Tensor) -> Result<Tensor> {
         match grad_result.rank() {
             0 => Ok(grad_result.broadcast_as(self.len)?),
-            _ => self.flatten(grad_result),
+            _ => self.select(grad_result),
         }
     }
 
-    /// All rows along `dim` from tiles of the computed ones. The others are 0. `zeros` makes a number of rows.
+    /// Some of the computed rows, and some columns, of a tensor (.., columns) with all rows: (rows, columns). They are not copied
+    /// if the tensor is contiguous and all rows are computed. A copy has the dtype `copy_dtype` on the CPU.
+    fn tile(
+        &self,
+        tensor: &Tensor,
+        rows: &Range<usize>,
+        columns: &Range<usize>,
+        copy_dtype: DType,
+    ) -> Result<Tensor> {
+        let (is_contiguous, last) = (tensor.is_contiguous(), self.shape.len());
+        if autograd::runs_on_cpu(tensor.device()) && (self.indices.is_some() || !is_contiguous) {
+            let indices = self.indices.as_deref().map(|indices| &indices[rows.clone()]);
+            return autograd::gather(tensor, indices, rows, columns, copy_dtype);
+        }
+        let (num_rows, num_columns) = (self.num_rows(), tensor.dims()[last]);
+        let columns_of = |tensor: &Tensor, dim| tensor.narrow(dim, columns.start, columns.len());
+        let tensor = match is_contiguous {
+            true => columns_of(&tensor.reshape((num_rows, num_columns))?, 1)?,
+            false => columns_of(tensor, last)?.reshape((num_rows, columns.len()))?,
+        };
+        Ok(narrow(&tensor, rows)?)
+    }
+
+    /// All rows along `dim`, from tiles of the computed ones. The others are 0. `zeros(n)` is a tensor of n such rows.
     fn expand(
         &self,
         mut tiles: Vec<Tensor>,
         dim: usize,
         zeros: impl Fn(usize) -> Result<Tensor>,
     ) -> Result<Tensor> {
-        match &self.selection {
-            None if tiles.is_empty() => zeros(0),
-            None => Ok(Tensor::cat(&tiles, dim)?),
-            Some(selection) => {
-                tiles.push(zeros(1)?);
-                Ok(Tensor::cat(&tiles, dim)?.index_select(&selection.positions, dim)?)
+        let Some(indices) = &self.indices else {
+            return if tiles.is_empty() { zeros(0) } else { Ok(Tensor::cat(&tiles, dim)?) };
+        };
+        // The row after the computed ones is 0.
+        let mut positions = vec![self.len as i64; self.num_rows()];
+        for (position, &row) in (0..).zip(indices) {
+            if let Some(slot) = positions.get_mut(row as usize) {
+                *slot = position;
             }
         }
+        tiles.push(zeros(1)?);
+        Ok(Tensor::cat(&tiles, dim)?.index_select(&index_tensor(&positions)?, dim)?)
     }
 
     /// What forward saved of the computed rows.
     fn select_saved(&self, saved: &Saved) -> Result<Saved> {
-        match &self.selection {
+        match &self.indices {
             None => Ok(saved.clone()),
-            Some(selection) => saved.select(&selection.rows),
+            Some(indices) => saved.select(&index_tensor(indices)?),
         }
+    }
+}
+
+/// Indices of rows, on the CPU.
+fn index_tensor(indices: &[i64]) -> candle_core::Result<Tensor> {
+    Tensor::new(indices, &Device::Cpu)
+}
+
+/// The indices of the rows that count, or `None` if all count or the tensors are on a GPU, which would have to wait. Checks class
+/// targets and row weights. The kernels check each tile again, but their error would count rows from the start of the tile.
+fn counted_rows(params: &LossParams, dtype: DType, targets: &Tensor) -> Result<Option<Vec<i64>>> {
+    match autograd::runs_on_cpu(targets.device()) {
+        true => autograd::counted_rows(params, dtype, targets),
+        false => Ok(None),
     }
 }
 
@@ -313,8 +336,16 @@ impl WeightTile {
         let logits = hidden.matmul(&self.weight.t()?)?;
         match &self.bias {
             None => Ok(logits),
-            Some(bias) => Ok(logits.broadcast_add(bias)?),
+            Some(bias) => autograd::add_bias(logits, bias),
         }
+    }
+}
+
+/// The dtype of the multiplications. On the CPU candle converts half types at every call, and for bf16 the whole storage.
+fn matmul_dtype(logits: DType, device: &Device) -> DType {
+    match (device, logits) {
+        (Device::Cpu, DType::F16 | DType::BF16) => DType::F32,
+        (_, dtype) => dtype,
     }
 }
 
@@ -323,65 +354,59 @@ struct TiledLoss {
     /// Of all rows.
     params: LossParams,
     targets: Tensor,
-    rows: Rows,
-    /// The dtype of the logits.
-    dtype: DType,
-    /// The dtype of the multiplications. On the CPU candle converts half types at every call, and for bf16 the whole storage.
+    rows: ComputedRows,
     matmul_dtype: DType,
-    /// The size of the tiles, except that the first tile of the rows has the rows whose logits are kept.
     tile: TileSize,
-    /// The number of rows whose logits are kept.
+    /// The number of rows whose logits fit into the budget. They are the first ones.
     num_kept: usize,
-    /// The kept logits of each tile of the classes, until a backward takes them.
+    /// The kept logits, until a backward takes them: for each tile of classes those of each tile of rows.
     kept: Mutex<Vec<Option<Tensor>>>,
 }
 
-/// The least number of rows to keep, and of rows and classes of a tile. A multiplication with fewer rows takes nearly as long,
-/// because it reads the whole weight.
-const MIN_ROWS: usize = 64;
+/// Fewer rows or classes are neither kept nor a tile, unless there are no more. Their multiplication would take nearly as long as
+/// that of more, because it reads a whole matrix.
+const MIN_LEN: usize = 64;
 
 impl TiledLoss {
     /// Chooses the tiles. The hidden states' gradient is summed over tiles of classes, and the weight's over tiles of rows. Larger
     /// tiles make these sums cheaper. On the CPU a tile has at most 16 MB in f32: glibc's allocator returns blocks from
-    /// 32 MB on to the system at once.
+    /// 32 MB on to the system at once. But if all logits fit into the budget, one tile has them. Half types on the CPU are
+    /// excluded from that, since their hidden states and weight are converted for each tile.
     fn new(
         params: LossParams,
         targets: Tensor,
-        rows: Rows,
-        dtype: DType,
-        (weight, bias): (&Tensor, Option<&Tensor>),
+        rows: ComputedRows,
+        matmul_dtype: DType,
+        weight: &Tensor,
         Tiling { tile, budget }: Tiling,
     ) -> Self {
-        let (device, num_classes) = (weight.device(), params.num_classes);
-        let matmul_dtype = match (device, dtype) {
-            (Device::Cpu, DType::F16 | DType::BF16) => DType::F32,
-            (_, dtype) => dtype,
-        };
+        let num_classes = params.num_classes;
         let row_bytes = num_classes.saturating_mul(matmul_dtype.size_in_bytes());
         let num_kept = match (budget / row_bytes).min(rows.len) {
-            num_rows if params.saves_state && num_rows >= MIN_ROWS.min(rows.len) => num_rows,
-            _ => 0,
+            num_rows if num_rows < MIN_LEN.min(rows.len) => 0,
+            num_rows => num_rows,
         };
-        let tile = tile.unwrap_or_else(|| {
-            let (max_rows, max_len): (usize, usize) = match device {
-                Device::Cpu => (1 << 11, 1 << 22),
-                _ => (1 << 14, 1 << 28),
-            };
-            let hidden_size = weight.dims()[1];
-            let max_lines = |len: usize| (max_len / len.max(1)).max(MIN_ROWS);
-            let max_rows = max_rows.min(max_lines(hidden_size)).min(rows.len);
-            // Where all logits are kept, and neither they nor the weight need to be copied, one tile has all of them.
-            let is_weight_copied = weight.dtype() != matmul_dtype || !weight.is_contiguous();
-            let is_one_tile = num_kept == rows.len && bias.is_none() && !is_weight_copied;
-            let max_classes = max_lines(max_rows.max(hidden_size));
-            TileSize {
-                rows: max_rows,
-                classes: if is_one_tile { num_classes } else { max_classes },
+        let tile = match tile {
+            Some(tile) => tile,
+            None if num_kept == rows.len && weight.dtype() == matmul_dtype => {
+                TileSize { rows: rows.len, classes: num_classes }
             }
-        });
-        let tile = TileSize { rows: tile.rows.max(1), classes: tile.classes.clamp(1, num_classes) };
-        let kept = Mutex::default();
-        Self { params, targets, rows, dtype, matmul_dtype, tile, num_kept, kept }
+            None => {
+                let (max_rows, max_elements): (usize, usize) = match weight.device() {
+                    Device::Cpu => (1 << 11, 1 << 22),
+                    _ => (1 << 14, 1 << 28),
+                };
+                let hidden_size = weight.dims()[1];
+                let max_len = |other: usize| (max_elements / other.max(1)).max(MIN_LEN);
+                let rows = max_rows.min(max_len(hidden_size)).min(rows.len);
+                TileSize { rows, classes: max_len(rows.max(hidden_size)) }
+            }
+        };
+        let tile = TileSize {
+            rows: tile.rows.clamp(1, rows.len.max(1)),
+            classes: tile.classes.clamp(1, num_classes),
+        };
+        Self { params, targets, rows, matmul_dtype, tile, num_kept, kept: Mutex::default() }
     }
 
     /// The softmax states of all rows over all classes.
@@ -391,23 +416,22 @@ impl TiledLoss {
         weight: &Tensor,
         bias: Option<&Tensor>,
     ) -> Result<Tensor> {
-        let hidden_rows = self.rows.flatten(hidden)?;
         let mut kept = Vec::new();
-        let mut row_tiles = self.row_tiles()?;
+        let hidden = self.readable(hidden)?;
+        let (labels, mut row_tiles) = (self.labels()?, self.row_tiles()?);
         let new_states =
             |len| autograd::new_states(&self.params, len, self.matmul_dtype, hidden.device());
         let states =
             row_tiles.iter().map(|(rows, _)| new_states(rows.len())).collect::<Result<Vec<_>>>()?;
         for classes in self.class_tiles() {
             let weight_tile = self.weight_tile(weight, bias, &classes)?;
-            let targets = self.targets_of(&classes)?;
             for ((rows, params), states) in row_tiles.iter_mut().zip(&states) {
-                let logits = weight_tile.logits(&self.hidden_tile(&hidden_rows, rows)?)?;
+                let logits = weight_tile.logits(&self.hidden_tile(&hidden, rows)?)?;
+                let targets = self.targets_tile(&labels, rows, &classes)?;
                 params.first_class = classes.start;
-                autograd::merge_tile(params, states, &logits, &narrow(&targets, rows)?)?;
-                if rows.end <= self.num_kept {
-                    kept.push(Some(logits));
-                }
+                autograd::merge_tile(params, states, &logits, &targets)?;
+                let is_kept = self.params.saves_state && rows.end <= self.num_kept;
+                kept.push(is_kept.then_some(logits));
             }
         }
         self.kept = Mutex::new(kept);
@@ -424,32 +448,32 @@ impl TiledLoss {
         saved: &Saved,
     ) -> Result<[Option<Tensor>; 3]> {
         // The targets and row weights may have changed since forward.
-        Rows::new(&self.params, self.dtype, &self.targets, self.rows.shape.clone())?;
+        counted_rows(&self.params, self.matmul_dtype, &self.targets)?;
         let (wants_hidden, wants_weight) = (hidden.track_op(), weight.track_op());
         let wants_bias = bias.is_some_and(Tensor::track_op);
         let (hidden, weight, bias) = (hidden.detach(), weight.detach(), bias.map(Tensor::detach));
         let grad_output = self.rows.grad_output(grad_result)?;
         let saved = self.rows.select_saved(saved)?;
-        let hidden_rows = self.rows.flatten(&hidden)?;
+        let readable_hidden = self.readable(&hidden)?;
 
-        let mut row_tiles = self.row_tiles()?;
+        let (labels, mut row_tiles) = (self.labels()?, self.row_tiles()?);
+        let num_row_tiles = row_tiles.len();
         let mut grad_hidden = vec![None; row_tiles.len()];
         let mut grad_weight = wants_weight.then(|| ClassGradient::new(&weight));
         let mut grad_bias = bias.as_ref().filter(|_| wants_bias).map(ClassGradient::new);
-        for (class_tile, classes) in self.class_tiles().enumerate() {
+        for (i, classes) in self.class_tiles().enumerate() {
             let weight_tile = self.weight_tile(&weight, bias.as_ref(), &classes)?;
-            let targets = self.targets_of(&classes)?;
             let (mut grad_weight_tile, mut grad_bias_tile) = (None, None);
-            for ((rows, params), grad_hidden) in row_tiles.iter_mut().zip(&mut grad_hidden) {
-                let hidden = self.hidden_tile(&hidden_rows, rows)?;
-                let kept =
-                    if rows.end <= self.num_kept { self.take_kept(class_tile) } else { None };
-                let grad_logits = match kept {
+            let of_rows = row_tiles.iter_mut().zip(&mut grad_hidden).enumerate();
+            for (j, ((rows, params), grad_hidden)) in of_rows {
+                let hidden = self.hidden_tile(&readable_hidden, rows)?;
+                let grad_logits = match self.take_kept(i * num_row_tiles + j) {
                     Some(logits) => logits,
                     None => weight_tile.logits(&hidden)?,
                 };
                 params.first_class = classes.start;
-                let (targets, grad_output) = (narrow(&targets, rows)?, narrow(&grad_output, rows)?);
+                let targets = self.targets_tile(&labels, rows, &classes)?;
+                let grad_output = narrow(&grad_output, rows)?;
                 let saved = saved.rows(rows.start, rows.len())?;
                 autograd::backward_in_place(params, &grad_logits, &targets, &grad_output, &saved)?;
                 if wants_hidden {
@@ -491,45 +515,60 @@ impl TiledLoss {
         Ok(gradient.reshape(hidden.shape())?)
     }
 
-    /// The logits that forward kept of a tile of classes, once.
-    fn take_kept(&self, class_tile: usize) -> Option<Tensor> {
-        self.kept.lock().unwrap_or_else(PoisonError::into_inner).get_mut(class_tile)?.take()
+    /// The logits that forward kept of a tile, once.
+    fn take_kept(&self, tile: usize) -> Option<Tensor> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner).get_mut(tile)?.take()
     }
 
     /// The range and the params of each tile of the computed rows.
     fn row_tiles(&self) -> Result<Vec<(Range<usize>, LossParams)>> {
         let row_weights = self.params.row_weights.as_ref();
-        let row_weights = row_weights.map(|weights| self.rows.flatten(weights)).transpose()?;
-        let len = self.rows.len;
-        let kept = (self.num_kept > 0).then_some(0..self.num_kept);
-        let others = (self.num_kept..len).step_by(self.tile.rows);
-        let others = others.map(|start| start..len.min(start + self.tile.rows));
+        let row_weights = row_weights.map(|weights| self.rows.select(weights)).transpose()?;
+        let kept = ranges(0..self.num_kept, self.tile.rows);
+        let others = ranges(self.num_kept..self.rows.len, self.tile.rows);
         let with_params = |rows: Range<usize>| {
             let row_weights = row_weights.as_ref().map(|w| narrow(w, &rows)).transpose()?;
             Ok((rows, LossParams { row_weights, class_dim: 1, ..self.params.clone() }))
         };
-        kept.into_iter().chain(others).map(with_params).collect()
+        kept.chain(others).map(with_params).collect()
     }
 
     /// The range of each tile of the classes.
     fn class_tiles(&self) -> impl Iterator<Item = Range<usize>> {
-        let (num_classes, step) = (self.params.num_classes, self.tile.classes);
-        (0..num_classes).step_by(step).map(move |start| start..num_classes.min(start + step))
+        ranges(0..self.params.num_classes, self.tile.classes)
     }
 
-    /// Some of the computed rows' hidden states, in the dtype of the multiplication.
+    /// The hidden states in a layout of which tiles are read. A GPU would copy all for each tile if they were not contiguous.
+    fn readable(&self, hidden: &Tensor) -> Result<Tensor> {
+        match autograd::runs_on_cpu(hidden.device()) {
+            true => Ok(hidden.clone()),
+            false => Ok(hidden.contiguous()?),
+        }
+    }
+
+    /// The hidden states of some computed rows in the dtype of the multiplication, (rows, H).
     fn hidden_tile(&self, hidden: &Tensor, rows: &Range<usize>) -> Result<Tensor> {
-        Ok(narrow(hidden, rows)?.to_dtype(self.matmul_dtype)?)
+        let columns = 0..hidden.dim(D::Minus1)?;
+        let tile = self.rows.tile(hidden, rows, &columns, self.matmul_dtype)?;
+        Ok(tile.to_dtype(self.matmul_dtype)?)
     }
 
-    /// The class targets of the computed rows, (rows), or their probabilities for some classes, (rows, classes).
-    fn targets_of(&self, classes: &Range<usize>) -> Result<Tensor> {
-        match self.targets.dtype().is_int() {
-            true => self.rows.flatten(&self.targets),
-            false => {
-                let targets = self.targets.narrow(D::Minus1, classes.start, classes.len())?;
-                self.rows.flatten(&targets)
-            }
+    /// The class targets of the computed rows, or `None` for probabilities.
+    fn labels(&self) -> Result<Option<Tensor>> {
+        let labels = Some(&self.targets).filter(|targets| targets.dtype().is_int());
+        labels.map(|labels| self.rows.select(labels)).transpose()
+    }
+
+    /// The class targets of some computed rows, or their probabilities of some classes, (rows, classes).
+    fn targets_tile(
+        &self,
+        labels: &Option<Tensor>,
+        rows: &Range<usize>,
+        classes: &Range<usize>,
+    ) -> Result<Tensor> {
+        match labels {
+            Some(labels) => Ok(narrow(labels, rows)?),
+            None => self.rows.tile(&self.targets, rows, classes, result_dtype(self.matmul_dtype)),
         }
     }
 
@@ -543,14 +582,11 @@ impl TiledLoss {
         Ok(WeightTile { weight: tile(weight)?, bias: bias.map(tile).transpose()? })
     }
 
-    /// Checks the memory for the kept logits and for copies of the hidden states and of a tile of the weight. A GPU reports itself
-    /// that its memory is too small.
-    fn check_memory(&self, hidden: &Tensor, weight: &Tensor) -> Result<()> {
-        if !hidden.device().is_cpu() {
+    /// Checks the memory for the logits within the budget and for a copy of a tile of the weight. A GPU reports itself that its
+    /// memory is too small.
+    fn check_memory(&self, weight: &Tensor) -> Result<()> {
+        if !weight.device().is_cpu() {
             return Ok(());
-        }
-        if self.rows.selection.is_some() || !hidden.is_contiguous() {
-            check_memory("a copy of the hidden states", hidden.dims(), hidden.elem_count())?;
         }
         if weight.dtype() != self.matmul_dtype || !weight.is_contiguous() {
             let len = self.tile.classes.saturating_mul(weight.dims()[1]);
@@ -599,9 +635,14 @@ impl<'a> ClassGradient<'a> {
     }
 }
 
-/// Some rows of a tensor (rows, ..).
-fn narrow(tensor: &Tensor, rows: &Range<usize>) -> candle_core::Result<Tensor> {
-    tensor.narrow(0, rows.start, rows.len())
+/// The ranges of at most `step` that make a range.
+fn ranges(all: Range<usize>, step: usize) -> impl Iterator<Item = Range<usize>> {
+    all.clone().step_by(step).map(move |start| start..all.end.min(start + step))
+}
+
+/// A range of the first dimension.
+fn narrow(tensor: &Tensor, range: &Range<usize>) -> candle_core::Result<Tensor> {
+    tensor.narrow(0, range.start, range.len())
 }
 
 /// Adds a term to a sum of gradients, in the dtype of the arithmetic.

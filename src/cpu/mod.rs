@@ -35,6 +35,7 @@ use results::{RowResults, field_slices_mut, write_fields, write_row, write_row_w
 use rows::{GradInputs, for_each_row};
 use softmax::{GradCoeffs, ROWS_AT_ONCE};
 use state::{Extras, RowState};
+use std::ops::Range;
 use targets::{LockedClassTable, Targets};
 pub(crate) use targets::{check_labels, counted_rows};
 
@@ -195,6 +196,10 @@ fn states_mut<const N: usize>((storage, layout): OperandMut<'_>) -> Result<[&mut
     }
 }
 
+fn unsupported(dtype: DType) -> Error {
+    candle_core::Error::UnsupportedDTypeForOp(dtype, "label-smoothing-loss-in-place").bt().into()
+}
+
 fn not_contiguous() -> Error {
     candle_core::Error::RequiresContiguous { op: "label-smoothing-loss" }.bt().into()
 }
@@ -247,10 +252,7 @@ pub(crate) fn backward_in_place(
     match logits {
         CpuStorage::F32(values) => backward_in_place_of(params, values, layout, inputs, divisor),
         CpuStorage::F64(values) => backward_in_place_of(params, values, layout, inputs, divisor),
-        _ => {
-            let op = "label-smoothing-loss-in-place";
-            Err(candle_core::Error::UnsupportedDTypeForOp(logits.dtype(), op).bt().into())
-        }
+        _ => Err(unsupported(logits.dtype())),
     }
 }
 
@@ -352,6 +354,71 @@ fn grad_coeffs<A: Real>(
         }
     });
     Ok(GradCoeffs { max, exp_scale, neg_grad_output })
+}
+
+/// Adds a bias of each class to contiguous logits (rows, classes) of the same dtype.
+pub(crate) fn add_bias((logits, layout): OperandMut, bias: Operand) -> Result<()> {
+    if layout.start_offset() != 0 || !layout.is_contiguous() {
+        return Err(not_contiguous());
+    }
+    match logits {
+        CpuStorage::F64(logits) => add_bias_in(logits, bias),
+        CpuStorage::F32(logits) => add_bias_in(logits, bias),
+        _ => Err(unsupported(logits.dtype())),
+    }
+}
+
+fn add_bias_in<A: Real>(logits: &mut [A], (bias, layout): Operand) -> Result<()> {
+    let (start, end) = layout.contiguous_offsets().ok_or_else(not_contiguous)?;
+    let bias = A::cpu_storage_as_slice(bias)?.get(start..end).ok_or_else(not_contiguous)?;
+    par_split([logits], bias.len(), 1, &|_, [rows]| {
+        for row in rows.chunks_mut(bias.len().max(1)) {
+            row.iter_mut().zip(bias).for_each(|(logit, &bias)| *logit += bias);
+        }
+    });
+    Ok(())
+}
+
+/// Copies some rows and columns of a tensor (.., columns), in the arithmetic's dtype `dtype`. The rows are those with these indices, or
+/// a range.
+pub(crate) fn gather(
+    tensor: Operand,
+    indices: Option<&[i64]>,
+    rows: &Range<usize>,
+    columns: &Range<usize>,
+    dtype: DType,
+) -> Result<CpuStorage> {
+    match dtype {
+        DType::F64 => gather_in::<f64>(tensor, indices, rows, columns),
+        _ => gather_in::<f32>(tensor, indices, rows, columns),
+    }
+}
+
+fn gather_in<A: Real>(
+    tensor: Operand,
+    indices: Option<&[i64]>,
+    rows: &Range<usize>,
+    columns: &Range<usize>,
+) -> Result<CpuStorage> {
+    let source = StridedRows::new(tensor, tensor.1.shape().rank() - 1, 0)?;
+    let num_columns = columns.len().max(1);
+    let len = rows.len() * columns.len();
+    let gathered = par_build(len, num_columns.min(SEGMENT), |start, out| {
+        let mut block = [A::ZERO; BLOCK];
+        let (mut i, mut column) = (start / num_columns, start % num_columns);
+        while out.remaining() > 0 {
+            let len = BLOCK.min(num_columns - column).min(out.remaining());
+            let row = indices.map_or(rows.start + i, |indices| indices[i] as usize);
+            let pos = BlockPos { row, class: columns.start + column, axis: InnerAxis::Class };
+            source.load(pos, &mut block[..len]);
+            out.write(&block[..len]);
+            column += len;
+            if column == num_columns {
+                (i, column) = (i + 1, 0);
+            }
+        }
+    })?;
+    Ok(A::to_cpu_storage_owned(gathered))
 }
 
 /// Asks for huge pages under zeros that will be written as a whole.

@@ -3,7 +3,7 @@
 use crate::error::{Error, Result};
 use rayon::prelude::*;
 use std::mem::MaybeUninit;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Elements that a loop works on at a time: few enough for the stack and the first-level cache.
 pub(super) const BLOCK: usize = 256;
@@ -75,16 +75,16 @@ pub(super) fn par_build<T: Copy + Default + Send>(
     Ok(out)
 }
 
-/// Replaces all values. `f(start, old, writer)` gets the values of a piece, and writes the new ones. Each `start` is a multiple
-/// of `unit`.
-pub(super) fn par_rewrite<T: Copy + Default + Send>(
+/// Replaces values. `f(start, old, writer)` gets the values of a piece, and writes the new ones. Those that it does not write keep
+/// their old value. Each `start` is a multiple of `unit`.
+pub(super) fn par_rewrite<T: Copy + Send>(
     values: &mut [T],
     unit: usize,
     f: impl Fn(usize, Vec<T>, &mut SliceWriter<T>) + Sync,
 ) -> Result<()> {
-    let is_out_of_memory = AtomicBool::new(false);
+    let refused_len = AtomicUsize::new(0);
     par_split([values], unit, 1, &|start, [piece]| match reserve(piece.len()) {
-        Err(_) => is_out_of_memory.store(true, Ordering::Relaxed),
+        Err(_) => refused_len.store(piece.len(), Ordering::Relaxed),
         Ok(mut old) => {
             old.extend_from_slice(piece);
             let piece: *mut [T] = piece;
@@ -93,9 +93,9 @@ pub(super) fn par_rewrite<T: Copy + Default + Send>(
             f(start, old, &mut SliceWriter { slice, written: 0 });
         }
     });
-    match is_out_of_memory.into_inner() {
-        true => Err(Error::TooLarge { what: "an intermediate result", shape: vec![unit] }),
-        false => Ok(()),
+    match refused_len.into_inner() {
+        0 => Ok(()),
+        len => Err(Error::TooLarge { what: "an intermediate result", shape: vec![len] }),
     }
 }
 
