@@ -52,8 +52,8 @@
 //!   scale, a softcap and four [reductions](Reduction).
 //! - [`LabelSmoothingLoss::forward_with_metrics`]: the loss, and the [`Metrics`] of the rows from the same read of the logits:
 //!   negative log-likelihood, prediction, confidence, entropy.
-//! - [`LabelSmoothingLoss::forward_linear`]: the same loss from hidden states and a classifier's weight, for logits
-//!   that are too large for the memory.
+//! - [`LabelSmoothingLoss::forward_linear`]: the same loss from hidden states and a classifier's weight, with less
+//!   memory and in no more time.
 //! - [`Smoothing`]: the conventions of label smoothing. Libraries use this one name for several formulas.
 //! - [`smooth_targets`]: the smoothed targets as a tensor.
 //! - [`check_targets`]: checks that class targets are in range. On a GPU, `forward` does not check them.

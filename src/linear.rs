@@ -19,14 +19,14 @@ impl LabelSmoothingLoss {
     /// The loss of `logits = hidden · weightᵀ + bias`, without the memory for all logits and their gradients.
     ///
     /// `hidden` has shape (.., H), `weight` (K, H) and `bias` (K), as [`candle_nn::Linear`] keeps them. They are on one device.
-    /// Their dtype is f16, bf16 or f32, or f64 for all three. `targets` are those of logits of shape (.., K). The class
+    /// Each has dtype f16, bf16 or f32, or all have f64. `targets` are those of logits of shape (.., K). The class
     /// dimension is the last one. All options and the result are as in [`forward`](Self::forward), except that logits of a half
     /// type are rounded at other places. Each of `hidden`, `weight` and `bias` that is tracked gets its gradient, in its own dtype.
     /// None of them may change before `backward`, which reads them again.
     ///
-    /// On the CPU ignored rows and rows of weight 0 are left out of the multiplications. On a GPU they are multiplied too, and
-    /// their hidden states must be finite: the weight's gradient would have 0·NaN = NaN.
-    /// [The guide](crate::guide::large_vocabularies#rows-that-do-not-count) shows how to leave them out there.
+    /// On the CPU ignored rows and rows of weight 0 are left out of the multiplications. A GPU multiplies them too. There their
+    /// hidden states must be finite, because the weight's gradient would have 0·NaN = NaN.
+    /// [The guide](crate::guide::large_vocabularies#rows-that-do-not-count) shows how to leave them out on a GPU.
     ///
     /// ```
     /// use candle_core::{DType, Device, Tensor};
@@ -46,28 +46,31 @@ impl LabelSmoothingLoss {
     /// ```
     ///
     /// # When to use it
-    /// Use it where a linear layer makes the logits and nothing else needs them. candle's `backward` holds the logits, their gradient
-    /// and further tensors of that size. This function holds neither all logits nor their gradient, unless the logits fit into the
-    /// [budget](Self::with_logits_budget). It holds
-    /// - the logits within the budget, 512 MiB unless set otherwise. `backward` replaces them by their gradient;
-    /// - a tile of the logits beyond the budget, and a second one while it adds the bias;
-    /// - copies of a tile of the weight and of the hidden states where their dtype or layout requires it, and of all hidden states
-    ///   if they are not contiguous or if rows are left out;
+    /// Use it where a linear layer makes the logits and nothing else needs them. If the caller makes the logits, candle's `backward`
+    /// holds them, their gradient, and further tensors of that size. This function holds
+    /// - the logits within the [budget](Self::with_logits_budget) of 512 MiB, which `backward` replaces by their gradient;
+    /// - a tile of the logits beyond the budget;
+    /// - copies of a tile of the hidden states, the weight and the probabilities, where their dtype or layout requires it or rows
+    ///   are left out;
     /// - the gradients of `hidden`, `weight` and `bias`, and the products that are added to them;
     /// - about a hundred bytes a row, or two hundred with metrics or [`Smoothing::over_unmasked`](crate::Smoothing::over_unmasked).
     ///
-    /// If all logits fit into the budget, it multiplies as often as a linear layer, three times with backward. The logits beyond the
+    /// On a GPU, a bias needs the memory of one more tile while it is added, and hidden states or probabilities that are not contiguous
+    /// are copied for all rows.
+    ///
+    /// If all logits fit into the budget, a step has the three matrix multiplications of a linear layer. The logits beyond the
     /// budget are computed twice. [The guide](crate::guide::large_vocabularies) has times and memory.
     ///
     /// # How it computes
-    /// If all logits fit into the budget, there is no bias, and the weight need not be copied, they are one tile. Otherwise a tile
-    /// has the rows within the budget, or at most 2048 of the others (16384 on a GPU). Its number of classes is such that the
-    /// tiles of the other rows and of the weight have at most 2²² elements on the CPU and 2²⁸ on a GPU (but at least 64 rows and
-    /// classes). That is 16 MB of f32, or 512 MB of bf16. On the CPU f16 and bf16 are computed in f32, since
-    /// candle's multiplication of half types there converts whole tensors at every call. On a GPU a tile has the dtype of
-    /// candle's multiplication, and its gradient is rounded to that dtype, as in `forward`. If the dtypes of the three differ,
-    /// all is computed in f32. Gradients are summed over tiles in f32 (f64 for f64) and rounded once. So a half type needs an f32
-    /// copy of the hidden states' gradient.
+    /// If all logits fit into the budget, they are one tile, unless a dtype must be converted and the copy would be larger than the
+    /// logits. Otherwise a tile has at most 2048 rows on the CPU and 16384 on a GPU.
+    /// It has so many classes that neither the tile nor its pieces of the hidden states and of the weight have more than
+    /// 2²² elements on the CPU, or 2²⁸ on a GPU, but at least 64. That is 16 MB of f32, or 512 MB of bf16.
+    ///
+    /// On the CPU f16 and bf16 are computed in f32, a tile at a time, since candle's multiplication of half types there converts whole
+    /// tensors at every call. On a GPU a tile has the dtype of candle's multiplication, and its gradient is rounded to that dtype, as in
+    /// `forward`. If the dtypes of the three differ, all is computed in f32. Gradients are summed over tiles in f32 (f64 for f64) and
+    /// rounded once. So a half type needs an f32 copy of the hidden states' gradient.
     ///
     /// # Errors
     /// Those of [`forward`](Self::forward); shapes or devices of the three that do not fit together; f64 beside another dtype; and
@@ -147,7 +150,7 @@ pub(crate) fn forward_linear(
     let matmul_dtype = matmul_dtype(dtype, hidden.device());
     let rows = ComputedRows::new(&params, matmul_dtype, &targets, row_shape.clone())?;
 
-    let mut tiled = TiledLoss::new(params, targets, rows, matmul_dtype, weight, tiling);
+    let mut tiled = TiledLoss::new(params, targets, rows, matmul_dtype, [hidden, weight], tiling);
     tiled.check_memory(weight)?;
     let (h, w, b) = (hidden.detach(), weight.detach(), bias.map(Tensor::detach));
     let states = tiled.forward_states(&h, &w, b.as_ref())?;
@@ -370,14 +373,14 @@ const MIN_LEN: usize = 64;
 impl TiledLoss {
     /// Chooses the tiles. The hidden states' gradient is summed over tiles of classes, and the weight's over tiles of rows. Larger
     /// tiles make these sums cheaper. On the CPU a tile has at most 16 MB in f32: glibc's allocator returns blocks from
-    /// 32 MB on to the system at once. But if all logits fit into the budget, one tile has them. Half types on the CPU are
-    /// excluded from that, since their hidden states and weight are converted for each tile.
+    /// 32 MB on to the system at once. But if all logits fit into the budget, one tile has them, unless converted copies of the hidden
+    /// states or the weight would be larger than the logits.
     fn new(
         params: LossParams,
         targets: Tensor,
         rows: ComputedRows,
         matmul_dtype: DType,
-        weight: &Tensor,
+        [hidden, weight]: [&Tensor; 2],
         Tiling { tile, budget }: Tiling,
     ) -> Self {
         let num_classes = params.num_classes;
@@ -386,9 +389,12 @@ impl TiledLoss {
             num_rows if num_rows < MIN_LEN.min(rows.len) => 0,
             num_rows => num_rows,
         };
+        let hidden_size = weight.dims()[1];
+        let is_converted = [hidden, weight].iter().any(|t| t.dtype() != matmul_dtype);
+        let are_copies_small = !is_converted || hidden_size <= rows.len.min(num_classes);
         let tile = match tile {
             Some(tile) => tile,
-            None if num_kept == rows.len && weight.dtype() == matmul_dtype => {
+            None if num_kept == rows.len && are_copies_small => {
                 TileSize { rows: rows.len, classes: num_classes }
             }
             None => {
@@ -396,7 +402,6 @@ impl TiledLoss {
                     Device::Cpu => (1 << 11, 1 << 22),
                     _ => (1 << 14, 1 << 28),
                 };
-                let hidden_size = weight.dims()[1];
                 let max_len = |other: usize| (max_elements / other.max(1)).max(MIN_LEN);
                 let rows = max_rows.min(max_len(hidden_size)).min(rows.len);
                 TileSize { rows, classes: max_len(rows.max(hidden_size)) }

@@ -207,20 +207,23 @@ impl LabelSmoothingLoss {
 
     /// Sets how many bytes of the logits [`forward_linear`](Self::forward_linear) may keep until `backward`; 512 MiB otherwise.
     ///
-    /// `forward_linear` keeps the logits of as many rows as fit, if at least 64 do, in the dtype of the multiplication: f32 on the
-    /// CPU, f64 for f64. `backward` replaces them by their gradient and frees them, and computes the other logits again. With 0 all
-    /// are computed again. This takes the least memory, and a fourth matrix multiplication. Another budget changes the results
-    /// only by rounding. [The guide](crate::guide::large_vocabularies) has times and memory.
+    /// `forward_linear` keeps the logits of as many rows as fit: of all rows, or of at least 64. They have the dtype of the
+    /// multiplication: f32 for half types on the CPU, otherwise the dtype of the logits. `backward` replaces them by their gradient and
+    /// frees them. It computes the other logits again. With a budget of 0 it computes all again: this takes the least memory, and
+    /// four matrix multiplications instead of three. Another budget changes the results only by rounding.
+    /// [The guide](crate::guide::large_vocabularies) has times and memory.
     ///
-    /// Nothing is kept if no gradient can be asked for. Otherwise the logits are also freed when the loss tensor is dropped. A second
-    /// `backward` computes all logits again.
+    /// The budget is that of one call. If none of the inputs is tracked, the logits are freed at the end of the call. Otherwise they
+    /// are freed by `backward`, or when the loss and everything computed from it is dropped. So evaluate with detached tensors, or drop
+    /// each loss before the next. A second `backward` computes all logits again. If the memory for the logits within the budget is
+    /// refused, `forward_linear` returns an error on the CPU.
     ///
     /// ```
     /// use candle_label_smoothing::{LabelSmoothingLoss, Smoothing};
     ///
     /// let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?);
     /// let least_memory = loss.clone().with_logits_budget(0);
-    /// let fastest = loss.with_logits_budget(usize::MAX);
+    /// let all_logits_kept = loss.with_logits_budget(usize::MAX);
     /// # Ok::<(), candle_label_smoothing::Error>(())
     /// ```
     pub fn with_logits_budget(mut self, bytes: usize) -> Self {

@@ -428,6 +428,28 @@ fn views_match_forward() -> Result<()> {
     Ok(())
 }
 
+/// Neither the layout of the weight nor a gradient changes the tiles, and with them the bits. The weight is larger than a tile.
+#[test]
+fn views_and_constants_give_the_same_bits() -> Result<()> {
+    if cfg!(emulator) {
+        // The emulated threads are too slow for this size.
+        return Ok(());
+    }
+    let weight = random(&[15_000, 300], 0.1, 1)?.to_dtype(DType::F32)?;
+    let view = on_device(&weight.t()?.contiguous()?)?.t()?;
+    let hidden = Var::from_tensor(&on_device(&random(&[3, 300], 1., 2)?.to_dtype(DType::F32)?)?)?;
+    let weight = on_device(&weight)?;
+    let labels = on_device(&random_labels(&[3], 15_000, 3)?)?;
+    let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?);
+    let of = |hidden: &Tensor, weight: &Tensor| loss.forward_linear(hidden, weight, None, &labels);
+    let (contiguous, of_view) = (of(&hidden, &weight)?, of(&hidden, &view)?);
+    assert_eq!(values(&contiguous)?, values(&of_view)?);
+    assert_eq!(values(&contiguous)?, values(&of(&hidden.as_detached_tensor(), &weight)?)?);
+    let gradient = |loss: &Tensor| values(loss.backward()?.get(&hidden).expect("no gradient"));
+    assert_eq!(gradient(&contiguous)?, gradient(&of_view)?);
+    Ok(())
+}
+
 /// Hidden states of rank 1, and batches without rows.
 #[test]
 fn single_row_and_empty_batches() -> Result<()> {

@@ -133,12 +133,13 @@ fn forward_linear_keeps_logits_within_its_budget() -> Result<()> {
     let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?);
     let row_bytes = classes * size_of::<f32>();
     let tiles = 3 * TILE.rows * TILE.classes * size_of::<f32>() + 128 * 1024;
-    for kept_rows in [63, 64, 700, 2 * ROWS] {
+    let bias = random(&[classes], 1., 4)?.to_dtype(DType::F32)?;
+    for (kept_rows, bias) in [(63, None), (64, None), (700, Some(&bias)), (2 * ROWS, Some(&bias))] {
         let budget = kept_rows * row_bytes;
         let before = ALLOCATOR.current_usage();
         let (result, forward) = peak(|| {
             Ok(testing::forward_linear_tiled_within_budget(
-                &loss, &hidden, &weight, None, &labels, TILE, budget,
+                &loss, &hidden, &weight, bias, &labels, TILE, budget,
             )?)
         })?;
         let kept = ALLOCATOR.current_usage() - before;
@@ -154,6 +155,24 @@ fn forward_linear_keeps_logits_within_its_budget() -> Result<()> {
         let left = ALLOCATOR.current_usage() - before;
         assert!(left < grads + rows, "{kept_rows} rows: {left} bytes left after backward");
         drop((result, gradients));
+    }
+    // Probabilities are read where they are, or a tile at a time.
+    let probabilities = random_probabilities(&[classes, ROWS], 0, 5)?.to_dtype(DType::F32)?;
+    let all_equal = probabilities.narrow(1, 0, 1)?.t()?.broadcast_as((ROWS, classes))?;
+    let mask: Vec<u8> = (0..ROWS).map(|row| u8::from(row % 10 != 0)).collect();
+    let masked = loss.weigh_rows(&Tensor::new(mask, hidden.device())?)?;
+    for (loss, targets) in [
+        (&loss, &probabilities.t()?.contiguous()?),
+        (&loss, &probabilities.t()?),
+        (&loss, &all_equal),
+        (&masked, &probabilities.t()?),
+    ] {
+        let (result, forward) = peak(|| {
+            Ok(testing::forward_linear_tiled(loss, &hidden, &weight, None, targets, TILE)?)
+        })?;
+        let (_, backward) = peak(|| result.backward())?;
+        let bound = tiles + 104 * ROWS + 4 * (ROWS + classes) * size * size_of::<f32>();
+        assert!(forward.max(backward) < bound, "{forward} and {backward} bytes of {bound}");
     }
     // Nothing is kept if there is no gradient to compute.
     let before = ALLOCATOR.current_usage();

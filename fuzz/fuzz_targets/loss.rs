@@ -612,9 +612,14 @@ impl Case<'_> {
         };
         let fits = hidden_dims == [rows, &[hidden_size]].concat()
             && weight_dims == [classes, hidden_size]
-            && weight_dtype == dtype
-            && (bias.is_none() || bias_dims == [classes] && bias_dtype == dtype)
+            && (bias.is_none() || bias_dims == [classes])
             && self.class_dim == rows.len();
+        let others = [Some(weight_dtype), bias.as_ref().map(|_| bias_dtype)];
+        let is_mixed = others.iter().flatten().any(|other| *other != dtype);
+        let may_mix = |dtype: &DType| matches!(dtype, DType::F16 | DType::BF16 | DType::F32);
+        let fits =
+            fits && (!is_mixed || [Some(dtype)].iter().chain(&others).flatten().all(may_mix));
+        let dtype = if is_mixed { DType::F32 } else { dtype };
         let mut inputs = vec![&hidden, &weight];
         if bias.is_some() {
             inputs.push(&bias_tensor);
