@@ -63,7 +63,7 @@ impl LabelSmoothingLoss {
     ///
     /// # How it computes
     /// If all logits fit into the budget, they are one tile, unless a dtype must be converted and the copy would be larger than the
-    /// logits. Otherwise a tile has at most 2048 rows on the CPU and 16384 on a GPU.
+    /// logits. Otherwise a tile has at most 4096 rows on the CPU and 16384 on a GPU.
     /// It has so many classes that neither the tile nor its pieces of the hidden states and of the weight have more than
     /// 2²² elements on the CPU, or 2²⁸ on a GPU, but at least 64. That is 16 MB of f32, or 512 MB of bf16.
     ///
@@ -399,7 +399,7 @@ impl TiledLoss {
             }
             None => {
                 let (max_rows, max_elements): (usize, usize) = match weight.device() {
-                    Device::Cpu => (1 << 11, 1 << 22),
+                    Device::Cpu => (1 << 12, 1 << 22),
                     _ => (1 << 14, 1 << 28),
                 };
                 let max_len = |other: usize| (max_elements / other.max(1)).max(MIN_LEN);

@@ -152,7 +152,7 @@ fn every_combination_of_options_matches_forward() -> Result<()> {
     Ok(())
 }
 
-/// `forward_linear` divides rows and classes of these sizes itself.
+/// Without a budget, `forward_linear` divides rows and classes of these sizes.
 #[test]
 fn default_tiles_match_forward() -> Result<()> {
     if cfg!(emulator) {
@@ -166,11 +166,18 @@ fn default_tiles_match_forward() -> Result<()> {
         .with_class_weights(&random(&[1100], 1., 4)?.abs()?)?
         .with_z_loss(1e-3)?;
     let expected = inputs.run_full_logits(&loss, &targets)?;
-    let actual = inputs.run(DType::F64, |hidden, weight, bias| {
-        let targets = targets.to_device(hidden.device())?;
-        Ok(loss.forward_linear(hidden, weight, bias, &targets)?)
-    })?;
-    assert_all_close("4200 x 1100", &actual, &expected, 1e-11);
+    // Without a budget, with one for some of the rows, and with the default, which keeps all.
+    for loss in [
+        loss.clone().with_logits_budget(0),
+        loss.clone().with_logits_budget(500 * 1100 * size_of::<f64>()),
+        loss,
+    ] {
+        let actual = inputs.run(DType::F64, |hidden, weight, bias| {
+            let targets = targets.to_device(hidden.device())?;
+            Ok(loss.forward_linear(hidden, weight, bias, &targets)?)
+        })?;
+        assert_all_close("4200 x 1100", &actual, &expected, 1e-11);
+    }
     Ok(())
 }
 
