@@ -115,9 +115,9 @@ fn bench(criterion: &mut Criterion) {
                 group.bench_function("zeros and addition of the gradients", |b| {
                     b.iter(|| head.add_to_zeros().unwrap())
                 });
-                let logits = head.hidden.matmul(&head.weight.t().unwrap()).unwrap().detach();
-                let grad_output = head.targets.to_dtype(dtype).unwrap();
                 group.bench_function("kernels", |b| {
+                    let logits = head.hidden.matmul(&head.weight.t().unwrap()).unwrap().detach();
+                    let grad_output = head.targets.to_dtype(dtype).unwrap();
                     b.iter(|| {
                         let (_, saved) =
                             testing::forward_rows(&head.loss, &logits, &head.targets).unwrap();
