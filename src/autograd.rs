@@ -4,6 +4,8 @@
 //! exists. Then [`ComputedLoss::attach_backward`] makes the computed loss a node of the graph. The backward of that
 //! node calls the backend again.
 
+mod ops;
+
 #[cfg(not(emulator))]
 use crate::cpu as host;
 // The emulated GPU computes with tensors in the host's memory.
@@ -11,21 +13,22 @@ use crate::cpu as host;
 use crate::gpu as host;
 
 use crate::cpu;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::formula::{
     Divisor, ForwardOut, LossParams, METRIC_FIELDS, RowMetrics, SavedIn, result_dtype,
 };
 #[cfg(any(feature = "cuda", feature = "metal"))]
 use crate::gpu;
-use crate::layout::{Operand, OperandMut, check_layout, row_shape};
+use crate::layout::{Operand, check_layout, row_shape};
 use crate::metrics::Metrics;
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
+#[cfg(feature = "metal")]
+use candle_core::MetalStorage;
 use candle_core::op::BackpropOp;
-use candle_core::{
-    CpuStorage, CudaStorage, CustomOp3, DType, Device, InplaceOp1, Layout, MetalStorage, Shape,
-    Storage, StorageRef, Tensor,
-};
+use candle_core::{CpuStorage, DType, Device, Layout, Shape, Storage, StorageRef, Tensor};
+use ops::{AnyOperandMut, LossNode, in_place, no_backend};
 use std::ops::Range;
-use std::sync::{Mutex, PoisonError};
 
 // ---- Forward
 
@@ -197,7 +200,7 @@ impl ComputedLoss {
         let backward = move |inputs: [&Tensor; 3], result: &Tensor, grad_result: &Tensor| {
             backward(inputs, grad_result, &Saved::new(&saved, result))
         };
-        Ok(a.apply_op3(b, c, LossNode { loss: Mutex::new(Some(loss)), shape, backward })?)
+        Ok(a.apply_op3(b, c, LossNode::new(loss, shape, backward))?)
     }
 }
 
@@ -400,13 +403,6 @@ fn collect<'a, S, const N: usize>(
     Some(operands)
 }
 
-/// The error for tensors that no backend takes together.
-fn no_backend() -> Error {
-    let message =
-        "the tensors are on several devices, or on one that this build has no backend for";
-    candle_core::Error::Msg(message.to_string()).into()
-}
-
 /// Checks that a floating-point tensor stays inside its storage. candle's own operations rely on it.
 pub(crate) fn check_storage(tensor: &Tensor) -> Result<()> {
     let (storage, layout) = tensor.storage_and_layout();
@@ -420,119 +416,4 @@ pub(crate) fn check_storage(tensor: &Tensor) -> Result<()> {
         _ => None,
     };
     len.map_or(Ok(()), |len| check_layout(layout, len))
-}
-
-// ---- candle's ops
-
-/// A tensor that a kernel changes, of any backend.
-enum AnyOperandMut<'a> {
-    Cpu(OperandMut<'a, CpuStorage>),
-    #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "no backend takes it"))]
-    Cuda(OperandMut<'a, CudaStorage>),
-    #[cfg_attr(not(feature = "metal"), expect(dead_code, reason = "no backend takes it"))]
-    Metal(OperandMut<'a, MetalStorage>),
-}
-
-/// Calls `f` with the tensor's storage. candle gives mutable access to a storage only to an in-place op.
-fn in_place(tensor: &Tensor, f: impl Fn(AnyOperandMut) -> Result<()>) -> Result<()> {
-    Ok(tensor.inplace_op1(&InPlace(f))?)
-}
-
-struct InPlace<F>(F);
-
-impl<F: Fn(AnyOperandMut) -> Result<()>> InplaceOp1 for InPlace<F> {
-    fn name(&self) -> &'static str {
-        "label-smoothing-loss-in-place"
-    }
-
-    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
-        Ok(self.0(AnyOperandMut::Cpu((storage, layout)))?)
-    }
-
-    fn cuda_fwd(&self, storage: &mut CudaStorage, layout: &Layout) -> candle_core::Result<()> {
-        Ok(self.0(AnyOperandMut::Cuda((storage, layout)))?)
-    }
-
-    fn metal_fwd(&self, storage: &mut MetalStorage, layout: &Layout) -> candle_core::Result<()> {
-        Ok(self.0(AnyOperandMut::Metal((storage, layout)))?)
-    }
-}
-
-/// The node. Its forward moves the computed loss into the graph.
-struct LossNode<F> {
-    loss: Mutex<Option<Storage>>,
-    shape: Shape,
-    backward: F,
-}
-
-impl<F> LossNode<F> {
-    fn take_loss(&self) -> Option<Storage> {
-        self.loss.lock().unwrap_or_else(PoisonError::into_inner).take()
-    }
-}
-
-impl<F> CustomOp3 for LossNode<F>
-where
-    F: Fn([&Tensor; 3], &Tensor, &Tensor) -> Result<[Option<Tensor>; 3]>,
-{
-    fn name(&self) -> &'static str {
-        "label-smoothing-loss"
-    }
-
-    fn cpu_fwd(
-        &self,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        match self.take_loss() {
-            Some(Storage::Cpu(loss)) => Ok((loss, self.shape.clone())),
-            _ => Err(no_backend().into()),
-        }
-    }
-
-    fn cuda_fwd(
-        &self,
-        _: &CudaStorage,
-        _: &Layout,
-        _: &CudaStorage,
-        _: &Layout,
-        _: &CudaStorage,
-        _: &Layout,
-    ) -> candle_core::Result<(CudaStorage, Shape)> {
-        match self.take_loss() {
-            Some(Storage::Cuda(loss)) => Ok((loss, self.shape.clone())),
-            _ => Err(no_backend().into()),
-        }
-    }
-
-    fn metal_fwd(
-        &self,
-        _: &MetalStorage,
-        _: &Layout,
-        _: &MetalStorage,
-        _: &Layout,
-        _: &MetalStorage,
-        _: &Layout,
-    ) -> candle_core::Result<(MetalStorage, Shape)> {
-        match self.take_loss() {
-            Some(Storage::Metal(loss)) => Ok((loss, self.shape.clone())),
-            _ => Err(no_backend().into()),
-        }
-    }
-
-    fn bwd(
-        &self,
-        a: &Tensor,
-        b: &Tensor,
-        c: &Tensor,
-        result: &Tensor,
-        grad_result: &Tensor,
-    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let [a, b, c] = (self.backward)([a, b, c], result, grad_result)?;
-        Ok((a, b, c))
-    }
 }

@@ -6,7 +6,6 @@ use crate::autograd;
 use crate::error::{Error, Result, TargetsOf};
 use crate::formula::LossParams;
 use crate::layout::{check_size, row_shape};
-use crate::linear::DEFAULT_LOGITS_BUDGET;
 use crate::metrics::Metrics;
 use crate::smoothing::{self, Smoothing};
 use candle_core::{DType, Device, Tensor};
@@ -81,8 +80,8 @@ pub enum Reduction {
 ///   kernels, allocate memory for the reduction, copy class weights and wait, which a capture forbids. The graph keeps using that
 ///   memory, so it must not run at the same time as other calls of the thread that captured it. With
 ///   `Device::new_cuda_with_stream`, also switch event tracking off (`CudaDevice::disable_event_tracking`), because a capture
-///   cannot wait for events before it. For [`forward_linear`](Self::forward_linear) with a bias, or with tensors
-///   that are not contiguous, candle copies shapes to the device at each call, unless `CudaDevice::enable_cuda_graph_htod_cache` keeps them.
+///   cannot wait for events before it. For [`forward_linear`](Self::forward_linear) with a bias, or with tensors that are not
+///   contiguous, candle copies shapes to the device at each call, unless `CudaDevice::enable_cuda_graph_htod_cache` keeps them.
 #[derive(Clone, Debug)]
 pub struct LabelSmoothingLoss {
     smoothing: Smoothing,
@@ -375,6 +374,10 @@ fn check_positive(what: &'static str, value: f64) -> Result<()> {
 }
 
 const CLASS_WEIGHTS: &str = "class weights";
+
+/// The bytes of logits that `forward_linear` keeps unless [`LabelSmoothingLoss::with_logits_budget`] says otherwise. All logits of
+/// 4096 rows by 32768 classes fit in f32.
+const DEFAULT_LOGITS_BUDGET: usize = 512 << 20;
 
 /// The properties of logits that need not exist as a tensor.
 pub(crate) struct LogitsInfo<'a> {
