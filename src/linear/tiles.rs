@@ -216,11 +216,8 @@ impl TiledLoss {
         }
         let grad_weight = grad_weight.map(ClassGradient::finish).transpose()?;
         let grad_bias = grad_bias.map(ClassGradient::finish).transpose()?;
-        let grad_hidden = match wants_hidden {
-            true => Some(self.expand_grad_hidden(grad_hidden, &hidden)?),
-            false => None,
-        };
-        Ok([grad_hidden, grad_weight, grad_bias])
+        let grad_hidden = wants_hidden.then(|| self.expand_grad_hidden(grad_hidden, &hidden));
+        Ok([grad_hidden.transpose()?, grad_weight, grad_bias])
     }
 
     /// The gradient of all hidden states from the sums of the row tiles.
