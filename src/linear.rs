@@ -134,14 +134,14 @@ pub(crate) fn forward_linear(
     let matmul_dtype = matmul_dtype(dtype, hidden.device());
     let rows = ComputedRows::new(&params, matmul_dtype, &targets, row_shape)?;
 
+    // Without a bias, a constant takes its place in the graph.
+    let constant = targets.clone();
     let mut tiled = TiledLoss::new(params, targets, rows, matmul_dtype, [hidden, weight], tiling);
     tiled.check_memory(weight)?;
     let (h, w, b) = (hidden.detach(), weight.detach(), bias.map(Tensor::detach));
     let computed = tiled.forward(&h, &w, b.as_ref())?;
     let metrics = computed.metrics()?;
     let has_bias = bias.is_some();
-    // Without a bias, a constant takes its place.
-    let constant = tiled.targets().clone();
     let inputs = [hidden, weight, bias.unwrap_or(&constant)];
     let loss =
         computed.attach_backward(inputs, move |[hidden, weight, bias], grad_result, saved| {

@@ -401,24 +401,35 @@ fn gather_in<A: Real>(
     columns: &Range<usize>,
 ) -> Result<CpuStorage> {
     let source = StridedRows::new(tensor, tensor.1.shape().rank() - 1, 0)?;
-    let num_columns = columns.len().max(1);
-    let len = rows.len() * columns.len();
-    let gathered = par_build(len, num_columns.min(SEGMENT), |start, out| {
+    let gathered = build_rows(rows.len(), columns.len(), |i, column, block: &mut [A]| {
+        let row = indices.map_or(rows.start + i, |indices| indices[i] as usize);
+        let pos = BlockPos { row, class: columns.start + column, axis: InnerAxis::Class };
+        source.load(pos, block);
+    })?;
+    Ok(A::to_cpu_storage_owned(gathered))
+}
+
+/// Rows of numbers, contiguous. `load(row, column, block)` fills a block of a row.
+fn build_rows<A: Real>(
+    num_rows: usize,
+    num_columns: usize,
+    load: impl Fn(usize, usize, &mut [A]) + Sync,
+) -> Result<Vec<A>> {
+    let unit = num_columns.min(SEGMENT);
+    par_build(num_rows * num_columns, unit, |start, out| {
         let mut block = [A::ZERO; BLOCK];
-        let (mut i, mut column) = (start / num_columns, start % num_columns);
+        // Without columns nothing is written.
+        let (mut row, mut column) = (start / num_columns.max(1), start % num_columns.max(1));
         while out.remaining() > 0 {
             let len = BLOCK.min(num_columns - column).min(out.remaining());
-            let row = indices.map_or(rows.start + i, |indices| indices[i] as usize);
-            let pos = BlockPos { row, class: columns.start + column, axis: InnerAxis::Class };
-            source.load(pos, &mut block[..len]);
+            load(row, column, &mut block[..len]);
             out.write(&block[..len]);
             column += len;
             if column == num_columns {
-                (i, column) = (i + 1, 0);
+                (row, column) = (row + 1, 0);
             }
         }
-    })?;
-    Ok(A::to_cpu_storage_owned(gathered))
+    })
 }
 
 /// Asks for huge pages under zeros that will be written as a whole.
@@ -440,20 +451,8 @@ pub(crate) fn smooth_targets(params: &LossParams, labels: Operand) -> Result<Cpu
     let num_rows = num_rows(labels.1.dims(), params.class_dim);
     let class_table = LockedClassTable::new(&params.class_table);
     let targets = Targets::<f32>::new(params, &class_table, labels)?;
-    let num_classes = params.num_classes;
-    let unit = num_classes.min(SEGMENT);
-    let smoothed = par_build(num_rows * num_classes, unit, |start, out| {
-        let mut block = [0.; BLOCK];
-        let (mut row, mut class) = (start / num_classes, start % num_classes);
-        while out.remaining() > 0 {
-            let len = BLOCK.min(num_classes - class).min(out.remaining());
-            targets.load(BlockPos { row, class, axis: InnerAxis::Class }, &mut block[..len]);
-            out.write(&block[..len]);
-            class += len;
-            if class == num_classes {
-                (row, class) = (row + 1, 0);
-            }
-        }
+    let smoothed = build_rows(num_rows, params.num_classes, |row, class, block| {
+        targets.load(BlockPos { row, class, axis: InnerAxis::Class }, block);
     })?;
     Ok(f32::to_cpu_storage_owned(smoothed))
 }

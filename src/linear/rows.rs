@@ -9,7 +9,7 @@ use std::ops::Range;
 /// The rows whose logits are computed: on the CPU those that count, on a GPU all.
 pub(super) struct ComputedRows {
     /// The shape of all rows.
-    shape: Vec<usize>,
+    pub shape: Vec<usize>,
     /// The number of computed rows.
     pub len: usize,
     /// The index among all rows of each computed row, or `None` if all are computed.
@@ -27,10 +27,6 @@ impl ComputedRows {
         let indices = counted_rows(params, dtype, targets)?;
         let len = indices.as_ref().map_or_else(|| shape.iter().product(), Vec::len);
         Ok(Self { shape, len, indices })
-    }
-
-    pub fn shape(&self) -> &[usize] {
-        &self.shape
     }
 
     fn num_rows(&self) -> usize {

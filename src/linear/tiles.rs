@@ -122,7 +122,7 @@ impl TiledLoss {
         bias: Option<&Tensor>,
     ) -> Result<ComputedLoss> {
         let states = self.forward_states(hidden, weight, bias)?;
-        let shape = self.rows.shape().to_vec();
+        let shape = self.rows.shape.clone();
         autograd::finish(&self.params, self.matmul_dtype, &states, shape, &self.targets)
     }
 
@@ -153,10 +153,6 @@ impl TiledLoss {
         }
         self.kept = Mutex::new(kept);
         self.rows.expand(states, 1, new_states)
-    }
-
-    pub fn targets(&self) -> &Tensor {
-        &self.targets
     }
 
     /// The gradients of the hidden states, the weight and the bias, each if it is tracked, from the gradient of the result.
