@@ -49,40 +49,56 @@ pub(crate) fn forward(
     Ok(ComputedLoss::new(params, out, row_shape(logits.dims(), params.class_dim)))
 }
 
-/// The states of `num_rows` rows, to be written by [`merge_tile`]. On the CPU they are f64 for any logits.
+/// The states of `num_rows` rows, to be written by [`merge_tile`].
 pub(crate) fn new_states(
     params: &LossParams,
     num_rows: usize,
     logits_dtype: DType,
     device: &Device,
 ) -> Result<Tensor> {
-    let dtype = match runs_on_cpu(device) {
-        true => DType::F64,
-        false => result_dtype(logits_dtype),
-    };
+    let dtype = state_dtype(logits_dtype, device);
     Ok(Tensor::zeros((params.num_state_fields(), num_rows), dtype, device)?)
 }
 
+/// The dtype of the rows' states: on the CPU f64 for any logits.
+pub(crate) fn state_dtype(logits: DType, device: &Device) -> DType {
+    match runs_on_cpu(device) {
+        true => DType::F64,
+        false => result_dtype(logits),
+    }
+}
+
 /// Runs the forward kernel on the logits of a range of the classes, and merges the result into the states of the
-/// ranges before it. The range that begins at class 0 overwrites the states.
+/// ranges before it. The first range overwrites the states.
 pub(crate) fn merge_tile(
     params: &LossParams,
+    is_first: bool,
     states: &Tensor,
     logits: &Tensor,
     targets: &Tensor,
 ) -> Result<()> {
+    // candle's in-place ops refuse a tensor without elements.
+    if states.elem_count() == 0 {
+        return Ok(());
+    }
     let locked = [logits, targets].map(Tensor::storage_and_layout);
     in_place(states, |states| match (states, Operands::new(&locked)?) {
-        (AnyOperandMut::Cpu(states), Operands::Cpu(t)) => host::merge_tile(params, states, t),
+        (AnyOperandMut::Cpu(states), Operands::Cpu(t)) => {
+            host::merge_tile(params, is_first, states, t)
+        }
         #[cfg(feature = "cuda")]
-        (AnyOperandMut::Cuda(states), Operands::Cuda(t)) => gpu::merge_tile(params, states, t),
+        (AnyOperandMut::Cuda(states), Operands::Cuda(t)) => {
+            gpu::merge_tile(params, is_first, states, t)
+        }
         #[cfg(feature = "metal")]
-        (AnyOperandMut::Metal(states), Operands::Metal(t)) => gpu::merge_tile(params, states, t),
+        (AnyOperandMut::Metal(states), Operands::Metal(t)) => {
+            gpu::merge_tile(params, is_first, states, t)
+        }
         _ => Err(no_backend()),
     })
 }
 
-/// The losses from the states over all classes.
+/// The losses from the states of ranges that make up all classes, (ranges, fields, N), contiguous from the start of the storage on.
 pub(crate) fn finish(
     params: &LossParams,
     logits_dtype: DType,
@@ -287,6 +303,14 @@ pub(crate) fn check_class_targets(
         Storage::Cpu(storage) => {
             cpu::check_labels((storage, targets.layout()), num_classes, ignore_index)
         }
+        _ => Err(no_backend()),
+    }
+}
+
+/// Class targets of any integer dtype, on the CPU, in row-major order.
+pub(crate) fn label_values(targets: &Tensor) -> Result<Vec<i64>> {
+    match &*targets.storage_and_layout().0 {
+        Storage::Cpu(storage) => cpu::label_values((storage, targets.layout())),
         _ => Err(no_backend()),
     }
 }

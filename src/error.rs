@@ -1,5 +1,6 @@
 //! The error type: what the caller gave, and what was expected.
 
+mod convert;
 mod hints;
 
 use candle_core::{DType, DeviceLocation};
@@ -384,6 +385,67 @@ pub enum Error {
         most: usize,
     },
 
+    /// A shard without a class of its own range: it ends beyond the last class, or there are no classes at all.
+    #[error(
+        "the shard has {num_classes_here} classes from first_class = {first_class} on, expected classes below num_classes = {num_classes}, which must not be 0"
+    )]
+    Shard {
+        /// The first class of the shard.
+        first_class: usize,
+        /// The number of classes of the logits or the weight.
+        num_classes_here: usize,
+        /// The number of all classes.
+        num_classes: usize,
+    },
+
+    /// A tensor from `gather` that does not stack the tensors of the processes.
+    #[error(
+        "gather returned a {dtype:?} tensor of shape {shape:?} on {device:?}, expected a {expected_dtype:?} tensor on {expected_device:?} that stacks tensors of shape {stacked:?}, one for each process"
+    )]
+    Gathered {
+        /// Its dtype.
+        dtype: DType,
+        /// Its shape.
+        shape: Vec<usize>,
+        /// Where it is.
+        device: DeviceLocation,
+        /// The dtype of the tensor of this process.
+        expected_dtype: DType,
+        /// Where the tensor of this process is.
+        expected_device: DeviceLocation,
+        /// The shape of the tensor of this process.
+        stacked: Vec<usize>,
+    },
+
+    /// Processes whose numbers of rows or classes differ, or whose shards do not follow each other.
+    #[error("{what} of process {process} is {found}, expected {expected}: {reason}")]
+    ShardNumber {
+        /// The first process concerned.
+        process: usize,
+        /// Which number.
+        what: &'static str,
+        /// The number found.
+        found: usize,
+        /// The number expected.
+        expected: usize,
+        /// Why.
+        reason: &'static str,
+    },
+
+    /// Processes whose targets differ.
+    #[error("the targets of process {process} differ from those of process 0, expected the same")]
+    ShardTargets {
+        /// The first process concerned.
+        process: usize,
+    },
+
+    /// A process that found an error before the exchange. It returned that error.
+    #[error("process {process} found an error in its own arguments, and returned it")]
+    ShardFailed {
+        /// The first process concerned.
+        process: usize,
+    },
+
     /// An error of candle's own.
     #[error(transparent)]
     Candle(candle_core::Error),
@@ -420,35 +482,5 @@ fn or_none(value: &Option<impl fmt::Debug>) -> String {
 impl fmt::Debug for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
-    }
-}
-
-// The two conversions undo each other. `WrappedContext` keeps a foreign error itself; `Wrapped` keeps only its text.
-
-impl From<Error> for candle_core::Error {
-    fn from(error: Error) -> Self {
-        match error {
-            Error::Candle(error) => error,
-            error => candle_core::Error::WrappedContext {
-                wrapped: Box::new(error),
-                context: "in candle-label-smoothing".to_string(),
-            },
-        }
-    }
-}
-
-impl From<candle_core::Error> for Error {
-    fn from(error: candle_core::Error) -> Self {
-        match error {
-            candle_core::Error::WrappedContext { wrapped, context } => {
-                match wrapped.downcast::<Error>() {
-                    Ok(error) => *error,
-                    Err(wrapped) => {
-                        Error::Candle(candle_core::Error::WrappedContext { wrapped, context })
-                    }
-                }
-            }
-            error => Error::Candle(error),
-        }
     }
 }

@@ -195,13 +195,18 @@ impl LossParams {
 
     /// The number of fields of a row's state in memory.
     pub fn num_state_fields(&self) -> usize {
-        if self.needs_extras() { STATE_FIELDS + EXTRA_FIELDS } else { STATE_FIELDS }
+        num_state_fields(self.needs_extras())
     }
 
     /// The number of fields that are saved of a row.
     pub fn num_saved_fields(&self) -> usize {
         if self.unmasked_epsilon == 0. { 3 } else { 4 }
     }
+}
+
+/// The number of fields of a row's state in memory, with or without [`ExtraState`].
+pub(crate) fn num_state_fields(needs_extras: bool) -> usize {
+    if needs_extras { STATE_FIELDS + EXTRA_FIELDS } else { STATE_FIELDS }
 }
 
 /// What a backend's forward returns, in storages of type `S`.

@@ -2,7 +2,8 @@
 //!
 //! - Getting started: [`epsilon`], [`migration`].
 //! - Targets and classes: [`padding`], [`masks`], [`segmentation`], [`soft_targets`], [`class_weights`].
-//! - Training: [`metrics`], [`accumulation`], [`mixed_precision`], [`language_models`], [`large_vocabularies`].
+//! - Training: [`metrics`], [`accumulation`], [`mixed_precision`], [`language_models`], [`large_vocabularies`],
+//!   [`several_devices`].
 //! - The design of the crate: [`architecture`].
 
 #[doc = include_str!("guide/epsilon.md")]
@@ -40,6 +41,9 @@ pub mod mixed_precision {}
 
 #[doc = include_str!("guide/large_vocabularies.md")]
 pub mod large_vocabularies {}
+
+#[doc = include_str!("guide/several_devices.md")]
+pub mod several_devices {}
 
 #[doc = include_str!("guide/architecture.md")]
 pub mod architecture {}

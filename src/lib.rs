@@ -54,11 +54,13 @@
 //!   negative log-likelihood, prediction, confidence, entropy.
 //! - [`LabelSmoothingLoss::forward_linear`]: the same loss from hidden states and a classifier's weight, with less
 //!   memory and in no more time.
+//! - [`LabelSmoothingLoss::forward_shard`] and [`forward_linear_shard`](LabelSmoothingLoss::forward_linear_shard): the same loss over a
+//!   vocabulary that is split between several processes. [`check_shards`] checks that they agree.
 //! - [`Smoothing`]: the conventions of label smoothing. Libraries use this one name for several formulas.
 //! - [`smooth_targets`]: the smoothed targets as a tensor.
 //! - [`check_targets`]: checks that class targets are in range. On a GPU, `forward` does not check them.
 //! - [`guide`]: which ε and which convention, coming from PyTorch, padding, masks, mixup, class weights, metrics, batches in
-//!   pieces, half types, language models, large vocabularies.
+//!   pieces, half types, language models, large vocabularies, several devices.
 //!
 //! # Devices
 //!
@@ -82,6 +84,7 @@ mod autograd;
 #[cfg_attr(emulator, allow(dead_code, reason = "only labels are checked on the CPU there"))]
 mod cpu;
 mod error;
+mod exchange;
 mod formula;
 #[cfg(any(feature = "cuda", feature = "metal", emulator))]
 mod gpu;
@@ -101,10 +104,12 @@ mod smoothing;
 #[doc(hidden)]
 pub mod testing;
 
-// `linear` comes after `loss`, so that the documentation of its type begins with `new`.
+// `linear` and `shard` come after `loss`, so that the documentation of its type begins with `new`.
 mod linear;
+mod shard;
 
 pub use error::{Error, Result, TargetsOf};
+pub use exchange::{Shard, check_shards};
 pub use loss::{LabelSmoothingLoss, Reduction, check_targets};
 pub use metrics::Metrics;
 pub use smoothing::{Smoothing, smooth_targets};

@@ -9,17 +9,18 @@ mod rows;
 mod tiles;
 
 pub use tiles::TileSize;
-pub(crate) use tiles::Tiling;
+pub(crate) use tiles::{TiledLoss, Tiling};
 
 use crate::autograd::check_storage;
 use crate::error::{Error, Result};
+use crate::exchange::Shard;
 use crate::formula::{LossParams, METRIC_FIELDS, is_logits_dtype};
 use crate::layout::{check_memory, row_shape};
 use crate::loss::{LabelSmoothingLoss, LogitsInfo, ask_for_metrics, no_metrics};
 use crate::metrics::Metrics;
 use candle_core::{DType, Tensor};
 use rows::ComputedRows;
-use tiles::{TiledLoss, matmul_dtype};
+use tiles::matmul_dtype;
 
 impl LabelSmoothingLoss {
     /// The loss of `logits = hidden · weightᵀ + bias`, without the memory for all logits and their gradients.
@@ -91,7 +92,8 @@ impl LabelSmoothingLoss {
         targets: &Tensor,
     ) -> Result<Tensor> {
         let tiling = Tiling { tile: None, budget: self.logits_budget() };
-        Ok(forward_linear(self, hidden, weight, bias, targets, tiling, false)?.0)
+        let head = Head { hidden, weight, bias };
+        Ok(forward_linear(self, head, targets, tiling, false)?.0)
     }
 
     /// [`forward_linear`](Self::forward_linear) for class indices, with the [`Metrics`] of the rows from the same logits. The
@@ -107,24 +109,47 @@ impl LabelSmoothingLoss {
         targets: &Tensor,
     ) -> Result<(Tensor, Metrics)> {
         let tiling = Tiling { tile: None, budget: self.logits_budget() };
-        let (loss, metrics) = forward_linear(self, hidden, weight, bias, targets, tiling, true)?;
+        let head = Head { hidden, weight, bias };
+        let (loss, metrics) = forward_linear(self, head, targets, tiling, true)?;
         Ok((loss, metrics.ok_or_else(no_metrics)?))
     }
+}
+
+/// The tensors that make logits, as [`candle_nn::Linear`] keeps them.
+///
+/// [`candle_nn::Linear`]: https://docs.rs/candle-nn/latest/candle_nn/struct.Linear.html
+#[derive(Clone, Copy)]
+pub(crate) struct Head<'a> {
+    pub hidden: &'a Tensor,
+    pub weight: &'a Tensor,
+    pub bias: Option<&'a Tensor>,
 }
 
 /// [`LabelSmoothingLoss::forward_linear`], and the metrics if they are asked for.
 pub(crate) fn forward_linear(
     loss: &LabelSmoothingLoss,
-    hidden: &Tensor,
-    weight: &Tensor,
-    bias: Option<&Tensor>,
+    head: Head,
     targets: &Tensor,
     tiling: Tiling,
     wants_metrics: bool,
 ) -> Result<(Tensor, Option<Metrics>)> {
-    let (dims, dtype) = logits_of(loss, hidden, weight, bias)?;
+    let (tiled, states) = forward_states(loss, head, targets, None, tiling, wants_metrics)?;
+    finish(tiled, head, &states.unsqueeze(0)?)
+}
+
+/// The softmax states of the rows over the classes of the weight.
+pub(crate) fn forward_states(
+    loss: &LabelSmoothingLoss,
+    head: Head,
+    targets: &Tensor,
+    shard: Option<Shard>,
+    tiling: Tiling,
+    wants_metrics: bool,
+) -> Result<(TiledLoss, Tensor)> {
+    let Head { hidden, weight, bias } = head;
+    let (dims, dtype) = logits_of(loss, head)?;
     let is_tracked = [Some(hidden), Some(weight), bias].iter().flatten().any(|t| t.track_op());
-    let logits = LogitsInfo { dims: &dims, dtype, device: hidden.device(), is_tracked };
+    let logits = LogitsInfo { dims: &dims, dtype, device: hidden.device(), is_tracked, shard };
     let (mut params, targets) = loss.validate(&logits, targets)?;
     if wants_metrics {
         ask_for_metrics(&mut params, &targets)?;
@@ -134,13 +159,23 @@ pub(crate) fn forward_linear(
     let matmul_dtype = matmul_dtype(dtype, hidden.device());
     let rows = ComputedRows::new(&params, matmul_dtype, &targets, row_shape)?;
 
-    // Without a bias, a constant takes its place in the graph.
-    let constant = targets.clone();
     let mut tiled = TiledLoss::new(params, targets, rows, matmul_dtype, [hidden, weight], tiling);
     tiled.check_memory(weight)?;
     let (h, w, b) = (hidden.detach(), weight.detach(), bias.map(Tensor::detach));
-    let computed = tiled.forward(&h, &w, b.as_ref())?;
+    let states = tiled.forward_states(&h, &w, b.as_ref())?;
+    Ok((tiled, states))
+}
+
+/// The loss as a node of the graph, from the states over ranges that make up all classes.
+pub(crate) fn finish(
+    tiled: TiledLoss,
+    Head { hidden, weight, bias }: Head,
+    states: &Tensor,
+) -> Result<(Tensor, Option<Metrics>)> {
+    let computed = tiled.finish(states)?;
     let metrics = computed.metrics()?;
+    // Without a bias, a constant takes its place in the graph.
+    let constant = tiled.targets.clone();
     let has_bias = bias.is_some();
     let inputs = [hidden, weight, bias.unwrap_or(&constant)];
     let loss =
@@ -154,9 +189,7 @@ pub(crate) fn forward_linear(
 /// devices, and the class dimension.
 fn logits_of(
     loss: &LabelSmoothingLoss,
-    hidden: &Tensor,
-    weight: &Tensor,
-    bias: Option<&Tensor>,
+    Head { hidden, weight, bias }: Head,
 ) -> Result<(Vec<usize>, DType)> {
     let logits = match (hidden.dims(), weight.dims()) {
         ([rows @ .., size], [classes, columns])

@@ -2,8 +2,9 @@
 
 mod validate;
 
-use crate::autograd;
+use crate::autograd::{self, ComputedLoss};
 use crate::error::{Error, Result, TargetsOf};
+use crate::exchange::Shard;
 use crate::formula::LossParams;
 use crate::layout::{check_size, row_shape};
 use crate::metrics::Metrics;
@@ -341,15 +342,24 @@ fn forward(
 ) -> Result<(Tensor, Option<Metrics>)> {
     let computed = autograd::forward(&params, logits, &targets)?;
     let metrics = computed.metrics()?;
+    Ok((attach_backward(computed, params, logits, targets)?, metrics))
+}
+
+/// The loss as a node of the graph that depends on the logits.
+pub(crate) fn attach_backward(
+    computed: ComputedLoss,
+    params: LossParams,
+    logits: &Tensor,
+    targets: Tensor,
+) -> Result<Tensor> {
     // The targets are constants. They only fill the places of an op with three inputs.
     let constants = targets.clone();
     let inputs = [logits, &constants, &constants];
-    let loss = computed.attach_backward(inputs, move |[logits, ..], grad_result, saved| {
+    computed.attach_backward(inputs, move |[logits, ..], grad_result, saved| {
         let grad_output = grad_result.broadcast_as(row_shape(logits.dims(), params.class_dim))?;
         let gradient = autograd::backward(&params, logits, &targets, &grad_output, saved)?;
         Ok([Some(gradient), None, None])
-    })?;
-    Ok((loss, metrics))
+    })
 }
 
 /// Makes forward compute metrics too.
@@ -385,6 +395,8 @@ pub(crate) struct LogitsInfo<'a> {
     pub dtype: DType,
     pub device: &'a Device,
     pub is_tracked: bool,
+    /// Which of all classes they have, if they have only some.
+    pub shard: Option<Shard>,
 }
 
 impl<'a> LogitsInfo<'a> {
@@ -394,6 +406,7 @@ impl<'a> LogitsInfo<'a> {
             dtype: tensor.dtype(),
             device: tensor.device(),
             is_tracked: tensor.track_op(),
+            shard: None,
         }
     }
 }

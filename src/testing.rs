@@ -6,11 +6,13 @@ pub use crate::linear::TileSize;
 use crate::autograd;
 use crate::cpu::simd;
 use crate::error::Result;
+use crate::exchange::Shard;
 use crate::formula::LossParams;
 use crate::layout::row_shape;
-use crate::linear::{self, Tiling};
+use crate::linear::{self, Head, Tiling};
 use crate::loss::{LabelSmoothingLoss, LogitsInfo, no_metrics};
 use crate::metrics::Metrics;
+use crate::shard::forward_linear_shard;
 use candle_core::{Shape, Tensor};
 
 /// What [`backward_rows`] needs of [`forward_rows`].
@@ -72,7 +74,8 @@ pub fn forward_linear_tiled_within_budget(
     budget: usize,
 ) -> Result<Tensor> {
     let tiling = Tiling { tile: Some(tile), budget };
-    Ok(linear::forward_linear(loss, hidden, weight, bias, targets, tiling, false)?.0)
+    let head = Head { hidden, weight, bias };
+    Ok(linear::forward_linear(loss, head, targets, tiling, false)?.0)
 }
 
 /// [`LabelSmoothingLoss::forward_linear_with_metrics`] with tiles of this size, none of which is kept.
@@ -85,9 +88,23 @@ pub fn forward_linear_tiled_with_metrics(
     tile: TileSize,
 ) -> Result<(Tensor, Metrics)> {
     let tiling = Tiling { tile: Some(tile), budget: 0 };
-    let (loss, metrics) =
-        linear::forward_linear(loss, hidden, weight, bias, targets, tiling, true)?;
+    let head = Head { hidden, weight, bias };
+    let (loss, metrics) = linear::forward_linear(loss, head, targets, tiling, true)?;
     Ok((loss, metrics.ok_or_else(no_metrics)?))
+}
+
+/// [`LabelSmoothingLoss::forward_linear_shard`] with tiles of this size, none of which is kept.
+pub fn forward_linear_shard_tiled(
+    loss: &LabelSmoothingLoss,
+    [hidden, weight, bias]: [&Tensor; 3],
+    targets: &Tensor,
+    shard: Shard,
+    tile: TileSize,
+    gather: impl FnOnce(&Tensor) -> candle_core::Result<Tensor>,
+) -> Result<Tensor> {
+    let tiling = Tiling { tile: Some(tile), budget: 0 };
+    let head = Head { hidden, weight, bias: Some(bias) };
+    forward_linear_shard(loss, head, targets, shard, tiling, gather)
 }
 
 /// The numbers of this thread's launches and allocations on the emulated GPU so far.

@@ -36,8 +36,9 @@ use rows::{GradInputs, for_each_row};
 use softmax::{GradCoeffs, ROWS_AT_ONCE};
 use state::{Extras, RowState};
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use targets::{LockedClassTable, Targets};
-pub(crate) use targets::{check_labels, counted_rows};
+pub(crate) use targets::{check_labels, counted_rows, label_values};
 
 type Operand<'a> = layout::Operand<'a, CpuStorage>;
 type OperandMut<'a> = layout::OperandMut<'a, CpuStorage>;
@@ -83,24 +84,26 @@ fn forward_in<A: Real>(
             })?;
         }
     }
-    Ok(rows.reduce(params, &targets))
+    Ok(rows.reduce(params, &targets, false))
 }
 
-/// Merges the states over a range of the classes, whose logits are given, into those of the ranges before it. The logits
-/// are f32 or f64.
+/// Merges the states over a range of the classes, whose logits are given, into those of the ranges before it. The first range
+/// overwrites them.
 pub(crate) fn merge_tile(
     params: &LossParams,
+    is_first: bool,
     states: OperandMut,
     [logits, targets]: [Operand; 2],
 ) -> Result<()> {
     match logits.0.dtype() {
-        DType::F64 => merge_tile_in::<f64>(params, states, logits, targets),
-        _ => merge_tile_in::<f32>(params, states, logits, targets),
+        DType::F64 => merge_tile_in::<f64>(params, is_first, states, logits, targets),
+        _ => merge_tile_in::<f32>(params, is_first, states, logits, targets),
     }
 }
 
 fn merge_tile_in<A: Real>(
     params: &LossParams,
+    is_first: bool,
     states: OperandMut,
     logits: Operand,
     targets: Operand,
@@ -110,8 +113,16 @@ fn merge_tile_in<A: Real>(
     let class_table = LockedClassTable::new(&params.class_table);
     let targets = Targets::<A>::new(params, &class_table, targets)?;
     match params.needs_extras() {
-        false => merge_rows::<(), A, STATE_FIELDS>(&logits, &targets, axis, states),
-        true => merge_rows::<ExtraState<f64>, A, ALL_STATE_FIELDS>(&logits, &targets, axis, states),
+        false => {
+            let states = states_mut::<STATE_FIELDS>(states)?;
+            merge_rows::<(), A, STATE_FIELDS>(&logits, &targets, axis, is_first, states)
+        }
+        true => {
+            let states = states_mut::<ALL_STATE_FIELDS>(states)?;
+            merge_rows::<ExtraState<f64>, A, ALL_STATE_FIELDS>(
+                &logits, &targets, axis, is_first, states,
+            )
+        }
     }
 }
 
@@ -119,12 +130,13 @@ fn merge_rows<E: Extras, A: Real, const N: usize>(
     logits: &Logits<A>,
     targets: &Targets<A>,
     axis: InnerAxis,
-    states: OperandMut,
+    is_first: bool,
+    states: [&mut [f64]; N],
 ) -> Result<()> {
-    let is_first = logits.classes().start == 0;
-    let states = states_mut::<N>(states)?;
-    for_each_row(logits, targets, axis, states, &|_, i, state: RowState<E>, out| {
+    for_each_row(logits, targets, axis, states, &|row, i, state: RowState<E>, out| {
         let merged = match is_first {
+            // Rows side by side are read even if they are ignored. `finish` must not take their NaN for a failure.
+            _ if targets.is_ignored(row) => RowState::default(),
             true => state,
             false => RowState::from_fields(out.iter().map(|field| field[i])).merge(state),
         };
@@ -132,7 +144,8 @@ fn merge_rows<E: Extras, A: Real, const N: usize>(
     })
 }
 
-/// The losses from the states over all classes.
+/// The losses from the states of ranges that make up all classes, (ranges, fields, N). If the states are NaN, because a process failed,
+/// so are the losses, those of ignored rows too.
 pub(crate) fn finish(
     params: &LossParams,
     logits_dtype: DType,
@@ -151,21 +164,34 @@ fn finish_in<A: Real>(
 ) -> Result<ForwardOut<CpuStorage>> {
     let class_table = LockedClassTable::new(&params.class_table);
     let targets = Targets::<A>::new(params, &class_table, targets)?;
-    let num_rows = states.1.dims()[1];
+    let (storage, &[num_ranges, num_fields, num_rows]) = (states.0, states.1.dims()) else {
+        return Err(not_contiguous());
+    };
+    let values = f64::cpu_storage_as_slice(storage)?;
+    if !states.1.is_contiguous() || states.1.start_offset() != 0 {
+        return Err(not_contiguous());
+    }
+    let state_of = |range: usize, row: usize| {
+        let first = range * num_fields * num_rows + row;
+        let fields = (0..num_fields).map(|field| values[first + field * num_rows]);
+        RowState::<ExtraState<f64>>::from_fields(fields)
+    };
     let mut rows = RowResults::<A>::new(params, num_rows)?;
     let (out, predictions) = rows.all_fields();
-    let states: Vec<&[f64]> = match params.needs_extras() {
-        false => tensor_fields::<f64, STATE_FIELDS>(states, num_rows)?.to_vec(),
-        true => tensor_fields::<f64, ALL_STATE_FIELDS>(states, num_rows)?.to_vec(),
-    };
-    par_split(out, 1, 1, &|first, mut out| {
+    let has_failed = AtomicBool::new(false);
+    par_split(out, 1, num_ranges, &|first, mut out| {
         for i in 0..out[0].len() {
             let row = first + i;
-            let state = RowState::from_fields(states.iter().map(|field| field[row]));
+            let states = (0..num_ranges).map(|range| state_of(range, row));
+            let state = states.reduce(RowState::merge).unwrap_or_default();
             write_row_with_extras(params, &targets, predictions, row, i, state, &mut out);
+            if state.softmax.target_sum.is_nan() && !targets.may_be_nan(row) {
+                out[0][i] = A::from_f64(f64::NAN);
+                has_failed.store(true, Ordering::Relaxed);
+            }
         }
     });
-    Ok(rows.reduce(params, &targets))
+    Ok(rows.reduce(params, &targets, has_failed.into_inner()))
 }
 
 /// The fields of a tensor (N, len), a slice for each. The elements of a field are adjacent.
@@ -230,11 +256,11 @@ fn backward_of<T: Element>(
     let logits = Logits::<T::Real>::new(params, logits)?;
     let inputs = [targets, grad_output, saved];
     let gradient = with_grad_inputs(params, dims, inputs, divisor, |grad| match grad {
-        None => default_vec::<T>(len),
-        Some(grad) => {
+        Some(grad) if len > 0 => {
             let unit = grad.unit(logits.classes().len());
             par_build(len, unit, |start, out| grad.write(&logits, start, out))
         }
+        _ => default_vec::<T>(len),
     })?;
     Ok(T::to_cpu_storage_owned(gradient))
 }

@@ -59,16 +59,19 @@ impl<A: Real> RowResults<A> {
         (all_fields(results, share, metrics), &self.predictions)
     }
 
-    /// The reduction of the losses, with the other results.
+    /// The reduction of the losses, with the other results. If another process has failed, the divisor is NaN, so that
+    /// [`MeanOrZero`](crate::Reduction::MeanOrZero) does not hide it.
     pub(super) fn reduce(
         self,
         params: &LossParams,
         targets: &Targets<A>,
+        has_failed: bool,
     ) -> ForwardOut<CpuStorage> {
         let Self { mut losses, saved, metrics, predictions } = self;
         let num_rows = losses.len();
         let divisor = params.divisor.map(|divisor| match divisor {
             Divisor::Number(number) => number,
+            Divisor::WeightSum(()) if has_failed => f64::NAN,
             Divisor::WeightSum(()) => sum_rows(num_rows, |row| targets.weight(row)),
         });
         // In the dtype of the arithmetic the product could overflow, although the mean is finite.

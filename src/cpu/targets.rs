@@ -102,6 +102,11 @@ impl<'a, A: Real> Targets<'a, A> {
         }
     }
 
+    /// Whether the weighted targets of the row may be NaN: those of probabilities that are.
+    pub(super) fn may_be_nan(&self, row: usize) -> bool {
+        matches!(self.data, TargetData::Probabilities(_)) && !self.is_ignored(row)
+    }
+
     pub(super) fn is_label(&self, row: usize, class: u32) -> bool {
         matches!(&self.data, TargetData::Labels(labels) if labels[row] == class)
     }
@@ -285,6 +290,11 @@ impl<A: Real> ClassValues<'_, A> {
     }
 }
 
+/// Class targets in row-major order.
+pub(crate) fn label_values(targets: Operand<CpuStorage>) -> Result<Vec<i64>> {
+    read_integers(targets, usize::MAX, &|_, target| Some(target))
+}
+
 /// Checks the class targets.
 pub(crate) fn check_labels(
     targets: Operand<CpuStorage>,
@@ -357,7 +367,7 @@ fn read_row_weights<A: Real>(params: &LossParams) -> Result<Option<Vec<f64>>> {
 
 /// The class targets as indices, each checked, or [`IGNORED`] where they equal `ignore_index` or the row's weight is 0.
 fn read_labels(
-    (targets, layout): Operand<CpuStorage>,
+    targets: Operand<CpuStorage>,
     num_classes: usize,
     ignore_index: Option<i64>,
     row_weights: Option<&[f64]>,
@@ -368,22 +378,31 @@ fn read_labels(
         Ok(class) if class < num_classes => Some(class as u32),
         _ => None,
     };
+    read_integers(targets, num_classes, &label_of)
+}
+
+/// What `label_of` makes of each class target, of any integer dtype. `None` is the error for a target out of range.
+fn read_integers<L: Copy + Default + Send>(
+    (targets, layout): Operand<CpuStorage>,
+    num_classes: usize,
+    label_of: &(impl Fn(usize, i64) -> Option<L> + Sync),
+) -> Result<Vec<L>> {
     match targets {
-        CpuStorage::U8(values) => read_labels_of(values, layout, num_classes, &label_of),
-        CpuStorage::U32(values) => read_labels_of(values, layout, num_classes, &label_of),
-        CpuStorage::I16(values) => read_labels_of(values, layout, num_classes, &label_of),
-        CpuStorage::I32(values) => read_labels_of(values, layout, num_classes, &label_of),
-        CpuStorage::I64(values) => read_labels_of(values, layout, num_classes, &label_of),
+        CpuStorage::U8(values) => read_integers_of(values, layout, num_classes, label_of),
+        CpuStorage::U32(values) => read_integers_of(values, layout, num_classes, label_of),
+        CpuStorage::I16(values) => read_integers_of(values, layout, num_classes, label_of),
+        CpuStorage::I32(values) => read_integers_of(values, layout, num_classes, label_of),
+        CpuStorage::I64(values) => read_integers_of(values, layout, num_classes, label_of),
         _ => Err(Error::TargetsDType { dtype: targets.dtype(), expected: "an integer dtype" }),
     }
 }
 
-fn read_labels_of<T: Copy + Into<i64> + Sync>(
+fn read_integers_of<T: Copy + Into<i64> + Sync, L: Copy + Default + Send>(
     values: &[T],
     layout: &Layout,
     num_classes: usize,
-    label_of: &(impl Fn(usize, i64) -> Option<u32> + Sync),
-) -> Result<Vec<u32>> {
+    label_of: &(impl Fn(usize, i64) -> Option<L> + Sync),
+) -> Result<Vec<L>> {
     check_layout(layout, values.len())?;
     let offsets = RowOffsets::new(layout, None);
     let mut labels = default_vec(layout.shape().elem_count())?;
@@ -397,7 +416,7 @@ fn read_labels_of<T: Copy + Into<i64> + Sync>(
                 let label = label_of(row, values[run.offset + i * run.stride].into());
                 *out = label.unwrap_or_else(|| {
                     first_bad_row.fetch_min(row, Ordering::Relaxed);
-                    IGNORED
+                    L::default()
                 });
             }
             done += run.len;

@@ -456,6 +456,6 @@ pub(super) fn check_contiguous<S: GpuStorage>(
 }
 
 /// An error that only a mistake in this crate causes.
-fn internal_error(text: String) -> Error {
+pub(super) fn internal_error(text: String) -> Error {
     candle_core::Error::Msg(text).into()
 }

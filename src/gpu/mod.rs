@@ -34,7 +34,7 @@ use crate::formula::{Divisor, ForwardOut, LossParams};
 use crate::layout::{Operand, OperandMut, num_rows};
 use candle_core::DType;
 use kernel::Buffer;
-use launch::{Launch, check_contiguous};
+use launch::{Launch, check_contiguous, internal_error};
 use params::{Access, Outputs};
 
 /// The losses of the rows, or their sum divided.
@@ -50,26 +50,30 @@ pub(crate) fn forward<S: GpuStorage>(
 /// range overwrites `states`.
 pub(crate) fn merge_tile<S: GpuStorage>(
     params: &LossParams,
+    is_first: bool,
     (states, layout): OperandMut<S>,
     [logits, targets]: [Operand<S>; 2],
 ) -> Result<()> {
     let mut launch = Launch::over_logits(params, logits, targets)?;
     launch.check_fields("softmax states", (states, layout), params.num_state_fields())?;
     launch.ints.wants_states = 1;
-    launch.ints.accumulates = (params.first_class > 0).into();
+    launch.ints.accumulates = (!is_first).into();
     launch.forward_rows(logits.0, Outputs::new(states))
 }
 
-/// The result of [`forward`] from the softmax states of the rows over all classes.
+/// The result of [`forward`] from the softmax states of the rows over ranges that make up all classes, (ranges, fields, N).
 pub(crate) fn finish<S: GpuStorage>(
     params: &LossParams,
     logits_dtype: DType,
     [states, targets]: [Operand<S>; 2],
 ) -> Result<ForwardOut<S>> {
-    let num_rows = states.1.shape().elem_count() / params.num_state_fields();
+    let (num_ranges, num_rows) = match states.1.dims() {
+        &[num_ranges, _, num_rows] => (num_ranges, num_rows),
+        dims => return Err(internal_error(format!("the softmax states have shape {dims:?}"))),
+    };
     let launch = Launch::new(params, states.0.device(), logits_dtype, targets, num_rows)?;
-    launch.check_fields("softmax states", states, params.num_state_fields())?;
-    launch.loss(|launch, outputs| launch.merge_states(states.0, 1, outputs))
+    launch.check_fields("softmax states", states, num_ranges * params.num_state_fields())?;
+    launch.loss(|launch, outputs| launch.merge_states(states.0, num_ranges, outputs))
 }
 
 /// The gradient of the logits, in their dtype and shape, contiguous.

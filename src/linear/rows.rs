@@ -73,15 +73,19 @@ impl ComputedRows {
         Ok(narrow(&tensor, rows)?)
     }
 
-    /// All rows along `dim`, from tiles of the computed ones. The others are 0. `zeros(n)` is a tensor of n such rows.
+    /// All rows along `dim`, from tiles of the computed ones. The others are 0, and without tiles all. `zeros(n)` is a tensor of n such
+    /// rows.
     pub fn expand(
         &self,
         mut tiles: Vec<Tensor>,
         dim: usize,
         zeros: impl Fn(usize) -> Result<Tensor>,
     ) -> Result<Tensor> {
+        if tiles.is_empty() {
+            tiles.push(zeros(self.len)?);
+        }
         let Some(indices) = &self.indices else {
-            return if tiles.is_empty() { zeros(0) } else { Ok(Tensor::cat(&tiles, dim)?) };
+            return Ok(Tensor::cat(&tiles, dim)?);
         };
         // The row after the computed ones is 0.
         let mut positions = vec![self.len as i64; self.num_rows()];

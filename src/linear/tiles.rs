@@ -36,6 +36,10 @@ struct WeightTile {
 impl WeightTile {
     /// The logits of these hidden states, (rows, classes).
     fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        if self.weight.dims()[0] == 0 {
+            // Not every device multiplies by an empty matrix.
+            return Ok(hidden.narrow(1, 0, 0)?);
+        }
         let logits = hidden.matmul(&self.weight.t()?)?;
         match &self.bias {
             None => Ok(logits),
@@ -53,12 +57,14 @@ pub(super) fn matmul_dtype(logits: DType, device: &Device) -> DType {
 }
 
 /// The loss of logits that are computed in tiles.
-pub(super) struct TiledLoss {
+pub(crate) struct TiledLoss {
     /// Of all rows.
     params: LossParams,
-    targets: Tensor,
+    pub targets: Tensor,
     rows: ComputedRows,
     matmul_dtype: DType,
+    /// The number of classes of the weight, which may be those of a shard.
+    num_classes: usize,
     tile: TileSize,
     /// The number of rows whose logits fit into the budget. They are the first ones.
     num_kept: usize,
@@ -75,7 +81,7 @@ impl TiledLoss {
     /// tiles make these sums cheaper. On the CPU a tile has at most 16 MB in f32: glibc's allocator returns blocks from
     /// 32 MB on to the system at once. But if all logits fit into the budget, one tile has them, unless converted copies of the hidden
     /// states or the weight would be larger than the logits.
-    pub fn new(
+    pub(super) fn new(
         params: LossParams,
         targets: Tensor,
         rows: ComputedRows,
@@ -83,13 +89,12 @@ impl TiledLoss {
         [hidden, weight]: [&Tensor; 2],
         Tiling { tile, budget }: Tiling,
     ) -> Self {
-        let num_classes = params.num_classes;
+        let (num_classes, hidden_size) = (weight.dims()[0], weight.dims()[1]);
         let row_bytes = num_classes.saturating_mul(matmul_dtype.size_in_bytes());
-        let num_kept = match (budget / row_bytes).min(rows.len) {
+        let num_kept = match budget.checked_div(row_bytes).unwrap_or(rows.len).min(rows.len) {
             num_rows if num_rows < MIN_LEN.min(rows.len) => 0,
             num_rows => num_rows,
         };
-        let hidden_size = weight.dims()[1];
         let is_converted = [hidden, weight].iter().any(|t| t.dtype() != matmul_dtype);
         let are_copies_small = !is_converted || hidden_size <= rows.len.min(num_classes);
         let tile = match tile {
@@ -109,25 +114,20 @@ impl TiledLoss {
         };
         let tile = TileSize {
             rows: tile.rows.clamp(1, rows.len.max(1)),
-            classes: tile.classes.clamp(1, num_classes),
+            classes: tile.classes.clamp(1, num_classes.max(1)),
         };
-        Self { params, targets, rows, matmul_dtype, tile, num_kept, kept: Mutex::default() }
+        let kept = Mutex::default();
+        Self { params, targets, rows, matmul_dtype, num_classes, tile, num_kept, kept }
     }
 
-    /// Computes the loss, and keeps the logits within the budget.
-    pub fn forward(
-        &mut self,
-        hidden: &Tensor,
-        weight: &Tensor,
-        bias: Option<&Tensor>,
-    ) -> Result<ComputedLoss> {
-        let states = self.forward_states(hidden, weight, bias)?;
+    /// The loss from the softmax states of all rows over ranges that make up all classes, (ranges, fields, N).
+    pub fn finish(&self, states: &Tensor) -> Result<ComputedLoss> {
         let shape = self.rows.shape.clone();
-        autograd::finish(&self.params, self.matmul_dtype, &states, shape, &self.targets)
+        autograd::finish(&self.params, self.matmul_dtype, states, shape, &self.targets)
     }
 
-    /// The softmax states of all rows over all classes.
-    fn forward_states(
+    /// The softmax states of all rows over the classes of the weight, (fields, N). Keeps the logits within the budget.
+    pub fn forward_states(
         &mut self,
         hidden: &Tensor,
         weight: &Tensor,
@@ -145,8 +145,8 @@ impl TiledLoss {
             for ((rows, params), states) in row_tiles.iter_mut().zip(&states) {
                 let logits = weight_tile.logits(&self.hidden_tile(&hidden, rows)?)?;
                 let targets = self.targets_tile(&labels, rows, &classes)?;
-                params.first_class = classes.start;
-                autograd::merge_tile(params, states, &logits, &targets)?;
+                params.first_class = self.params.first_class + classes.start;
+                autograd::merge_tile(params, classes.start == 0, states, &logits, &targets)?;
                 let is_kept = self.params.saves_state && rows.end <= self.num_kept;
                 kept.push(is_kept.then_some(logits));
             }
@@ -178,7 +178,9 @@ impl TiledLoss {
         let mut grad_hidden = vec![None; row_tiles.len()];
         let mut grad_weight = wants_weight.then(|| ClassGradient::new(&weight));
         let mut grad_bias = bias.as_ref().filter(|_| wants_bias).map(ClassGradient::new);
-        for (i, classes) in self.class_tiles().enumerate() {
+        for (i, classes) in
+            self.class_tiles().enumerate().filter(|(_, classes)| !classes.is_empty())
+        {
             let weight_tile = self.weight_tile(&weight, bias.as_ref(), &classes)?;
             let (mut grad_weight_tile, mut grad_bias_tile) = (None, None);
             let of_rows = row_tiles.iter_mut().zip(&mut grad_hidden).enumerate();
@@ -188,7 +190,7 @@ impl TiledLoss {
                     Some(logits) => logits,
                     None => weight_tile.logits(&hidden)?,
                 };
-                params.first_class = classes.start;
+                params.first_class = self.params.first_class + classes.start;
                 let targets = self.targets_tile(&labels, rows, &classes)?;
                 let grad_output = narrow(&grad_output, rows)?;
                 let saved = saved.rows(rows.start, rows.len())?;
@@ -244,9 +246,10 @@ impl TiledLoss {
         kept.chain(others).map(with_params).collect()
     }
 
-    /// The range of each tile of the classes.
+    /// The range of each tile of the classes of the weight. Without classes there is one tile, which is empty.
     fn class_tiles(&self) -> impl Iterator<Item = Range<usize>> {
-        ranges(0..self.params.num_classes, self.tile.classes)
+        let empty = (self.num_classes == 0).then_some(0..0);
+        ranges(0..self.num_classes, self.tile.classes).chain(empty)
     }
 
     /// The hidden states in a layout of which tiles are read. A GPU would copy all for each tile if they were not contiguous.
@@ -303,7 +306,7 @@ impl TiledLoss {
             let len = self.tile.classes.saturating_mul(weight.dims()[1]);
             check_memory("a tile of the weight", weight.dims(), len)?;
         }
-        let kept = [self.num_kept, self.params.num_classes];
+        let kept = [self.num_kept, self.num_classes];
         let bytes =
             kept[0].saturating_mul(kept[1]).saturating_mul(self.matmul_dtype.size_in_bytes());
         check_memory("the kept logits", &kept, bytes.div_ceil(size_of::<f64>()))

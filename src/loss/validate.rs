@@ -2,6 +2,7 @@
 
 use super::{CLASS_WEIGHTS, LabelSmoothingLoss, LogitsInfo, Reduction};
 use crate::error::{Error, Result};
+use crate::exchange::Shard;
 use crate::formula::{
     ClassTable, Divisor, LogitMap, LossParams, check_device_dtype, check_target_dtype,
     is_float_dtype, is_logits_dtype, normal_range, result_dtype,
@@ -31,12 +32,13 @@ impl LabelSmoothingLoss {
         logits: &LogitsInfo,
         targets: &Tensor,
     ) -> Result<(LossParams, Tensor)> {
-        let LogitsInfo { dims, dtype, device, is_tracked } = *logits;
+        let LogitsInfo { dims, dtype, device, is_tracked, shard } = *logits;
         let class_dim = self.class_dim(dims)?;
-        let num_classes = dims[class_dim];
-        if num_classes == 0 {
-            return Err(Error::NoClasses { shape: dims.to_vec() });
-        }
+        let Shard { first_class, num_classes } = match shard {
+            None if dims[class_dim] == 0 => return Err(Error::NoClasses { shape: dims.to_vec() }),
+            None => Shard { first_class: 0, num_classes: dims[class_dim] },
+            Some(shard) => shard.check(dims[class_dim])?,
+        };
         if !is_logits_dtype(dtype) {
             return Err(Error::LogitsDType { dtype });
         }
@@ -59,7 +61,7 @@ impl LabelSmoothingLoss {
         let params = LossParams {
             class_dim,
             num_classes,
-            first_class: 0,
+            first_class,
             class_table: self.class_table(num_classes, result_dtype(dtype), device)?,
             label_is_below: self.smoothing.label_is_below(num_classes),
             unmasked_epsilon: self.smoothing.unmasked_epsilon(),
@@ -73,6 +75,11 @@ impl LabelSmoothingLoss {
             wants_metrics: false,
         };
         Ok((params, targets.detach()))
+    }
+
+    /// Whether [`LossParams::needs_extras`], for a loss without metrics.
+    pub(crate) fn needs_extras(&self) -> bool {
+        self.smoothing.unmasked_epsilon() != 0.
     }
 
     pub(crate) fn reduction(&self) -> Reduction {

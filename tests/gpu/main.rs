@@ -21,6 +21,8 @@ mod numerics;
 mod options;
 #[path = "../parity.rs"]
 mod parity;
+#[path = "../shards.rs"]
+mod shards;
 #[path = "../size_limits.rs"]
 mod size_limits;
 
