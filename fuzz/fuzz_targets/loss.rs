@@ -25,7 +25,7 @@ mod input;
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_label_smoothing::testing::{self, TileSize};
 use candle_label_smoothing::{
-    Error, LabelSmoothingLoss, Metrics, Reduction, Smoothing, check_targets, smooth_targets,
+    Error, LabelSmoothingLoss, Metrics, Reduction, Shard, Smoothing, check_targets, smooth_targets,
 };
 use formula::{
     Approx, Formula, RowMetrics, Shape, SmoothingKind, Targets, compute_dtype, unit_roundoff,
@@ -433,6 +433,7 @@ impl Case<'_> {
             if let Some(gradient) = &gradients[0] {
                 assert_close("gradient", gradient, &expected_gradient)?;
             }
+            self.check_shards(&logits_view, &expected_loss, &expected_gradient)?;
             if self.wants_metrics() {
                 let weighted = self.weigh(self.row_weights.as_ref())?;
                 let result = weighted.forward_with_metrics(&logits_view, &self.targets);
@@ -452,6 +453,48 @@ impl Case<'_> {
             Some(weights) => self.loss.weigh_rows(weights)?,
             None => self.loss.clone(),
         })
+    }
+
+    /// Splits the classes between three processes, of which the second has none. They run one after another.
+    fn check_shards(
+        &self,
+        logits: &Tensor,
+        expected_loss: &[Approx],
+        expected_gradient: &[Approx],
+    ) -> Result<()> {
+        let loss = self.weigh(self.row_weights.as_ref())?;
+        let num_classes = self.num_classes();
+        let half = num_classes / 2;
+        let ranges = [(0, half), (half, 0), (half, num_classes - half)];
+        let part = |tensor: &Tensor, (first, len)| tensor.narrow(self.class_dim, first, len);
+        let parts = ranges.map(|range| -> Result<_> {
+            let targets = match self.targets.dtype().is_float() {
+                true => part(&self.targets, range)?,
+                false => self.targets.clone(),
+            };
+            let logits = Var::from_tensor(&contiguous_copy(&part(logits, range)?)?)?;
+            Ok((logits, targets, Shard { first_class: range.0, num_classes }))
+        });
+        let parts = parts.into_iter().collect::<Result<Vec<_>>>()?;
+        // A first run of each process keeps its states, and fails.
+        let mut states = Vec::new();
+        for (logits, targets, shard) in &parts {
+            let gather = |sent: &Tensor| {
+                states.push(sent.clone());
+                Err(candle_core::Error::Msg("the others have not run".into()))
+            };
+            assert!(loss.forward_shard(logits, targets, *shard, gather).is_err());
+        }
+        let mut gradients = Vec::new();
+        for (logits, targets, shard) in &parts {
+            let gather = |_: &Tensor| Tensor::stack(&states, 0);
+            let loss = loss.forward_shard(logits, targets, *shard, gather)?;
+            assert_close("loss of shards", &loss, expected_loss)?;
+            let grads = (&loss * self.grad_output(&loss)?)?.sum_all()?.backward()?;
+            gradients.push(grads.get(logits).expect("a gradient").clone());
+        }
+        let gradient = Tensor::cat(&gradients, self.class_dim)?;
+        assert_close("gradient of shards", &gradient, expected_gradient)
     }
 
     /// The result is that of a valid call, but for the targets, which must not be probabilities.
