@@ -50,7 +50,7 @@ impl<'a> Exchange<'a> {
         gather: impl FnOnce(&Tensor) -> candle_core::Result<Tensor>,
     ) -> Result<(T, Tensor)> {
         match local {
-            Ok((local, sent)) => Ok((local, self.checked(gather(&sent)?.detach())?)),
+            Ok((local, sent)) => Ok((local, self.checked(gather(&sent)?)?)),
             Err(error) => {
                 // The caller needs the first error, not another of the exchange.
                 let _ = self.nan().map(|nan| gather(&nan));
