@@ -385,7 +385,7 @@ pub enum Error {
         most: usize,
     },
 
-    /// A shard without a class of its own range: it ends beyond the last class, or there are no classes at all.
+    /// A shard that ends beyond the last class, or a number of all classes that is 0.
     #[error(
         "the shard has {num_classes_here} classes from first_class = {first_class} on, expected classes below num_classes = {num_classes}, which must not be 0"
     )]
@@ -418,7 +418,7 @@ pub enum Error {
     },
 
     /// Processes whose numbers of rows or classes differ, or whose shards do not follow each other.
-    #[error("{what} of process {process} is {found}, expected {expected}: {reason}")]
+    #[error("{what} is {found} on process {process}, expected {expected}: {reason}")]
     ShardNumber {
         /// The first process concerned.
         process: usize,

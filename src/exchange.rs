@@ -6,7 +6,7 @@ use crate::layout::{check_memory, check_size};
 use candle_core::{DType, Device, Tensor};
 
 /// The classes that this process holds of a vocabulary that is split over several processes. They are the classes from
-/// `first_class` on, of `num_classes` in all. Their number is that of the classes of the logits, or of the rows of the weight.
+/// `first_class` on, of `num_classes` in all. How many they are follows from the logits, or from the rows of the weight.
 ///
 /// The shards of all processes follow each other without gaps, in the order in which `gather` stacks, and cover all classes. Their
 /// lengths may differ, and may be 0. [`check_shards`] checks this.
@@ -59,10 +59,13 @@ impl<'a> Exchange<'a> {
         }
     }
 
+    pub fn zeros(&self) -> Result<Tensor> {
+        Ok(Tensor::zeros(self.shape.as_slice(), self.dtype, self.device)?)
+    }
+
     fn nan(&self) -> Result<Tensor> {
-        const WHAT: &str = "what processes exchange";
-        check_size(WHAT, &self.shape)?;
-        check_memory(WHAT, &self.shape, self.shape.iter().product())?;
+        check_size(EXCHANGED, &self.shape)?;
+        check_memory(EXCHANGED, &self.shape, self.shape.iter().product())?;
         let ones = Tensor::ones(self.shape.as_slice(), self.dtype, self.device)?;
         Ok((ones * f64::NAN)?)
     }
@@ -80,20 +83,24 @@ impl<'a> Exchange<'a> {
                 stacked: self.shape.clone(),
             });
         }
-        match gathered.layout().start_offset() {
-            0 => Ok(gathered.contiguous()?),
-            _ => Ok(gathered.force_contiguous()?),
+        if gathered.is_contiguous() && gathered.layout().start_offset() == 0 {
+            return Ok(gathered);
         }
+        check_size(EXCHANGED, gathered.dims())?;
+        check_memory(EXCHANGED, gathered.dims(), gathered.elem_count())?;
+        Ok(gathered.force_contiguous()?)
     }
 }
+
+const EXCHANGED: &str = "what processes exchange";
 
 /// Checks that the processes of a split vocabulary agree, which [`forward_shard`](crate::LabelSmoothingLoss::forward_shard) cannot
 /// see. Every process calls it with its own arguments. If they disagree, all get the same error.
 ///
 /// `targets` are class indices of any shape and integer dtype, the same on all processes. `num_classes_here` is the number of classes
 /// of this process. `gather` is that of [`forward_shard`](crate::LabelSmoothingLoss::forward_shard). It is called once, with 20
-/// numbers whatever the targets. The function copies the targets to the host, and so waits for a GPU. Call it for the first batch, or
-/// in a search for a mistake.
+/// numbers whatever the targets, of dtype f64 on the CPU and f32 on a GPU. The function copies the targets to the host, and so waits
+/// for a GPU. Call it for the first batch, or in a search for a mistake.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -106,15 +113,15 @@ impl<'a> Exchange<'a> {
 /// assert!(check_shards(&targets, shard, 5, gather).is_ok());
 ///
 /// let error = check_shards(&targets, shard, 4, gather).unwrap_err();
-/// assert_eq!(error.to_string(), "the end of the classes of process 0 is 4, expected 5: num_classes");
+/// assert_eq!(error.to_string(), "the end of the last shard is 4 on process 0, expected 5: num_classes");
 /// # Ok::<(), candle_label_smoothing::Error>(())
 /// ```
 ///
 /// # Errors
 /// A process whose number of rows, `num_classes` or targets differ from those of process 0; shards that do not follow each other from
-/// class 0 to `num_classes`. Process i is the i-th that `gather` stacks. Targets of a floating-point dtype are an error on their own
-/// process, and [`Error::ShardFailed`] on the others. An error of `gather`, or a tensor from it that does not stack the given tensors, is an
-/// error of its own process.
+/// class 0 to `num_classes`; no classes at all. Process i is the i-th that `gather` stacks. Targets of a floating-point dtype are an
+/// error on their own process, and [`Error::ShardFailed`] on the others. An error of `gather`, or a tensor from it whose shape is not
+/// (processes, 20), is an error of its own process.
 pub fn check_shards(
     targets: &Tensor,
     shard: Shard,
@@ -216,11 +223,14 @@ fn check_facts(all: &[Facts]) -> Result<()> {
         check(process, "num_classes", facts.num_classes, first.num_classes, as_first)?;
         let follows = "the shards follow each other from class 0 on, in the order of the processes";
         check(process, "first_class", facts.first_class, end, follows)?;
-        end = facts.first_class.saturating_add(facts.num_classes_here);
+        let first_class = facts.first_class as usize;
+        let shard = Shard { first_class, num_classes: facts.num_classes as usize };
+        shard.check(facts.num_classes_here as usize)?;
+        end = facts.first_class + facts.num_classes_here;
         if facts.targets_hash != first.targets_hash {
             return Err(Error::ShardTargets { process });
         }
     }
     let last = all.len() - 1;
-    check(last, "the end of the classes", end, first.num_classes, "num_classes")
+    check(last, "the end of the last shard", end, first.num_classes, "num_classes")
 }

@@ -133,12 +133,12 @@ pub(crate) fn forward_linear(
     tiling: Tiling,
     wants_metrics: bool,
 ) -> Result<(Tensor, Option<Metrics>)> {
-    let (tiled, states) = forward_states(loss, head, targets, None, tiling, wants_metrics)?;
-    finish(tiled, head, &states.unsqueeze(0)?)
+    let (tiled, states) = head_states(loss, head, targets, None, tiling, wants_metrics)?;
+    head_loss(tiled, head, &states.unsqueeze(0)?)
 }
 
 /// The softmax states of the rows over the classes of the weight.
-pub(crate) fn forward_states(
+pub(crate) fn head_states(
     loss: &LabelSmoothingLoss,
     head: Head,
     targets: &Tensor,
@@ -167,7 +167,7 @@ pub(crate) fn forward_states(
 }
 
 /// The loss as a node of the graph, from the states over ranges that make up all classes.
-pub(crate) fn finish(
+pub(crate) fn head_loss(
     tiled: TiledLoss,
     Head { hidden, weight, bias }: Head,
     states: &Tensor,

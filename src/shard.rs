@@ -25,10 +25,11 @@ impl LabelSmoothingLoss {
     /// process. `backward` exchanges nothing. The gradient is that of this process's logits.
     /// [The guide](crate::guide::several_devices#vocabulary-parallel) has the formula.
     ///
-    /// `gather` is the one exchange, by MPI, NCCL or threads. It gets a contiguous tensor of 4 numbers for each row, or 10 with
-    /// [`Smoothing::over_unmasked`](crate::Smoothing::over_unmasked). They are f64 on the CPU. On a GPU they are f32, or f64 for f64
-    /// logits. It returns the tensors of all processes, stacked in the order of their shards, on the same device: (..) becomes
-    /// (processes, ..). It is called once, and need not be `Send`. [The guide](crate::guide::several_devices) shows it for MPI and NCCL.
+    /// `gather` is the one exchange, by MPI, NCCL or threads. It gets a contiguous tensor of shape (4, N) for N rows, or (10, N) with
+    /// [`Smoothing::over_unmasked`](crate::Smoothing::over_unmasked). N is 1 if there are no rows. The numbers are f64 on the CPU. On a
+    /// GPU they are f32, or f64 for f64 logits. It returns the tensors of all processes, stacked in the order of their shards, on the same
+    /// device: (..) becomes (processes, ..). It is called once, and need not be `Send`. [The guide](crate::guide::several_devices) shows it
+    /// for MPI and NCCL.
     ///
     /// All processes must make the same calls in the same order, with the same options. This function cannot see the arguments of the
     /// others. If shards overlap or leave a gap, or if targets or options differ, the loss is wrong and there is no error. If the numbers
@@ -36,29 +37,31 @@ impl LabelSmoothingLoss {
     /// [`check_shards`](crate::check_shards) compares rows, targets and shards.
     ///
     /// ```
-    /// use candle_core::{Device, Tensor, Var};
+    /// use candle_core::{Device, Error, Tensor, Var};
     /// use candle_label_smoothing::{LabelSmoothingLoss, Shard, Smoothing};
-    /// use std::sync::{Barrier, Mutex};
+    /// use std::sync::mpsc::{Receiver, Sender, channel};
+    /// use std::thread;
     ///
     /// // Two threads stand for the processes. Each has two of four classes.
     /// let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?);
     /// let logits = Tensor::new(&[[1f32, 2., 3., 4.], [4., 1., 0., 2.]], &Device::Cpu)?;
     /// let targets = Tensor::new(&[3u32, 0], &Device::Cpu)?;
-    /// let (sent, barrier) = (Mutex::new([None, None]), Barrier::new(2));
-    /// let process = |rank: usize| {
+    /// let process = |rank: usize, to_other: Sender<Tensor>, from_other: Receiver<Tensor>| {
+    ///     let gather = |states: &Tensor| {
+    ///         to_other.send(states.clone()).map_err(Error::wrap)?;
+    ///         let other = from_other.recv().map_err(Error::wrap)?;
+    ///         Tensor::stack(&if rank == 0 { [states, &other] } else { [&other, states] }, 0)
+    ///     };
     ///     let shard = Shard { first_class: 2 * rank, num_classes: 4 };
     ///     let logits = Var::from_tensor(&logits.narrow(1, shard.first_class, 2)?)?;
-    ///     let loss = loss.forward_shard(&logits, &targets, shard, |states| {
-    ///         sent.lock().unwrap()[rank] = Some(states.clone());
-    ///         barrier.wait();
-    ///         let sent: Vec<Tensor> = sent.lock().unwrap().iter().flatten().cloned().collect();
-    ///         Tensor::stack(&sent, 0)
-    ///     })?;
+    ///     let loss = loss.forward_shard(&logits, &targets, shard, gather)?;
     ///     loss.backward()?;
     ///     loss.to_scalar::<f32>()
     /// };
-    /// let losses = std::thread::scope(|scope| {
-    ///     [0, 1].map(|rank| scope.spawn(move || process(rank))).map(|thread| thread.join().unwrap())
+    /// let ((to_1, from_0), (to_0, from_1)) = (channel(), channel());
+    /// let losses = thread::scope(|scope| {
+    ///     let second = scope.spawn(|| process(1, to_0, from_0));
+    ///     [process(0, to_1, from_1), second.join().unwrap()]
     /// });
     /// let whole = loss.forward(&logits, &targets)?.to_scalar::<f32>()?;
     /// for loss in losses {
@@ -69,7 +72,7 @@ impl LabelSmoothingLoss {
     ///
     /// # Errors
     /// Those of [`forward`](Self::forward), except that a process may have no classes; classes beyond `num_classes`; an error of `gather`,
-    /// or a tensor from it that does not stack the given tensors.
+    /// or a tensor from it of another dtype, on another device, or whose shape is not (processes, ..).
     ///
     /// The other processes do not wait in this exchange for a process with an error. If the error is found before the exchange, the process
     /// calls `gather` with NaN in place of its numbers, and then returns the error. The loss of the others is NaN. But if the memory for
@@ -82,13 +85,14 @@ impl LabelSmoothingLoss {
         shard: Shard,
         gather: impl FnOnce(&Tensor) -> candle_core::Result<Tensor>,
     ) -> Result<Tensor> {
-        let states = forward_states(self, logits, targets, shard);
-        let class_dim = self.class_dim(logits.dims()).ok();
+        let states = logits_states(self, logits, targets, shard);
+        let class_dim = |tensor: &Tensor| self.class_dim(tensor.dims()).ok();
         let exchange = exchange_of_rows(self, logits, class_dim, targets);
-        let ((params, targets), states) = exchange.run(states, gather)?;
-        let row_shape = row_shape(logits.dims(), params.class_dim);
-        let computed = autograd::finish(&params, logits.dtype(), &states, row_shape, &targets)?;
-        attach_backward(computed, params, logits, targets)
+        exchange_states(&exchange, states, gather, |(params, targets), states| {
+            let row_shape = row_shape(logits.dims(), params.class_dim);
+            let computed = autograd::finish(&params, logits.dtype(), states, row_shape, &targets)?;
+            attach_backward(computed, params, logits, targets)
+        })
     }
 
     /// [`forward_shard`](Self::forward_shard) of `logits = hidden · weightᵀ + bias`, from the rows of the weight and the bias of this
@@ -127,15 +131,39 @@ pub(crate) fn forward_linear_shard(
     tiling: Tiling,
     gather: impl FnOnce(&Tensor) -> candle_core::Result<Tensor>,
 ) -> Result<Tensor> {
-    let states = linear::forward_states(loss, head, targets, Some(shard), tiling, false);
-    let class_dim = head.hidden.rank().checked_sub(1);
-    let exchange = exchange_of_rows(loss, head.hidden, class_dim, targets);
-    let (tiled, states) = exchange.run(states, gather)?;
-    Ok(linear::finish(tiled, head, &states)?.0)
+    let states = linear::head_states(loss, head, targets, Some(shard), tiling, false);
+    let exchange =
+        exchange_of_rows(loss, head.hidden, |tensor| tensor.rank().checked_sub(1), targets);
+    exchange_states(&exchange, states, gather, |tiled, states| {
+        Ok(linear::head_loss(tiled, head, states)?.0)
+    })
+}
+
+/// Exchanges the states of the rows, and lets `finish` compute the loss from those of all processes.
+fn exchange_states<T>(
+    exchange: &Exchange,
+    states: Result<(T, Tensor)>,
+    gather: impl FnOnce(&Tensor) -> candle_core::Result<Tensor>,
+    finish: impl FnOnce(T, &Tensor) -> Result<Tensor>,
+) -> Result<Tensor> {
+    // Without rows, a number for each field is exchanged, so that an error of another process shows.
+    let sent = states.and_then(|(local, states)| match states.elem_count() {
+        0 => Ok(((local, Some(states)), exchange.zeros()?)),
+        _ => Ok(((local, None), states)),
+    });
+    let ((local, no_states), gathered) = exchange.run(sent, gather)?;
+    match no_states {
+        None => finish(local, &gathered),
+        Some(states) => {
+            let loss = finish(local, &states.unsqueeze(0)?)?;
+            let zero_or_nan = (gathered.detach().sum_all()? * 0.)?.to_dtype(loss.dtype())?;
+            Ok(loss.broadcast_add(&zero_or_nan)?)
+        }
+    }
 }
 
 /// The softmax states of the rows over the classes of this process, with the parameters and the detached targets.
-fn forward_states(
+fn logits_states(
     loss: &LabelSmoothingLoss,
     logits: &Tensor,
     targets: &Tensor,
@@ -157,19 +185,16 @@ fn forward_states(
 fn exchange_of_rows<'a>(
     loss: &LabelSmoothingLoss,
     tensor: &'a Tensor,
-    class_dim: Option<usize>,
+    class_dim_of: impl Fn(&Tensor) -> Option<usize>,
     targets: &Tensor,
 ) -> Exchange<'a> {
-    let (dims, class_dim) = match class_dim {
+    let (dims, class_dim) = match class_dim_of(tensor) {
         Some(class_dim) => (tensor.dims(), Some(class_dim)),
         None if targets.dtype().is_int() => (targets.dims(), None),
-        None => (targets.dims(), targets.rank().checked_sub(1)),
+        None => (targets.dims(), class_dim_of(targets)),
     };
     let rows = dims.iter().enumerate().filter(|(dim, _)| Some(*dim) != class_dim);
     let num_rows = rows.fold(1, |product: usize, (_, &len)| product.saturating_mul(len));
-    Exchange::new(
-        &[num_state_fields(loss.needs_extras()), num_rows],
-        tensor.dtype(),
-        tensor.device(),
-    )
+    let shape = [num_state_fields(loss.needs_extras()), num_rows.max(1)];
+    Exchange::new(&shape, tensor.dtype(), tensor.device())
 }

@@ -136,7 +136,8 @@ fn first_difference(
     assert_eq!(actual.len(), expected.len());
     let pairs = actual.iter().copied().zip(expected.iter().copied()).enumerate();
     pairs.map(|(i, (actual, expected))| (i, actual, expected)).find(|(_, actual, expected)| {
-        let is_close = (actual - expected).abs() <= absolute + relative * expected.abs();
+        let error = (actual - expected).abs();
+        let is_close = error.is_finite() && error <= absolute + relative * expected.abs();
         !is_close && actual != expected && !(actual.is_nan() && expected.is_nan())
     })
 }
@@ -221,17 +222,21 @@ fn rows_that_do_not_count_may_be_nan() -> Result<()> {
             let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?).with_reduction(reduction);
             for (row_weights, targets) in [
                 (vec![0u8, 1, 2], nan(&random_probabilities(&[3, num_classes], 1, 3)?)?),
+                // This row counts. The gradients of the others are finite.
+                (vec![1, 1, 2], nan(&random_probabilities(&[3, num_classes], 1, 3)?)?),
                 (vec![0, 0, 0], nan(&random_probabilities(&[3, num_classes], 1, 3)?)?),
                 (vec![0, 2, 1], Tensor::new(&[-1i64, 0, 2], &CPU)?),
             ] {
                 let name = format!("{row_weights:?}, {split:?}, {reduction:?}");
+                let case_name = name.clone();
                 let row_weights = Some(Tensor::new(row_weights, &CPU)?);
                 let (loss, logits) = (loss.clone(), logits.clone());
-                let case = Case { name, loss, row_weights, logits, targets };
+                let case = Case { name: case_name, loss, row_weights, logits, targets };
                 let (losses, _) = run_sharded(&case, 1, dtypes()[0], &split)?;
                 let is_mean_of_nothing =
-                    reduction == Reduction::Mean && case.name.contains("[0, 0, 0]");
-                assert_eq!(losses[0][0].is_nan(), is_mean_of_nothing, "{}", case.name);
+                    reduction == Reduction::Mean && name.starts_with("[0, 0, 0]");
+                let is_nan = name.starts_with("[1") || is_mean_of_nothing;
+                assert_eq!(losses[0][0].is_nan(), is_nan, "{name}");
                 check(&case, 1, dtypes()[0], &[&split])?;
             }
         }
@@ -366,6 +371,32 @@ fn hidden_states_agree_with_one_process() -> Result<()> {
                 assert_close(&name, &values(gradient)?, &expected, tolerance, tolerance);
             }
         }
+    }
+    Ok(())
+}
+
+/// exp of these logits is 0, so a state that began at 0 would lose them.
+#[test]
+fn logits_far_below_zero() -> Result<()> {
+    let dtype = dtypes()[0];
+    let head = Head {
+        hidden: random(&[4, 3], 1., 11)?.to_dtype(dtype)?,
+        weight: random(&[7, 3], 1., 12)?.to_dtype(dtype)?,
+        bias: (random(&[7], 1., 13)? - 2000.)?.to_dtype(dtype)?,
+    };
+    let logits = head.hidden.matmul(&head.weight.t()?)?.broadcast_add(&head.bias)?;
+    let (name, row_weights) = ("far below 0".to_string(), None);
+    let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?);
+    let case = Case { name, loss, row_weights, logits, targets: random_labels(&[4], 7, 2)? };
+    let expected = values(&case.forward(&case.logits)?)?;
+    // The logits have digits up to 2000.
+    let tolerance = if dtype == DType::F64 { 1e-11 } else { 1e-2 };
+    for (split, tile) in SPLITS
+        .iter()
+        .flat_map(|split| [(split, None), (split, Some(TileSize { rows: 4, classes: 2 }))])
+    {
+        let (losses, _) = run_linear(&case, &head, split, tile)?;
+        assert_close("far below 0", &losses[0], &expected, tolerance, tolerance);
     }
     Ok(())
 }
@@ -680,6 +711,9 @@ fn what_gather_returns_is_checked() -> Result<()> {
     for gather in [&offset as &dyn Fn(&Tensor) -> Result<Tensor>, &transposed, &var] {
         assert_close("views", &values(&forward(gather)?)?, &expected, 1e-6, 1e-6);
     }
+    let beyond_memory = |t: &Tensor| t.unsqueeze(0)?.broadcast_as((1 << 45, 4, 2));
+    let error = forward(&beyond_memory).expect_err("the tensor is beyond memory");
+    assert!(matches!(error, Error::TooLarge { .. }), "{error}");
     let not_stacked = |t: &Tensor| Ok(t.clone());
     let no_process = |t: &Tensor| t.unsqueeze(0)?.narrow(0, 0, 0);
     let other_rows = |t: &Tensor| t.narrow(1, 0, 1)?.unsqueeze(0);
@@ -709,6 +743,79 @@ fn a_shard_beyond_the_classes_is_an_error() -> Result<()> {
             "the shard has 4 classes from first_class = {first_class} on, expected classes below num_classes = {num_classes}, which must not be 0"
         );
         assert_eq!(error.to_string(), text);
+    }
+    let no_classes = logits.narrow(1, 0, 0)?;
+    let shard = Shard { first_class: 0, num_classes: 0 };
+    let error = loss.forward_shard(&no_classes, &targets, shard, |t| t.unsqueeze(0));
+    assert!(matches!(error, Err(Error::Shard { .. })));
+    Ok(())
+}
+
+/// Views that are larger than the memory. Only where the states of the rows would be too large, there is no exchange.
+#[test]
+fn shards_of_sizes_beyond_memory_are_errors() -> Result<()> {
+    let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?);
+    let number = on_device(&Tensor::new(0f32, &CPU)?)?;
+    let labels = |rows: usize| on_device(&Tensor::new(0i64, &CPU)?)?.broadcast_as(rows);
+    let num_exchanges = Cell::new(0);
+    let gather = |tensor: &Tensor| {
+        num_exchanges.set(num_exchanges.get() + 1);
+        tensor.unsqueeze(0)
+    };
+    for (rows, classes, exchanges) in
+        [(1 << 45, 4, 0), (3, usize::MAX / 2, 1), (usize::MAX / 2, 3, 0)]
+    {
+        num_exchanges.set(0);
+        let logits = number.broadcast_as((rows, classes))?;
+        let shard = Shard { first_class: 0, num_classes: classes };
+        let error = loss.forward_shard(&logits, &labels(rows)?, shard, gather);
+        assert!(matches!(error, Err(Error::TooLarge { .. })), "{rows}, {classes}");
+        assert_eq!(num_exchanges.get(), exchanges, "{rows}, {classes}");
+    }
+    for rows in [1 << 45, usize::MAX / 2] {
+        num_exchanges.set(0);
+        let shard = Shard { first_class: 0, num_classes: 4 };
+        let error = check_shards(&labels(rows)?, shard, 4, gather);
+        assert!(matches!(error, Err(Error::TooLarge { .. })), "{rows}");
+        assert_eq!(num_exchanges.get(), 1, "{rows}");
+    }
+    Ok(())
+}
+
+/// An error is found in a batch without rows too.
+#[test]
+fn an_error_of_one_process_without_rows() -> Result<()> {
+    let logits = Tensor::zeros((0, 3), DType::F32, device())?;
+    let hidden = Tensor::zeros((0, 2), DType::F32, device())?;
+    let weight = Tensor::zeros((3, 2), DType::F32, device())?;
+    let targets = Tensor::zeros(0, DType::I64, device())?;
+    for smoothing in [Smoothing::over_all(0.1)?, Smoothing::over_unmasked(0.1)?] {
+        for reduction in [Reduction::Sum, Reduction::Mean, Reduction::MeanOrZero] {
+            let loss = LabelSmoothingLoss::new(smoothing.clone()).with_reduction(reduction);
+            let forward = |process: &Process, shard| -> candle_label_smoothing::Result<_> {
+                let gather = |t: &Tensor| process.gather(t);
+                Ok(values(&loss.forward_shard(&logits, &targets, shard, gather)?)?)
+            };
+            let linear = |process: &Process, shard| -> candle_label_smoothing::Result<_> {
+                let gather = |t: &Tensor| process.gather(t);
+                let (loss, hidden) = (&loss, &hidden);
+                let loss =
+                    loss.forward_linear_shard(hidden, &weight, None, &targets, shard, gather)?;
+                Ok(values(&loss)?)
+            };
+            let beyond = Shard { first_class: 4, num_classes: 6 };
+            let of_logits = with_error(
+                "no rows",
+                |process| forward(process, shard(&[3, 3], 0)),
+                |process| forward(process, beyond),
+            );
+            let of_hidden = with_error(
+                "no rows",
+                |process| linear(process, shard(&[3, 3], 0)),
+                |process| linear(process, beyond),
+            );
+            assert!(of_logits[0].is_nan() && of_hidden[0].is_nan(), "{reduction:?}");
+        }
     }
     Ok(())
 }
@@ -755,23 +862,28 @@ fn check_shards_finds_what_disagrees() -> Result<()> {
     let rows = of_last(6, 5);
     let all_errors = |text: &str| vec![Some(text.to_string()); 5];
     let errors = check_all(split, |rank| labels(rows(rank)), right);
-    let text = "the number of rows of process 4 is 5, expected 6: that of process 0";
+    let text = "the number of rows is 5 on process 4, expected 6: that of process 0";
     assert_eq!(errors, all_errors(text));
 
     let classes = of_last(7, 8);
     let other_number = |rank| Shard { num_classes: classes(rank), ..right(rank) };
     let errors = check_all(split, |_| labels(6), other_number);
-    let text = "num_classes of process 4 is 8, expected 7: that of process 0";
+    let text = "num_classes is 8 on process 4, expected 7: that of process 0";
     assert_eq!(errors, all_errors(text));
 
     let overlap = |rank| Shard { first_class: [0, 2, 1, 3, 6][rank], num_classes: 7 };
     let errors = check_all(split, |_| labels(6), overlap);
-    let text = "first_class of process 2 is 1, expected 2: the shards follow each other from class 0 on, in the order of the processes";
+    let text = "first_class is 1 on process 2, expected 2: the shards follow each other from class 0 on, in the order of the processes";
     assert_eq!(errors, all_errors(text));
 
     let too_few = |rank| Shard { num_classes: 9, ..right(rank) };
     let errors = check_all(split, |_| labels(6), too_few);
-    let text = "the end of the classes of process 4 is 7, expected 9: num_classes";
+    let text = "the end of the last shard is 7 on process 4, expected 9: num_classes";
+    assert_eq!(errors, all_errors(text));
+
+    let beyond = |rank| Shard { num_classes: 6, ..right(rank) };
+    let errors = check_all(split, |_| labels(6), beyond);
+    let text = "the shard has 1 classes from first_class = 6 on, expected classes below num_classes = 6, which must not be 0";
     assert_eq!(errors, all_errors(text));
 
     // One target of one process, and two that are exchanged.

@@ -50,7 +50,7 @@ struct Args {
     /// Learning rate
     #[arg(long, default_value_t = 1e-2)]
     lr: f64,
-    /// How much of each target goes to the other characters, as often as they occur, from 0 to 1
+    /// How much of each target is spread over all characters, as often as they occur, from 0 to 1
     #[arg(long, default_value_t = 0.02)]
     epsilon: f64,
     /// Characters to write at the end

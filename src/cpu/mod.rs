@@ -22,6 +22,7 @@ mod targets;
 use crate::error::{Error, Result};
 use crate::formula::{
     Divisor, EXTRA_FIELDS, ExtraState, ForwardOut, LossParams, STATE_FIELDS, SavedState,
+    SoftmaxState,
 };
 use crate::layout::{self, inner_size, num_rows};
 use candle_core::backend::BackendStorage;
@@ -134,11 +135,13 @@ fn merge_rows<E: Extras, A: Real, const N: usize>(
     states: [&mut [f64]; N],
 ) -> Result<()> {
     for_each_row(logits, targets, axis, states, &|row, i, state: RowState<E>, out| {
-        let merged = match is_first {
+        let merged = if targets.is_ignored(row) {
             // Rows side by side are read even if they are ignored. `finish` must not take their NaN for a failure.
-            _ if targets.is_ignored(row) => RowState::default(),
-            true => state,
-            false => RowState::from_fields(out.iter().map(|field| field[i])).merge(state),
+            RowState::default()
+        } else if is_first {
+            state
+        } else {
+            RowState::from_fields(out.iter().map(|field| field[i])).merge(state)
         };
         write_fields(out, i, merged.into_fields());
     })
@@ -172,26 +175,31 @@ fn finish_in<A: Real>(
         return Err(not_contiguous());
     }
     let state_of = |range: usize, row: usize| {
-        let first = range * num_fields * num_rows + row;
-        let fields = (0..num_fields).map(|field| values[first + field * num_rows]);
-        RowState::<ExtraState<f64>>::from_fields(fields)
+        let field = |field| values[(range * num_fields + field) * num_rows + row];
+        let extras = match num_fields == ALL_STATE_FIELDS {
+            true => ExtraState::from_fields([4, 5, 6, 7, 8, 9].map(field)),
+            false => ExtraState::default(),
+        };
+        RowState { softmax: SoftmaxState::from_fields([0, 1, 2, 3].map(field)), extras }
     };
     let mut rows = RowResults::<A>::new(params, num_rows)?;
     let (out, predictions) = rows.all_fields();
-    let has_failed = AtomicBool::new(false);
+    let process_failed = AtomicBool::new(false);
     par_split(out, 1, num_ranges, &|first, mut out| {
         for i in 0..out[0].len() {
             let row = first + i;
-            let states = (0..num_ranges).map(|range| state_of(range, row));
-            let state = states.reduce(RowState::merge).unwrap_or_default();
+            let mut state = state_of(0, row);
+            for range in 1..num_ranges {
+                state = state.merge(state_of(range, row));
+            }
             write_row_with_extras(params, &targets, predictions, row, i, state, &mut out);
             if state.softmax.target_sum.is_nan() && !targets.may_be_nan(row) {
                 out[0][i] = A::from_f64(f64::NAN);
-                has_failed.store(true, Ordering::Relaxed);
+                process_failed.store(true, Ordering::Relaxed);
             }
         }
     });
-    Ok(rows.reduce(params, &targets, has_failed.into_inner()))
+    Ok(rows.reduce(params, &targets, process_failed.into_inner()))
 }
 
 /// The fields of a tensor (N, len), a slice for each. The elements of a field are adjacent.

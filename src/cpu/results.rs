@@ -65,13 +65,13 @@ impl<A: Real> RowResults<A> {
         self,
         params: &LossParams,
         targets: &Targets<A>,
-        has_failed: bool,
+        process_failed: bool,
     ) -> ForwardOut<CpuStorage> {
         let Self { mut losses, saved, metrics, predictions } = self;
         let num_rows = losses.len();
         let divisor = params.divisor.map(|divisor| match divisor {
             Divisor::Number(number) => number,
-            Divisor::WeightSum(()) if has_failed => f64::NAN,
+            Divisor::WeightSum(()) if process_failed => f64::NAN,
             Divisor::WeightSum(()) => sum_rows(num_rows, |row| targets.weight(row)),
         });
         // In the dtype of the arithmetic the product could overflow, although the mean is finite.

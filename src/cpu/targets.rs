@@ -292,6 +292,7 @@ impl<A: Real> ClassValues<'_, A> {
 
 /// Class targets in row-major order.
 pub(crate) fn label_values(targets: Operand<CpuStorage>) -> Result<Vec<i64>> {
+    // The number of classes is for the error of a target out of range, and none is.
     read_integers(targets, usize::MAX, &|_, target| Some(target))
 }
 

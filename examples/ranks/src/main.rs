@@ -12,8 +12,9 @@
 //! mpirun -n 2 target/release/ranks
 //! ```
 //!
-//! `target/release/ranks --help` lists the options. The model has dtype f64, so that a difference is a mistake and not a
-//! rounding. If a loss or a weight differs by more than 1e-9, the program fails.
+//! For more processes than cores, `mpirun` needs `--oversubscribe`. `target/release/ranks --help` lists the options. The model has
+//! dtype f64, so that a difference is a mistake and not a rounding. If a loss or a weight differs by more than 1e-9, the program
+//! fails.
 
 mod model;
 mod processes;
@@ -54,7 +55,7 @@ struct Args {
     /// Classes of a process are a multiple of this number, but the last processes have what is left, or none
     #[arg(long, default_value_t = 1, value_parser = value_parser!(u32).range(1..))]
     multiple: u32,
-    /// How much of each target goes to the other characters, as often as they occur, from 0 to 1
+    /// How much of each target is spread over all characters, as often as they occur, from 0 to 1
     #[arg(long, default_value_t = 0.02)]
     epsilon: f64,
     /// Learning rate
