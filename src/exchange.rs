@@ -59,10 +59,12 @@ impl<'a> Exchange<'a> {
         }
     }
 
+    /// Zeros in place of the tensor of this process.
     pub fn zeros(&self) -> Result<Tensor> {
         Ok(Tensor::zeros(self.shape.as_slice(), self.dtype, self.device)?)
     }
 
+    /// NaN in place of the tensor of this process.
     fn nan(&self) -> Result<Tensor> {
         check_size(EXCHANGED, &self.shape)?;
         check_memory(EXCHANGED, &self.shape, self.shape.iter().product())?;
@@ -70,16 +72,20 @@ impl<'a> Exchange<'a> {
         Ok((ones * f64::NAN)?)
     }
 
+    /// The tensors of all processes, if they are what the exchange must give.
     fn checked(&self, gathered: Tensor) -> Result<Tensor> {
-        let is_stack = matches!(gathered.dims(), [processes, stacked @ ..] if *processes > 0 && *stacked == self.shape);
-        let is_on_device = gathered.device().same_device(self.device);
-        if !is_stack || !is_on_device || gathered.dtype() != self.dtype {
+        let is_stack = match gathered.dims() {
+            [processes, stacked @ ..] => *processes > 0 && *stacked == self.shape,
+            [] => false,
+        };
+        let (device, expected_device) = (gathered.device().location(), self.device.location());
+        if !is_stack || device != expected_device || gathered.dtype() != self.dtype {
             return Err(Error::Gathered {
                 dtype: gathered.dtype(),
                 shape: gathered.dims().to_vec(),
-                device: gathered.device().location(),
+                device,
                 expected_dtype: self.dtype,
-                expected_device: self.device.location(),
+                expected_device,
                 stacked: self.shape.clone(),
             });
         }
