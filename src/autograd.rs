@@ -13,13 +13,13 @@ use crate::cpu as host;
 use crate::gpu as host;
 
 use crate::cpu;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::formula::{
     Divisor, ForwardOut, LossParams, METRIC_FIELDS, RowMetrics, SavedIn, result_dtype,
 };
 #[cfg(any(feature = "cuda", feature = "metal"))]
 use crate::gpu;
-use crate::layout::{Operand, check_layout, row_shape};
+use crate::layout::{Operand, check_layout, check_size, row_shape};
 use crate::metrics::Metrics;
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
@@ -293,12 +293,25 @@ pub(crate) fn smooth_targets(
     Ok(untracked(smoothed, shape))
 }
 
-/// Checks class targets on the CPU. On a GPU this would wait for the device.
+/// Class targets in the host's memory. On a GPU this waits for the device.
+fn labels_on_host(targets: &Tensor) -> Result<Tensor> {
+    if !targets.dtype().is_int() {
+        return Err(Error::TargetsDType {
+            dtype: targets.dtype(),
+            expected: "an integer dtype: class indices",
+        });
+    }
+    check_size("targets", targets.dims())?;
+    Ok(targets.to_device(&Device::Cpu)?)
+}
+
+/// Checks class targets. On a GPU this waits for the device.
 pub(crate) fn check_class_targets(
     targets: &Tensor,
     num_classes: usize,
     ignore_index: Option<i64>,
 ) -> Result<()> {
+    let targets = labels_on_host(targets)?;
     match &*targets.storage_and_layout().0 {
         Storage::Cpu(storage) => {
             cpu::check_labels((storage, targets.layout()), num_classes, ignore_index)
@@ -307,8 +320,9 @@ pub(crate) fn check_class_targets(
     }
 }
 
-/// Class targets of any integer dtype, on the CPU, in row-major order.
+/// Class targets of any integer dtype, in row-major order. On a GPU this waits for the device.
 pub(crate) fn label_values(targets: &Tensor) -> Result<Vec<i64>> {
+    let targets = labels_on_host(targets)?;
     match &*targets.storage_and_layout().0 {
         Storage::Cpu(storage) => cpu::label_values((storage, targets.layout())),
         _ => Err(no_backend()),

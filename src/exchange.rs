@@ -162,14 +162,7 @@ const DIGITS: usize = 4;
 
 impl Facts {
     fn new(targets: &Tensor, shard: Shard, num_classes_here: usize) -> Result<Self> {
-        if !targets.dtype().is_int() {
-            return Err(Error::TargetsDType {
-                dtype: targets.dtype(),
-                expected: "an integer dtype: class indices",
-            });
-        }
-        check_size("targets", targets.dims())?;
-        let labels = label_values(&targets.to_device(&Device::Cpu)?)?;
+        let labels = label_values(targets)?;
         // FNV-1a, https://datatracker.ietf.org/doc/draft-eastlake-fnv
         let bytes = labels.iter().flat_map(|label| label.to_le_bytes());
         let targets_hash = bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| {

@@ -6,7 +6,7 @@ use crate::autograd::{self, ComputedLoss};
 use crate::error::{Error, Result, TargetsOf};
 use crate::exchange::Shard;
 use crate::formula::LossParams;
-use crate::layout::{check_size, row_shape};
+use crate::layout::row_shape;
 use crate::metrics::Metrics;
 use crate::smoothing::{self, Smoothing};
 use candle_core::{DType, Device, Tensor};
@@ -438,13 +438,6 @@ pub fn check_targets(
     num_classes: usize,
     ignore_index: Option<i64>,
 ) -> Result<()> {
-    if !targets.dtype().is_int() {
-        return Err(Error::TargetsDType {
-            dtype: targets.dtype(),
-            expected: "an integer dtype: class indices",
-        });
-    }
-    check_size("targets", targets.dims())?;
-    autograd::check_class_targets(&targets.to_device(&Device::Cpu)?, num_classes, ignore_index)
+    autograd::check_class_targets(targets, num_classes, ignore_index)
         .map_err(|error| error.in_function(TargetsOf::CheckTargets))
 }

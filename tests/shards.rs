@@ -9,7 +9,7 @@ use candle_label_smoothing::{
 };
 use common::{
     CPU, Case, device, dtypes, fewer_where_slow, grid, on_device, random, random_labels,
-    random_probabilities, values,
+    random_probabilities, sum_with_grad_output, values,
 };
 use std::cell::Cell;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -87,12 +87,6 @@ fn part(tensor: &Tensor, dim: usize, split: &[usize], rank: usize) -> Result<Ten
     tensor.narrow(dim, first_class(split, rank), split[rank])
 }
 
-/// Σ grad_output·loss.
-fn total(loss: &Tensor) -> Result<Tensor> {
-    let grad_output = random(loss.dims(), 1., 99)?.to_dtype(loss.dtype())?;
-    (loss * grad_output.to_device(loss.device())?)?.sum_all()
-}
-
 /// The class targets, or the process's part of probabilities.
 fn targets_of(targets: &Tensor, class_dim: usize, split: &[usize], rank: usize) -> Result<Tensor> {
     match targets.dtype().is_int() {
@@ -116,7 +110,7 @@ fn run_sharded(
         let shard = shard(split, process.rank);
         let loss = loss.forward_shard(&logits, &targets, shard, |t| process.gather(t))?;
         assert_eq!(process.num_exchanges.get(), 1);
-        let gradients = total(&loss)?.backward()?;
+        let gradients = sum_with_grad_output(&loss)?.backward()?;
         let gradient = gradients.get(&logits).expect("no gradient reached the logits");
         assert_eq!((gradient.dims(), gradient.dtype()), (logits.dims(), dtype));
         Ok((values(&loss)?, gradient.to_device(&CPU)?))
@@ -316,7 +310,7 @@ fn run_linear(
             )?,
         };
         assert_eq!(process.num_exchanges.get(), 1);
-        let gradients = total(&loss)?.backward()?;
+        let gradients = sum_with_grad_output(&loss)?.backward()?;
         let gradient = |var: &Var| -> Result<Tensor> {
             let gradient = gradients.get(var).expect("no gradient arrived");
             assert_eq!(gradient.dims(), var.dims());
@@ -357,7 +351,7 @@ fn hidden_states_agree_with_one_process() -> Result<()> {
         let (hidden, weight, bias) = (hidden?, weight?, bias?);
         let logits = hidden.broadcast_matmul(&weight.t()?)?.broadcast_add(&bias)?;
         let expected_loss = case.forward(&logits)?;
-        let expected = total(&expected_loss)?.backward()?;
+        let expected = sum_with_grad_output(&expected_loss)?.backward()?;
         let tile = TileSize { rows: 4, classes: 2 };
         for (split, tile) in SPLITS.iter().flat_map(|split| [(split, None), (split, Some(tile))]) {
             let name = format!("{}, {split:?}, {tile:?}", case.name);
@@ -625,7 +619,7 @@ fn an_error_of_one_process_makes_the_loss_of_the_others_nan() -> Result<()> {
         let forward = |process: &Process, (logits, targets, shard): (Tensor, Tensor, Shard)| {
             let logits = Var::from_tensor(&logits)?;
             let result = loss.forward_shard(&logits, &targets, shard, |t| process.gather(t))?;
-            assert!(total(&result)?.backward()?.get(&logits).is_some());
+            assert!(sum_with_grad_output(&result)?.backward()?.get(&logits).is_some());
             Ok(values(&result)?)
         };
         let right = |process: &Process| forward(process, arguments(0)?);

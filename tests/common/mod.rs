@@ -242,7 +242,7 @@ impl Case {
 /// Σ grad_output·loss, with fixed random grad_output from −1 to 1.
 pub fn sum_with_grad_output(loss: &Tensor) -> Result<Tensor> {
     let grad_output = random(loss.dims(), 1., 99)?.to_dtype(loss.dtype())?;
-    (loss * grad_output)?.sum_all()
+    (loss * grad_output.to_device(loss.device())?)?.sum_all()
 }
 
 pub fn smoothings(num_classes: usize) -> Result<Vec<(&'static str, Smoothing)>> {
