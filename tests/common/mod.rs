@@ -27,7 +27,7 @@ fn is_gpu_test() -> bool {
 }
 
 /// Device under test: a GPU in the test `gpu`, the CPU elsewhere. The test `gpu` exits here without
-/// a GPU.
+/// a GPU, and fails if the environment has `REQUIRE_GPU`.
 pub fn device() -> &'static Device {
     static DEVICE: LazyLock<Device> = LazyLock::new(|| {
         let device = match is_gpu_test() {
@@ -38,8 +38,10 @@ pub fn device() -> &'static Device {
         device.unwrap_or_else(|error| {
             // The test harness captures `println!` of passing tests, so this line goes to stderr
             // directly.
-            let _ = writeln!(std::io::stderr(), "skipped, as there is no GPU: {error}");
-            std::process::exit(0)
+            let required = std::env::var_os("REQUIRE_GPU").is_some();
+            let outcome = if required { "failed" } else { "skipped" };
+            let _ = writeln!(std::io::stderr(), "{outcome}, as there is no GPU: {error}");
+            std::process::exit(required.into())
         })
     });
     &DEVICE

@@ -1,6 +1,6 @@
 //! The crate's tests on a real GPU: `cargo test --features cuda --test gpu`, or with `metal`.
 //!
-//! Without a GPU the tests are skipped with a message.
+//! Without a GPU the tests are skipped with a message. With `REQUIRE_GPU=1` they fail.
 #![allow(clippy::duplicate_mod, reason = "each file of tests brings the common part along")]
 
 #[path = "../block_edges.rs"]
