@@ -1,6 +1,6 @@
 //! Short guides to using the loss.
 //!
-//! - Getting started: [`epsilon`], [`migration`].
+//! - Getting started: [`epsilon`], [`migration`], [`cookbook`].
 //! - Targets and classes: [`padding`], [`masks`], [`segmentation`], [`soft_targets`], [`class_weights`].
 //! - Training: [`metrics`], [`accumulation`], [`mixed_precision`], [`language_models`], [`large_vocabularies`],
 //!   [`several_devices`].
@@ -11,6 +11,9 @@ pub mod epsilon {}
 
 #[doc = include_str!("guide/migration.md")]
 pub mod migration {}
+
+#[doc = include_str!("guide/cookbook.md")]
+pub mod cookbook {}
 
 #[doc = include_str!("guide/padding.md")]
 pub mod padding {}

@@ -6,6 +6,9 @@
 //! Characters are few classes, so their logits would also fit into memory. A model of words has tens of thousands of
 //! classes; there, the same call saves the memory of the logits.
 
+#[path = "../common/weights.rs"]
+mod weights;
+
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, IndexOp, Tensor};
 use candle_label_smoothing::{LabelSmoothingLoss, Smoothing};
@@ -21,6 +24,7 @@ use rand_chacha::ChaCha8Rng;
 use std::f64::consts::LN_2;
 use std::path::PathBuf;
 use std::time::Instant;
+use weights::seed_weights;
 
 #[global_allocator]
 static ALLOCATOR: PeakAlloc = PeakAlloc;
@@ -81,21 +85,6 @@ impl Model {
         let states = self.gru.seq(&self.embedding.forward(characters)?)?;
         Tensor::stack(&states.iter().map(|state| state.h()).collect::<Vec<_>>(), 1)
     }
-}
-
-/// Draws the initial weights from `rng`, since candle cannot seed its generator on the CPU. Visits the variables by name,
-/// since the order of `VarMap` differs between runs.
-fn seed_weights(variables: &VarMap, rng: &mut ChaCha8Rng) -> Result<()> {
-    let data = variables.data().lock().ok().context("the variables are in use")?;
-    let mut named: Vec<_> = data.iter().collect();
-    named.sort_by_key(|(name, _)| *name);
-    for (_, variable) in named {
-        let bound = 1. / (variable.dims().last().copied().unwrap_or(1) as f32).sqrt();
-        let weights: Vec<f32> =
-            (0..variable.elem_count()).map(|_| rng.random_range(-bound..=bound)).collect();
-        variable.set(&Tensor::from_vec(weights, variable.shape(), variable.device())?)?;
-    }
-    Ok(())
 }
 
 /// The passages of `length` characters at `starts`, and their targets, which are one character later. Both have the shape
