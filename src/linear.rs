@@ -46,8 +46,8 @@ impl LabelSmoothingLoss {
     /// let next_tokens = Tensor::ones((2, 16), DType::U32, &Device::Cpu)?;
     ///
     /// let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?);
-    /// let loss = loss.forward_linear(&hidden, head.weight(), head.bias(), &next_tokens)?;
-    /// let gradients = loss.backward()?;
+    /// let mean = loss.forward_linear(&hidden, head.weight(), head.bias(), &next_tokens)?;
+    /// let gradients = mean.backward()?;
     /// assert!(gradients.get(head.weight()).is_some());
     /// # Ok::<(), candle_label_smoothing::Error>(())
     /// ```

@@ -59,10 +59,10 @@ pub enum Reduction {
 /// let targets = Tensor::new(&[2u32, 0], &Device::Cpu)?;
 ///
 /// let loss = LabelSmoothingLoss::new(Smoothing::over_others(0.1)?);
-/// let loss = loss.forward(&logits, &targets)?;
-/// assert!((loss.to_scalar::<f32>()? - 0.5576).abs() < 1e-4);
+/// let mean = loss.forward(&logits, &targets)?;
+/// assert!((mean.to_scalar::<f32>()? - 0.5576).abs() < 1e-4);
 ///
-/// let gradients = loss.backward()?;
+/// let gradients = mean.backward()?;
 /// assert_eq!(gradients.get(&logits).map(|g| g.dims()), Some(&[2, 3][..]));
 /// # Ok::<(), candle_label_smoothing::Error>(())
 /// ```
@@ -257,13 +257,13 @@ impl LabelSmoothingLoss {
     /// let logits = Tensor::new(&[[1f32, 2.], [f32::NAN, 0.]], &Device::Cpu)?;
     /// let targets = Tensor::new(&[1u32, 7], &Device::Cpu)?;
     /// let mask = Tensor::new(&[1u8, 0], &Device::Cpu)?;
-    /// let loss = loss.weigh_rows(&mask)?.forward(&logits, &targets)?;
-    /// assert!((loss.to_scalar::<f32>()? - 0.3133).abs() < 1e-4);
+    /// let mean = loss.weigh_rows(&mask)?.forward(&logits, &targets)?;
+    /// assert!((mean.to_scalar::<f32>()? - 0.3133).abs() < 1e-4);
     /// # Ok::<(), candle_label_smoothing::Error>(())
     /// ```
     ///
     /// # Errors
-    /// None: [`forward`](Self::forward) checks the weights. Another shape, dtype or device is an error there, and on the CPU a
+    /// None so far. [`forward`](Self::forward) checks the weights: another shape, dtype or device is an error there, and on the CPU a
     /// weight that is negative or not finite. On a GPU such a weight makes the loss and the gradient of its row NaN.
     pub fn weigh_rows(&self, weights: &Tensor) -> Result<Self> {
         Ok(Self { row_weights: Some(weights.detach()), ..self.clone() })

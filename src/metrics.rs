@@ -55,7 +55,7 @@ impl Metrics {
         })
     }
 
-    /// The number of rows that count, a scalar on the device.
+    /// The number of rows that count: a scalar on the device, f64 for f64 logits and f32 otherwise.
     ///
     /// # Errors
     /// Those of candle's operations.
@@ -63,8 +63,8 @@ impl Metrics {
         sum(&self.counted, self.counted.dtype())
     }
 
-    /// The mean of [`nll`](Self::nll) over the rows that count, 0 if none does; a scalar on the device. Its exponential is the
-    /// perplexity.
+    /// The mean of [`nll`](Self::nll) over the rows that count, 0 if none does: a scalar on the device, f64 for f64 logits and f32
+    /// otherwise. Its exponential is the perplexity.
     ///
     /// # Errors
     /// Those of candle's operations.
@@ -72,7 +72,8 @@ impl Metrics {
         self.mean(&self.nll)
     }
 
-    /// The share of the rows that count whose prediction is the label, 0 if none counts; a scalar on the device.
+    /// The share of the rows that count whose prediction is the label, 0 if none counts: a scalar on the device, f64 for f64 logits
+    /// and f32 otherwise.
     ///
     /// # Errors
     /// Those of candle's operations.
@@ -80,7 +81,8 @@ impl Metrics {
         self.mean(&self.correct)
     }
 
-    /// The mean of [`confidence`](Self::confidence) over the rows that count, 0 if none does; a scalar on the device.
+    /// The mean of [`confidence`](Self::confidence) over the rows that count, 0 if none does: a scalar on the device, f64 for f64
+    /// logits and f32 otherwise.
     ///
     /// # Errors
     /// Those of candle's operations.
@@ -88,7 +90,8 @@ impl Metrics {
         self.mean(&self.confidence)
     }
 
-    /// The mean of [`entropy`](Self::entropy) over the rows that count, 0 if none does; a scalar on the device.
+    /// The mean of [`entropy`](Self::entropy) over the rows that count, 0 if none does: a scalar on the device, f64 for f64
+    /// logits and f32 otherwise.
     ///
     /// # Errors
     /// Those of candle's operations.

@@ -54,9 +54,9 @@ impl LabelSmoothingLoss {
     ///     };
     ///     let shard = Shard { first_class: 2 * rank, num_classes: 4 };
     ///     let logits = Var::from_tensor(&logits.narrow(1, shard.first_class, 2)?)?;
-    ///     let loss = loss.forward_shard(&logits, &targets, shard, gather)?;
-    ///     loss.backward()?;
-    ///     loss.to_scalar::<f32>()
+    ///     let mean = loss.forward_shard(&logits, &targets, shard, gather)?;
+    ///     mean.backward()?;
+    ///     mean.to_scalar::<f32>()
     /// };
     /// let ((to_1, from_0), (to_0, from_1)) = (channel(), channel());
     /// let losses = thread::scope(|scope| {
