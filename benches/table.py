@@ -1,4 +1,4 @@
-"""Prints the table of benches/README.md from the results of `cargo bench --bench loss`.
+"""Prints the two tables of benches/README.md from the results of `cargo bench --bench loss`.
 
     python3 benches/table.py [PEER.md ...]
 
@@ -46,8 +46,8 @@ def number(value):
     return f"{float(f'{value:.3g}'):g}" if value else ""
 
 
-def row(name, peers):
-    forward, backward, step = (f"{name} {group}" for group in ["forward", "backward", "forward and backward"])
+def steps(name, peers):
+    forward, step = f"{name} forward", f"{name} forward and backward"
     ours = read_time(forward, "fused"), read_time(step, "fused")
     others = [(read_time(forward, "stock ops"), read_time(step, "stock ops"))]
     others += [times.get(name, (None, None)) for _, times in peers]
@@ -56,9 +56,21 @@ def row(name, peers):
         read_time(step, "candle's zeros and addition"),
         read_time(step, "candle-nn"),
         *(ratio(theirs, our) for other in others for theirs, our in zip(other, ours)),
-        ratio(read_time(forward, "kernel"), read_time(forward, "read the bytes")),
-        ratio(read_time(backward, "kernel"), read_time(backward, "copy the bytes")),
     ]
+
+
+def kernels(name):
+    return [
+        ratio(read_time(f"{name} forward", "kernel"), read_time(f"{name} forward", "read the bytes")),
+        ratio(read_time(f"{name} backward", "kernel"), read_time(f"{name} backward", "copy the bytes")),
+    ]
+
+
+def print_table(head, row):
+    print("| | " + " | ".join(head) + " |")
+    print("| --- " + "| ---: " * len(head) + "|")
+    for name in NAMES:
+        print("| " + " | ".join([name, *map(number, row(name))]) + " |")
 
 
 def main():
@@ -66,11 +78,9 @@ def main():
     head = ["forward, ms", "step, ms", "zeros and addition, ms", "candle-nn: step, ms"]
     for peer in ["stock ops", *(title for title, _ in peers)]:
         head += [f"{peer}: forward, ×", "step, ×"]
-    head += ["forward kernel to reading, ×", "backward kernel to copying, ×"]
-    print("| | " + " | ".join(head) + " |")
-    print("| --- " + "| ---: " * len(head) + "|")
-    for name in NAMES:
-        print("| " + " | ".join([name, *map(number, row(name, peers))]) + " |")
+    print_table(head, lambda name: steps(name, peers))
+    print()
+    print_table(["forward kernel to reading, ×", "backward kernel to copying, ×"], kernels)
 
 
 main()
