@@ -11,7 +11,7 @@
 //! let variables = VarMap::new();
 //! let model = linear(4, 3, VarBuilder::from_varmap(&variables, DType::F32, &Device::Cpu))?;
 //! let mut optimizer = candle_nn::AdamW::new_lr(variables.all_vars(), 1e-2)?;
-//! let criterion = LabelSmoothingLoss::new(Smoothing::over_others(0.1)?);
+//! let criterion = LabelSmoothingLoss::new(Smoothing::over_others(0.1)?); // PyTorch's convention: over_all
 //!
 //! let rows = Tensor::new(&[[5.1f32, 3.5, 1.4, 0.2], [6.3, 3.3, 6.0, 2.5]], &Device::Cpu)?;
 //! let labels = Tensor::new(&[0u32, 2], &Device::Cpu)?;

@@ -279,10 +279,13 @@ impl LabelSmoothingLoss {
     ///   gradient flows to them.
     ///
     /// These mistakes are not detected:
-    /// - A softmax before this function. The model hardly learns, since no logit exceeds another by more than 1.
+    /// - A softmax before this function. No logit then exceeds another by more than 1, so the loss stays high and the metrics'
+    ///   confidence stays below e/(e+K−1): 0.58 for 3 classes, 0.23 for 10. The accuracy may look right. A `log_softmax` before it
+    ///   changes nothing but costs time.
     /// - Probabilities that do not sum to 1, which weigh the row, or that are negative.
     /// - Logits and probabilities in each other's place. No gradient reaches the model.
     /// - One logit a row, as for a sigmoid. That is one class with loss 0; two classes need two logits.
+    /// - Images (N, C, H, W) with C = H = W, without [`with_class_dim`](Self::with_class_dim): their last dimension has the classes.
     ///
     /// The result is f64 for f64 logits and f32 otherwise: a scalar, or with [`Reduction::None`] a number a row. The
     /// arithmetic runs in the result's dtype. The gradient has the logits' dtype. Only first-order gradients exist, as

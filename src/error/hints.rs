@@ -89,10 +89,16 @@ pub(super) fn range_hint(target: i64, num_classes: usize, function: TargetsOf) -
     } else if as_i32 < 0 {
         let advice = match function {
             TargetsOf::Loss => {
-                format!(": keep such targets in i64 and use with_ignore_index({as_i32})")
+                format!(
+                    ": keep such targets in i64 from the start and use with_ignore_index({as_i32}), \
+                     or use with_ignore_index({target})"
+                )
             }
             TargetsOf::CheckTargets => {
-                format!(": keep such targets in i64 and pass Some({as_i32}) as ignore_index")
+                format!(
+                    ": keep such targets in i64 from the start and pass Some({as_i32}) as \
+                     ignore_index, or pass Some({target})"
+                )
             }
             TargetsOf::SmoothTargets => String::new(),
         };
