@@ -732,7 +732,12 @@ fn misleading_hints_are_left_out() -> Result<()> {
     let counted_from_1 = Tensor::new(&[255u32], &CPU)?;
     assert_error(check_targets(&counted_from_1, 255, None), &["counted from 0"]);
     let message = check_targets(&zeros(&[1], DType::U32)?, 0, None).expect_err("no error");
-    assert!(!message.to_string().contains("counted"), "{message}");
+    let message = message.to_string();
+    assert!(!message.contains("counted") && !message.contains("ignore_index"), "{message}");
+    let beyond_one_class = Tensor::new(&[5u32], &CPU)?;
+    let result = loss().forward(&zeros(&[1, 1], DType::F32)?, &beyond_one_class);
+    let message = result.expect_err("no error").to_string();
+    assert!(!message.contains("two logits"), "{message}");
     Ok(())
 }
 
