@@ -28,6 +28,7 @@ const BATCH_SIZE: usize = 32;
 
 /// Trains a convolutional network on digits of 8 x 8 pixels, with label smoothing and without.
 #[derive(Parser)]
+#[command(allow_negative_numbers = true)]
 struct Args {
     /// The digits: rows of 64 pixels and a label
     #[arg(long, value_name = "FILE.csv", default_value = "examples/calibration/data/digits.csv")]

@@ -28,6 +28,7 @@ const VOID: u8 = 255;
 
 /// Trains a convolutional network to find discs and squares in noisy images.
 #[derive(Parser)]
+#[command(allow_negative_numbers = true)]
 struct Args {
     /// Steps of the optimizer
     #[arg(long, default_value_t = 200, value_parser = value_parser!(u32).range(1..))]

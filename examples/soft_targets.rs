@@ -29,6 +29,7 @@ use weights::seed_weights;
 
 /// Trains a teacher with mixup, and small students from its probabilities or from the labels.
 #[derive(Parser)]
+#[command(allow_negative_numbers = true)]
 struct Args {
     /// The digits: rows of 64 pixels and a label
     #[arg(long, value_name = "FILE.csv", default_value = "examples/calibration/data/digits.csv")]
@@ -98,7 +99,7 @@ fn report(name: &str, networks: &[Sequential], data: &Digits) -> Result<()> {
 fn main() -> Result<()> {
     let args = Args::parse();
     let t = args.temperature;
-    ensure!(t > 0. && t.is_finite(), "--temperature is {t}, expected a finite number above 0");
+    ensure!((0.1..=100.).contains(&t), "--temperature is {t}, expected a number from 0.1 to 100");
     let [training, held_out] = read_digits(&args.data)?;
     let train =
         |hidden, seed, loss_of: LossOf| train(&training, hidden, args.epochs, seed, loss_of);

@@ -25,6 +25,9 @@ fn read(path: &Path) -> Result<[Digits; 2]> {
     let ((rows, pixels), classes) = (table.x.dims2()?, table.classes.len());
     ensure!(pixels == 64, "{pixels} numbers in a row, expected the 64 pixels of a digit");
     ensure!(classes == NUM_CLASSES, "{classes} classes, expected {NUM_CLASSES}");
+    let values = table.x.flatten_all()?;
+    let (min, max) = (values.min(0)?.to_scalar::<f64>()?, values.max(0)?.to_scalar::<f64>()?);
+    ensure!(min >= 0. && max <= 16., "pixels from {min} to {max}, expected 0 to 16");
     let images = (table.x.to_dtype(DType::F32)? / 16.)?.reshape((rows, 1, 8, 8))?;
     let part = |start, len| -> Result<Digits> {
         Ok(Digits { images: images.narrow(0, start, len)?, labels: table.y.narrow(0, start, len)? })
