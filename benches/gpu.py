@@ -3,7 +3,7 @@
     pip install torch liger-kernel quack-kernels packaging
     python3 benches/gpu.py
 
-With an argument such as 4096, it prints the lines whose name contains it. The mean reduces the losses. Forward keeps what
+With arguments such as x4096, it prints the lines whose name contains one of them. The mean reduces the losses. Forward keeps what
 backward needs. "With backward" is forward and the gradient of the logits, which is added to nothing.
 
 QuACK has no label smoothing. Liger computes the gradient in forward and overwrites the logits with it. So it comes last, and its
@@ -12,6 +12,8 @@ calls take the gradient of the call before as logits.
 The calls take several sets of inputs in turn, so that none finds its logits in the GPU's cache. Each result stays in memory
 until its set's next turn. A time is the median over samples of many calls, each the time between two CUDA events. The calls are
 queued while the device sleeps, so that the times are the device's. Only Liger's are not, as Liger waits for the device in each call.
+
+From hidden states, memory is the peak beyond the inputs and the gradients of hidden states and weight.
 """
 
 import importlib.metadata
@@ -24,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 try:
-    from liger_kernel.transformers import LigerCrossEntropyLoss
+    from liger_kernel.transformers import LigerCrossEntropyLoss, LigerFusedLinearCrossEntropyLoss
 except ImportError as error:
     print(error, file=sys.stderr)
     LigerCrossEntropyLoss = None
@@ -39,6 +41,7 @@ SMALL = [(32, 3), (128, 10)]
 CLASSES = [256, 1024, 4096, 16_384, 65_536, 128_256, 262_144]
 MIN_BYTES = 1 << 30
 QUACK = [(32_768, k) for k in CLASSES[:5]] + [(16_384, 131_072), (8192, 262_144)]
+HEADS = [(8192, 4096, 32_000), (8192, 4096, 151_936)]
 MIN_BYTES_OF_SETS, MAX_SETS = 512 << 20, 32
 SAMPLES, SAMPLE_SECONDS = 15, 0.02
 # The host waits when about a thousand launches are in a stream.
@@ -91,7 +94,7 @@ def seconds(call, sets, ahead=True):
     # The first calls compile the kernels and fill the memory pool. The next ones set how many calls a sample has.
     queue(2 * len(sets))
     estimate = sample(3, ahead=False) / 3
-    calls = min(max(int(SAMPLE_SECONDS / estimate), 3), MAX_QUEUED)
+    calls = min(max(int(SAMPLE_SECONDS / estimate), 1), MAX_QUEUED)
     return median(sample(calls, ahead) for _ in range(SAMPLES)) / calls
 
 
@@ -128,6 +131,39 @@ def print_line(name, sets):
     print(f"| {' | '.join(cells)} |", flush=True)
 
 
+def heads(rows, hidden_size, classes):
+    """Methods from hidden states, and their inputs."""
+    options = {"device": "cuda", "dtype": torch.bfloat16}
+    hidden = torch.randn(rows, hidden_size, **options).requires_grad_()
+    weight = (torch.randn(classes, hidden_size, **options) * (3 / hidden_size**0.5)).requires_grad_()
+    labels = torch.arange(rows, device="cuda") * 7919 % classes
+
+    def logits_first(hidden, weight):
+        return F.cross_entropy(hidden @ weight.t(), labels, label_smoothing=0.1)
+
+    methods = {"PyTorch": logits_first, "torch.compile": torch.compile(logits_first, dynamic=False)}
+    if LigerCrossEntropyLoss:
+        liger = LigerFusedLinearCrossEntropyLoss(label_smoothing=0.1)
+        methods["Liger"] = lambda hidden, weight: liger(weight, hidden, labels)
+    return methods, (hidden, weight)
+
+
+def print_head(name, shape):
+    methods, inputs = heads(*shape)
+    size = sum(x.numel() * x.element_size() for x in inputs)
+    for method, loss in methods.items():
+        step = lambda *inputs: torch.autograd.grad(loss(*inputs), inputs)
+        times = [microseconds(call, [inputs], ahead=False) for call in [loss, step]]
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        gradients = step(*inputs)
+        torch.cuda.synchronize()
+        memory = (torch.cuda.max_memory_allocated() - before - size) / 2**30
+        del gradients
+        print(f"| {name} | {method} | {' | '.join(times)} | {memory:.2f} |", flush=True)
+
+
 def version(package):
     try:
         return importlib.metadata.version(package)
@@ -140,12 +176,19 @@ def main():
     print(f"{torch.cuda.get_device_name()}, {', '.join(versions)}; microseconds\n")
     peers = "PyTorch, forward | with backward | torch.compile, forward | with backward | QuACK, forward | with backward"
     print(f"| | copy, GB/s | {peers} | Liger, with backward |\n| --- |{' ---: |' * 8}")
-    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
+    is_wanted = lambda name: any(filter in name for filter in sys.argv[1:] or [""])
     for name, rows, classes, dtype in cases():
-        if wanted in name:
+        if is_wanted(name):
             torch._dynamo.reset()
             torch.cuda.empty_cache()
             print_line(name, list(input_sets(rows, classes, dtype)))
+    print("\n| from hidden states, bf16 | | forward, µs | with backward | memory, GiB |\n| --- | --- | ---: | ---: | ---: |")
+    for shape in HEADS:
+        name = f"{'x'.join(map(str, shape))} bf16"
+        if is_wanted(name):
+            torch._dynamo.reset()
+            torch.cuda.empty_cache()
+            print_head(name, shape)
 
 
 main()

@@ -1,7 +1,7 @@
 //! Times the loss on a GPU and compares it with a copy of the logits on the device.
 //!
-//! `cargo bench --features cuda --bench gpu` (or `metal`) prints a table. With `-- 4096`, it prints the lines whose
-//! name contains 4096.
+//! `cargo bench --features cuda --bench gpu` (or `metal`) prints two tables: the loss of logits, and that of hidden states.
+//! With `-- x4096`, it prints the lines whose name contains x4096; several such arguments choose more lines.
 //!
 //! - Forward is `LabelSmoothingLoss::forward` of tracked logits, with the mean. Backward is its kernel alone, with the
 //!   gradient that the mean passes on. A step is both through candle's autograd, which adds the gradient to zeros.
@@ -13,6 +13,8 @@
 //!   are the device's. Steps are not: the host limits those of small shapes. On Metal, every time is the host's, to
 //!   the end of the wait for the device.
 //! - On CUDA the memory pool keeps freed memory, so that no time contains an allocation from the driver.
+//! - From hidden states, "logits first" is a matmul and `forward`. The multiplications are the three of whole matrices that
+//!   a step needs. The memory is the peak of a step, beyond the inputs and the gradients of hidden states and weight.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_label_smoothing::{LabelSmoothingLoss, Smoothing, testing};
@@ -36,10 +38,14 @@ const QUACK: [(usize, usize, usize); 7] = [
     (8192, 262_144, 3034),
 ];
 
+/// Rows, hidden size, classes.
+const HEADS: [[usize; 3]; 2] = [[8192, 4096, 32_000], [8192, 4096, 151_936]];
+
 /// The least size of all sets of inputs: several times the cache of a GPU.
 const MIN_BYTES_OF_SETS: usize = 512 << 20;
 const MAX_SETS: usize = 32;
 
+const GIB: f64 = (1 << 30) as f64;
 const SAMPLES: usize = 15;
 /// The duration that a sample aims at.
 const SAMPLE_SECONDS: f64 = 0.02;
@@ -54,7 +60,11 @@ fn main() -> Result<()> {
             return Ok(());
         }
     };
-    let filter = std::env::args().skip(1).find(|argument| !argument.starts_with('-'));
+    let filters: Vec<String> =
+        std::env::args().skip(1).filter(|argument| !argument.starts_with('-')).collect();
+    let is_wanted = |name: &str| {
+        filters.is_empty() || filters.iter().any(|filter| name.contains(filter.as_str()))
+    };
     println!(
         "{}\n\n\
          | | copy, GB/s | forward, µs | GB/s | to copy | QuACK's forward, GB/s | backward, µs | GB/s | to copy | a step, µs |\n\
@@ -62,8 +72,18 @@ fn main() -> Result<()> {
         timing::describe(&device)?
     );
     for case in cases() {
-        if filter.as_ref().is_none_or(|filter| case.name().contains(filter)) {
+        if is_wanted(&case.name()) {
             print_line(&case, &device)?;
+        }
+    }
+    println!(
+        "\n| from hidden states, bf16 | the multiplications, ms | | forward, ms | step, ms | memory, GiB |\n\
+         | --- | ---: | --- | ---: | ---: | ---: |"
+    );
+    for [rows, hidden_size, classes] in HEADS {
+        let name = format!("{rows}x{hidden_size}x{classes} bf16");
+        if is_wanted(&name) {
+            print_head(&name, [rows, hidden_size, classes], &device)?;
         }
     }
     Ok(())
@@ -169,6 +189,77 @@ impl InputSet {
     }
 }
 
+/// A last layer without a bias, and the labels of its rows.
+struct Head {
+    hidden: Var,
+    weight: Var,
+    labels: Tensor,
+}
+
+impl Head {
+    fn new([rows, hidden_size, classes]: [usize; 3], device: &Device) -> Result<Self> {
+        let random = |dims: (usize, usize), std: f64| {
+            let values = Tensor::randn(0f32, std as f32, dims, device)?;
+            Var::from_tensor(&values.to_dtype(DType::BF16)?)
+        };
+        let labels = (0..rows).map(|row| (row * 7919 % classes) as u32).collect();
+        Ok(Self {
+            hidden: random((rows, hidden_size), 1.)?,
+            weight: random((classes, hidden_size), 3. / (hidden_size as f64).sqrt())?,
+            labels: Tensor::from_vec(labels, rows, device)?,
+        })
+    }
+
+    /// The loss, or with `logits_budget` that of `forward_linear`.
+    fn loss(&self, logits_budget: Option<usize>) -> Result<Tensor> {
+        let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?);
+        Ok(match logits_budget {
+            None => loss.forward(&self.hidden.matmul(&self.weight.t()?)?, &self.labels)?,
+            Some(bytes) => loss.with_logits_budget(bytes).forward_linear(
+                &self.hidden,
+                &self.weight,
+                None,
+                &self.labels,
+            )?,
+        })
+    }
+
+    fn multiplications(&self) -> Result<[Tensor; 3]> {
+        let (hidden, weight) = (self.hidden.as_detached_tensor(), self.weight.as_detached_tensor());
+        let logits = hidden.matmul(&weight.t()?)?;
+        Ok([logits.matmul(&weight)?, logits.t()?.matmul(&hidden)?, logits])
+    }
+}
+
+fn print_head(name: &str, shape: [usize; 3], device: &Device) -> Result<()> {
+    let timer = &mut Timer::new(device)?;
+    let head = [Head::new(shape, device)?];
+    let multiplications = seconds(timer, Queued::InTime, &head, Head::multiplications)?;
+    let mut start = format!("{name} | {:.2}", multiplications * 1e3);
+    let methods = [
+        ("logits first", None),
+        ("`forward_linear`", Some(512 << 20)),
+        ("with a budget of 4 GiB", Some(4 << 30)),
+        ("with a budget of 0", Some(0)),
+    ];
+    for (method, budget) in methods {
+        let forward = seconds(timer, Queued::InTime, &head, |head| head.loss(budget))?;
+        let step = |head: &Head| head.loss(budget)?.backward();
+        let (step, memory) =
+            (seconds(timer, Queued::InTime, &head, step)?, timer.peak_bytes(|| step(&head[0]))?);
+        let [hidden, weight] = [&head[0].hidden, &head[0].weight].map(|var| var.elem_count() * 2);
+        let memory = memory.map(|bytes| (bytes as f64 - (hidden + weight) as f64) / GIB);
+        println!(
+            "| {start} | {method} | {:.2} | {:.2} | {} |",
+            forward * 1e3,
+            step * 1e3,
+            memory.map_or(String::new(), |gib| format!("{gib:.2}")),
+        );
+        start = " | ".to_string();
+    }
+    Ok(())
+}
+
 /// When the host queues the calls of a sample.
 #[derive(Clone, Copy, PartialEq)]
 enum Queued {
@@ -179,11 +270,11 @@ enum Queued {
 }
 
 /// The median time of one call.
-fn seconds<T>(
+fn seconds<S, T>(
     timer: &mut Timer,
     queued: Queued,
-    sets: &[InputSet],
-    call: impl Fn(&InputSet) -> Result<T>,
+    sets: &[S],
+    call: impl Fn(&S) -> Result<T>,
 ) -> Result<f64> {
     let mut results = sets.iter().map(|_| None).collect::<Vec<Option<T>>>();
     let mut turns = sets.iter().enumerate().cycle();
@@ -197,7 +288,7 @@ fn seconds<T>(
     queue(2 * sets.len())?;
     let estimate = timer.seconds(Queued::InTime, 3, &mut queue)? / 3.;
     let max_calls = if queued == Queued::Ahead { timing::MAX_QUEUED } else { MAX_CALLS };
-    let calls = ((SAMPLE_SECONDS / estimate) as usize).clamp(3, max_calls);
+    let calls = ((SAMPLE_SECONDS / estimate) as usize).clamp(1, max_calls);
     let mut samples = (0..SAMPLES)
         .map(|_| timer.seconds(queued, calls, &mut queue))
         .collect::<Result<Vec<f64>>>()?;
@@ -210,6 +301,7 @@ fn seconds<T>(
 mod timing {
     use super::Queued;
     use candle_core::cuda_backend::WrapErr;
+    use candle_core::cuda_backend::cudarc::driver::sys::CUmemPool_attribute as Attribute;
     use candle_core::cuda_backend::cudarc::driver::{CudaStream, result, sys};
     use candle_core::{DType, Device, Result, Tensor};
     use std::sync::Arc;
@@ -229,6 +321,7 @@ mod timing {
 
     pub struct Timer {
         stream: Arc<CudaStream>,
+        pool: sys::CUmemoryPool,
         /// Copied to keep the device busy while calls are queued ahead.
         head_start: Tensor,
         copies: usize,
@@ -240,18 +333,27 @@ mod timing {
         pub fn new(device: &Device) -> Result<Self> {
             let stream = device.as_cuda_device()?.cuda_stream();
             stream.synchronize().w()?;
-            let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
-            let mut threshold = u64::MAX;
-            let value = (&raw mut threshold).cast();
-            // SAFETY: the context holds the device and with it the pool. The attribute's value is a u64.
-            unsafe {
+            // SAFETY: the context holds the device and with it the pool.
+            let pool = unsafe {
                 let pool =
                     result::device::get_default_mem_pool(stream.context().cu_device()).w()?;
                 result::mem_pool::trim_to(pool, 0).w()?;
-                result::mem_pool::set_attribute(pool, attribute, value).w()?;
-            }
+                pool
+            };
+            set_attribute(pool, Attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, u64::MAX)?;
             let head_start = Tensor::zeros(HEAD_START_BYTES, DType::U8, device)?;
-            Ok(Self { stream, head_start, copies: 1 })
+            Ok(Self { stream, pool, head_start, copies: 1 })
+        }
+
+        /// The most bytes that a call has in use at a time, beyond those in use before.
+        pub fn peak_bytes<T>(&self, call: impl FnOnce() -> Result<T>) -> Result<Option<u64>> {
+            self.stream.synchronize().w()?;
+            let before = attribute(self.pool, Attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?;
+            set_attribute(self.pool, Attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH, 0)?;
+            let _result = call()?;
+            self.stream.synchronize().w()?;
+            let high = attribute(self.pool, Attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH)?;
+            Ok(Some(high - before))
         }
 
         /// The time of so many calls.
@@ -282,6 +384,19 @@ mod timing {
             }
         }
     }
+
+    /// An attribute of a device's memory pool, of those that are a u64.
+    fn attribute(pool: sys::CUmemoryPool, attribute: Attribute) -> Result<u64> {
+        let mut value = 0u64;
+        // SAFETY: the driver writes a u64.
+        unsafe { result::mem_pool::get_attribute(pool, attribute, (&raw mut value).cast()) }.w()?;
+        Ok(value)
+    }
+
+    fn set_attribute(pool: sys::CUmemoryPool, attribute: Attribute, mut value: u64) -> Result<()> {
+        // SAFETY: the driver reads a u64.
+        unsafe { result::mem_pool::set_attribute(pool, attribute, (&raw mut value).cast()) }.w()
+    }
 }
 
 /// Timing by the host's clock.
@@ -302,6 +417,11 @@ mod timing {
     impl Timer {
         pub fn new(device: &Device) -> Result<Self> {
             Ok(Self(device.clone()))
+        }
+
+        /// Not known for this device.
+        pub fn peak_bytes<T>(&self, _: impl FnOnce() -> Result<T>) -> Result<Option<u64>> {
+            Ok(None)
         }
 
         /// The time of so many calls.
