@@ -1,6 +1,6 @@
 """Finds the fastest constants and launches of the CUDA kernels on a GPU, for src/gpu/cuda.cu, kernels.inc and params.rs.
 
-    python3 tune.py LIBRARY [--seconds 120] [--json FILE]
+    python3 tune.py LIBRARY [--seconds 120] [--json FILE] [--compile-only]
 
 LIBRARY is libnvrtc.so.13. PyTorch must be installed. For each shape, the program starts from what the crate does. It changes one thing at a
 time and keeps what is faster: the number of packs that a thread loads at once, the threads and the blocks of a multiprocessor, the threads
@@ -9,7 +9,7 @@ PyTorch's in float64, on memory that was filled with NaN.
 
 GB/s count the logits: once in forward, which reduces the losses and saves what backward needs, and twice in backward and in the copy. A time
 is the median of samples of many launches, queued while the device sleeps. The launches take several sets of logits in turn, together
-larger than the GPU's cache.
+larger than the GPU's cache. With --compile-only the program compiles a variant that changes all that can be changed, which needs no GPU.
 """
 
 import argparse
@@ -304,7 +304,11 @@ def main():
     parser.add_argument("library", metavar="LIBRARY")
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--json", metavar="FILE", help="gets all that was measured")
+    parser.add_argument("--compile-only", action="store_true")
     options = parser.parse_args()
+    if options.compile_only:
+        compile_text(options.library, text_of(Build(2, 128, 8, LOAD_HINTS[-1], STORE_HINTS[-1]), "bf16"))
+        return
     jobs = [(build, dtype) for build in builds() for dtype in SIZES]
     texts = [text_of(*job) for job in jobs] + [READ]
     # The processes start before this one opens the GPU.
