@@ -159,6 +159,14 @@ fn forward_linear_keeps_logits_within_its_budget() -> Result<()> {
         assert!(left < grads + rows, "{kept_rows} rows: {left} bytes left after backward");
         drop((result, gradients));
     }
+    for (budget, expected) in [(usize::MAX, ROWS * row_bytes), (0, 0)] {
+        let loss = loss.clone().with_logits_budget(budget);
+        let before = ALLOCATOR.current_usage();
+        let result = loss.forward_linear(&hidden, &weight, None, &labels)?;
+        let kept = ALLOCATOR.current_usage() - before;
+        assert!(kept >= expected && kept < expected + 104 * ROWS, "{budget}: {kept} bytes kept");
+        drop(result);
+    }
     // Probabilities are read where they are, or a tile at a time.
     let probabilities = random_probabilities(&[classes, ROWS], 0, 5)?.to_dtype(DType::F32)?;
     let all_equal = probabilities.narrow(1, 0, 1)?.t()?.broadcast_as((ROWS, classes))?;
