@@ -851,8 +851,8 @@ fn check_shards_finds_what_disagrees() -> Result<()> {
     assert_eq!(check_all(split, other_dtype, right), agree);
 
     // More classes than the 16 bits of a digit in the exchange.
-    let large = [40_000, 40_000];
-    let labels_of_large = |_| Tensor::new(&[0u32, 40_000, 79_999], &CPU);
+    let large = [70_000, 64_000];
+    let labels_of_large = |_| Tensor::new(&[0u32, 70_000, 133_999], &CPU);
     assert_eq!(check_all(&large, labels_of_large, |rank| shard(&large, rank)), [None, None]);
 
     let of_last = |normal: usize, last: usize| move |rank| if rank == 4 { last } else { normal };

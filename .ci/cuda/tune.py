@@ -1,15 +1,16 @@
-"""Finds the fastest constants and launches of the CUDA kernels on a GPU, for src/gpu/cuda.cu, kernels.inc and params.rs.
+"""Finds the fastest constants and launches of the CUDA kernels on a GPU, for src/gpu/{cuda.cu,kernels.inc,cuda.rs,params.rs}.
 
     python3 tune.py LIBRARY [--seconds 120] [--json FILE] [--compile-only]
 
 LIBRARY is libnvrtc.so.13. PyTorch must be installed. For each shape, the program starts from what the crate does. It changes one thing at a
-time and keeps what is faster: the number of packs that a thread loads at once, the threads and the blocks of a multiprocessor, the threads
-of a row, the number of blocks in a launch, and the cache hints of loads and stores. The first result of each variant is compared with
-PyTorch's in float64, on memory that was filled with NaN.
+time and keeps what is faster: the number of packs that a thread loads at once, the threads of a block, the registers that are left to it,
+the threads of a row, the number of blocks in a launch, and the cache hints of loads and stores. In the end it times the crate's plan and
+the best ones again, in turn. Each variant's first result is compared with PyTorch's in float64, on memory that was filled with NaN.
 
 GB/s count the logits: once in forward, which reduces the losses and saves what backward needs, and twice in backward and in the copy. A time
 is the median of samples of many launches, queued while the device sleeps. The launches take several sets of logits in turn, together
-larger than the GPU's cache. With --compile-only the program compiles a variant that changes all that can be changed, which needs no GPU.
+larger than the GPU's cache. The crate lets the driver translate PTX, where this program compiles machine code: benches/gpu.rs confirms
+a winner. With --compile-only the program compiles some variants, which needs no GPU.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import multiprocessing
 import os
 import re
 import statistics
+import sys
 import time
 from typing import NamedTuple
 
@@ -32,7 +34,7 @@ SIZES = instructions.SIZES
 # The most important shapes first, since the time may end.
 SHAPES = [("bf16", k) for k in [4096, 1024, 65_536, 256, 16_384, 262_144, 128_256, 50_257]] + [("f32", 1024), ("f32", 65_536)]
 LOGITS_BYTES, BYTES_OF_SETS = 1 << 30, 2 << 30
-# More blocks than the crate launches must find room for their partial sums.
+# Some launches have more blocks than the crate's. Their partial sums need room.
 MAX_PARTIALS = 1 << 18
 SAMPLES, SAMPLE_SECONDS = 5, 2e-3
 LOAD_HINTS = ["", "L1::no_allocate", "cs"]
@@ -54,51 +56,63 @@ extern "C" __global__ void __launch_bounds__(256) read(const uint4 *from, unsign
 
 
 class Build(NamedTuple):
-    """How the kernels are compiled."""
+    """How the kernels are compiled. The hints are suffixes of the instructions for loads and stores."""
 
     packs: int = 4
     threads: int = 256
-    # What __launch_bounds__ asks for.
-    blocks: int = 4
-    load: str = ""
-    store: str = ""
+    # The least number of blocks that a multiprocessor has room for: MIN_BLOCKS.
+    min_blocks: int = 4
+    load_hint: str = ""
+    store_hint: str = ""
 
 
 class Plan(NamedTuple):
-    """How a kernel is launched. `waves` is the number of blocks by that of blocks that fit the device, or 0 for a block a task."""
+    """How a kernel is launched. With 0 blocks for each multiprocessor, each task has a block."""
 
     build: Build
     threads_per_row: int
-    waves: int = 1
+    blocks_per_multiprocessor: int = 4
+
+
+THREADS_ON_MULTIPROCESSOR = [1024, 768, 1280, 1536, 512]
+PLAIN_BUILDS = [
+    Build(packs, threads, on_multiprocessor // threads)
+    for threads in [256, 128, 512]
+    for packs in [4, 2, 8]
+    for on_multiprocessor in THREADS_ON_MULTIPROCESSOR
+]
+HINTED_BUILDS = [
+    Build(packs, 256, min_blocks, load_hint, store_hint)
+    for load_hint in LOAD_HINTS
+    for store_hint in STORE_HINTS
+    for packs, min_blocks in [(4, 4), (4, 5), (2, 6), (8, 3)]
+]
 
 
 def builds():
     """All that are tried, the crate's first."""
-    rooms = [1024, 768, 1280, 1536, 512]  # threads on a multiprocessor
-    some = [Build()] + [Build(p, t, room // t) for t in [256, 128, 512] for p in [4, 2, 8] for room in rooms]
-    hints = [Build(p, 256, b, load, store) for load in LOAD_HINTS for store in STORE_HINTS for p, b in [(4, 4), (4, 5), (2, 6), (8, 3)]]
-    return list(dict.fromkeys(some + hints))
+    return list(dict.fromkeys([Build(), *PLAIN_BUILDS, *HINTED_BUILDS]))
 
 
 def text_of(build, dtype):
     """The source, without the kernels that are not timed."""
     text = SOURCE
-    changes = {
+    replacements = {
         "#define PACKS 4": f"#define PACKS {build.packs}",
         "#define THREADS 256": f"#define THREADS {build.threads}",
-        "#define MIN_BLOCKS (sizeof(Real) == 4 ? 4 : 2)": f"#define MIN_BLOCKS {build.blocks}",
+        "#define MIN_BLOCKS (sizeof(Real) == 4 ? 4 : 2)": f"#define MIN_BLOCKS {build.min_blocks}",
         "#define MAX_PARTIALS 4096": f"#define MAX_PARTIALS {MAX_PARTIALS}",
     }
     words = "{%0, %1, %2, %3}"
-    if build.load:
+    if build.load_hint:
         outputs = ", ".join(f'"=r"(pack.word[{i}])' for i in range(4))
-        load = f'asm volatile("ld.global.{build.load}.v4.u32 {words}, [%4];" : {outputs} : "l"(from))'
-        changes["{ return *(const Pack *)from; }"] = f"{{ Pack pack; {load}; return pack; }}"
-    if build.store:
+        load = f'asm volatile("ld.global.{build.load_hint}.v4.u32 {words}, [%4];" : {outputs} : "l"(from))'
+        replacements["{ return *(const Pack *)from; }"] = f"{{ Pack pack; {load}; return pack; }}"
+    if build.store_hint:
         inputs = ", ".join(f'"r"(pack.word[{i}])' for i in range(4))
-        store = f'asm volatile("st.global.{build.store}.v4.u32 [%4], {words};" :: {inputs}, "l"(to) : "memory")'
-        changes["{ *(Pack *)to = pack; }"] = f"{{ {store}; }}"
-    for old, new in changes.items():
+        store = f'asm volatile("st.global.{build.store_hint}.v4.u32 [%4], {words};" :: {inputs}, "l"(to) : "memory")'
+        replacements["{ *(Pack *)to = pack; }"] = f"{{ {store}; }}"
+    for old, new in replacements.items():
         if old not in text:
             raise SystemExit(f"the source has no {old}")
         text = text.replace(old, new)
@@ -108,13 +122,17 @@ def text_of(build, dtype):
 
 
 def compile_text(library, text):
-    """In a process of its own: the machine code."""
+    """In a process of its own: the machine code, or nothing if that fails."""
     for builtins in glob.glob(os.path.join(os.path.dirname(library), "libnvrtc-builtins.so.13*"))[:1]:
         ctypes.CDLL(builtins, ctypes.RTLD_GLOBAL)
     log, code = compile(library, text, "sm_90")
     if not code:
-        raise SystemExit(log)
+        print(log)
     return code
+
+
+class Failure(Exception):
+    """A variant gives a wrong result, or does not run."""
 
 
 class Gpu:
@@ -127,19 +145,17 @@ class Gpu:
         self.torch, self.driver = torch, ctypes.CDLL("libcuda.so.1")
         properties = torch.cuda.get_device_properties(0)
         self.multiprocessors = properties.multi_processor_count
-        print(f"{properties.name}, PyTorch {torch.__version__}; GB/s, and by the copy's", flush=True)
+        print(f"{properties.name}, PyTorch {torch.__version__}; GB/s, in brackets divided by the copy's", flush=True)
 
     def call(self, function, *arguments):
         if error := getattr(self.driver, function)(*arguments):
-            raise SystemExit(f"{function}: error {error}")
+            raise Failure(f"{function}: error {error}")
 
-    def load(self, code, kernel, threads):
-        """A kernel, and the number of its blocks that fit the device."""
-        module, function, blocks = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_int()
+    def load(self, code, kernel):
+        module, function = ctypes.c_void_p(), ctypes.c_void_p()
         self.call("cuModuleLoadData", ctypes.byref(module), code)
         self.call("cuModuleGetFunction", ctypes.byref(function), module, kernel.encode())
-        self.call("cuOccupancyMaxActiveBlocksPerMultiprocessor", ctypes.byref(blocks), function, threads, ctypes.c_size_t(0))
-        return function, blocks.value * self.multiprocessors
+        return function
 
     def launcher(self, function, blocks, threads, arguments):
         """A function that launches. An argument is a tensor, bytes, a number, or None."""
@@ -192,11 +208,12 @@ class Shape:
         self.sets = [torch.randn(shape, device="cuda", dtype=torch_dtype) * 3 for _ in range(max(2, BYTES_OF_SETS // self.bytes))]
         self.gradients = [torch.empty_like(logits) for logits in self.sets]
         self.labels = (torch.arange(self.rows, device="cuda") * 7919 % classes).to(torch.int32)
-        self.out, self.saved = torch.zeros(1, device="cuda"), torch.zeros(1 + 3 * self.rows, device="cuda")
+        self.saved = [torch.zeros(1 + 3 * self.rows, device="cuda") for _ in self.sets]
+        self.out = torch.zeros(1, device="cuda")
         self.grad_output, self.scratch = torch.ones(1, device="cuda"), torch.zeros(4 + 4 * MAX_PARTIALS, device="cuda")
+        self.loss, self.some_rows, self.gradient = self.expected()
         pairs = list(zip(self.sets, self.gradients))
         self.copy = 2 * self.bytes / gpu.seconds([lambda pair=pair: pair[1].copy_(pair[0]) for pair in pairs]) / 1e9
-        self.loss, self.some_rows, self.gradient = self.expected()
 
     def expected(self):
         """PyTorch's loss, and its gradient of some rows, in float64."""
@@ -209,12 +226,20 @@ class Shape:
         cross_entropy(logits, self.labels[:step].long()).backward()
         return loss, step, logits.grad
 
+    def crate_plan(self):
+        """Mirrors `threads_for_packs` and `BLOCKS_PER_MULTIPROCESSOR` of src/gpu."""
+        threads = instructions.threads_per_row(self.classes, SIZES[self.dtype])
+        packs, enough = self.classes * SIZES[self.dtype] // 16, 2 * 4 * self.gpu.multiprocessors * 256
+        while threads < 256 and self.rows * threads < enough and packs > 4 * threads:
+            threads *= 2
+        return Plan(Build(), threads)
+
     def params(self, plan, tasks):
         fields = instructions.params(self.classes, self.rows, plan.threads_per_row, tasks)
         fields.update(saved_start=1, divisor_start=0)
         return instructions.packed(SOURCE, "Params", fields)
 
-    def check(self, kernel, launch, plan):
+    def check(self, kernel, launch):
         """Compares the results of the first set."""
         self.out.fill_(float("nan"))
         if kernel == "backward":
@@ -229,68 +254,103 @@ class Shape:
             if gradient.isnan().any().item():
                 error = float("nan")
         if not error <= most:
-            raise SystemExit(f"{kernel} {self.dtype} {self.classes}: {plan} has an error of {error}")
+            raise Failure(f"the result has an error of {error}")
 
-    def bandwidth(self, kernel, plan, loaded):
-        """GB/s of a plan."""
+    def launches(self, kernel, plan, function):
+        """A launch for each set of logits, of which the first has been checked."""
         build = plan.build
-        function, room = loaded
         tasks = -(-self.rows // (build.threads // plan.threads_per_row))
-        most = min(tasks, plan.waves * room or tasks, MAX_PARTIALS)
-        blocks = -(-tasks // -(-tasks // most))
+        max_blocks = min(tasks, plan.blocks_per_multiprocessor * self.gpu.multiprocessors or tasks, MAX_PARTIALS)
+        blocks = -(-tasks // -(-tasks // max_blocks))
         params, launches = self.params(plan, tasks), []
-        for logits, gradient in zip(self.sets, self.gradients):
-            shared = [logits, self.labels, None, None]
-            forward = [None, self.out, self.saved, None, None, self.scratch]
-            arguments = shared + (forward if kernel == "forward" else [self.grad_output, self.saved, gradient]) + [params]
+        for logits, saved, gradient in zip(self.sets, self.saved, self.gradients):
+            arguments = [logits, self.labels, None, None]
+            if kernel == "forward":
+                arguments += [None, self.out, saved, None, None, self.scratch, params]
+            else:
+                arguments += [self.grad_output, saved, gradient, params]
             launches.append(self.gpu.launcher(function, blocks, build.threads, arguments))
-        self.check(kernel, launches[0], plan)
+        self.check(kernel, launches[0])
+        return launches
+
+    def bandwidth(self, kernel, launches):
+        """GB/s."""
         return (1 if kernel == "forward" else 2) * self.bytes / self.gpu.seconds(launches) / 1e9
 
 
-def changes(plan):
-    """Lists of plans that differ from a plan in one respect."""
-    build, threads = plan.build, plan.threads_per_row
-    yield [plan._replace(waves=waves) for waves in [1, 2, 4, 0]]
-    yield [plan._replace(threads_per_row=t, waves=w) for t in [threads // 4, threads // 2, threads * 2, threads * 4] for w in {plan.waves, 0}]
-    yield [plan._replace(build=Build(p, build.threads, b)) for p in [2, 4, 8] for b in range(2, 7)]
-    yield [plan._replace(build=build._replace(load=load, store=store)) for load in LOAD_HINTS for store in STORE_HINTS]
-    other = [b for b in builds() if b.threads != build.threads and not b.load + b.store]
-    yield [Plan(b, min(threads, b.threads), waves) for b in other for waves in {plan.waves, 0}]
-    yield [plan._replace(threads_per_row=t, waves=w) for t in [threads // 2, threads, threads * 2] for w in [1, 2, 4, 0]]
+def steps():
+    """Functions from the best plan so far to lists of plans that differ from it in one respect."""
+    grids = lambda build: [number * 256 // build.threads for number in [3, 4, 5, 6, 8, 16, 0]]
+    by_grid = lambda plan: [plan._replace(blocks_per_multiprocessor=blocks) for blocks in grids(plan.build)]
+    by_row = lambda plan: [
+        plan._replace(threads_per_row=threads, blocks_per_multiprocessor=blocks)
+        for threads in [plan.threads_per_row * by // 4 for by in [1, 2, 8, 16]]
+        for blocks in {plan.blocks_per_multiprocessor, 0}
+    ]
+    by_build = lambda plan, builds: [
+        Plan(build, min(plan.threads_per_row, build.threads), blocks)
+        for build in builds
+        for blocks in {plan.blocks_per_multiprocessor * plan.build.threads // build.threads, 0}
+    ]
+    return [
+        by_grid,
+        by_row,
+        lambda plan: by_build(plan, [build for build in PLAIN_BUILDS if build.threads == 256]),
+        lambda plan: by_build(plan, HINTED_BUILDS),
+        lambda plan: by_build(plan, [build for build in PLAIN_BUILDS if build.threads != 256]),
+        by_row,
+        by_grid,
+    ]
 
 
 def search(shape, kernel, codes, seconds):
     """Prints the best plans, and returns all, with their GB/s."""
-    end, known, loaded = time.monotonic() + seconds, {}, {}
+    end, known, functions, launches_of = time.monotonic() + seconds, {}, {}, {}
+    crate = best = shape.crate_plan()
 
     def bandwidth(plan):
         build = plan.build
-        if not 1 <= plan.threads_per_row <= build.threads or (build, shape.dtype) not in codes:
+        if plan in known:
+            return known[plan]
+        if not 1 <= plan.threads_per_row <= build.threads or not codes.get((build, shape.dtype)):
             return 0
-        if build not in loaded:
-            loaded[build] = shape.gpu.load(codes[build, shape.dtype], kernel, build.threads)
-        if plan not in known:
-            known[plan] = shape.bandwidth(kernel, plan, loaded[build])
+        try:
+            if build not in functions:
+                functions[build] = shape.gpu.load(codes[build, shape.dtype], kernel)
+            launches_of[plan] = shape.launches(kernel, plan, functions[build])
+            known[plan] = shape.bandwidth(kernel, launches_of[plan])
+        except Failure as failure:
+            print(f"{kernel} {shape.dtype} {shape.classes}: {plan}: {failure}", flush=True)
+            if plan == crate:
+                raise
+            known[plan] = 0
         return known[plan]
 
-    best = crate = Plan(Build(), instructions.threads_per_row(shape.classes, SIZES[shape.dtype]))
-    bandwidth(best)
-    # A generator of lists sees the best plan at the time.
-    for step in range(len(list(changes(best)))):
-        for plan in list(changes(best))[step]:
+    bandwidth(crate)
+    for step in steps():
+        for plan in step(best):
             if time.monotonic() < end and bandwidth(plan) > known[best]:
                 best = plan
-    cell = lambda plan: f"{known[plan]:.0f} ({known[plan] / shape.copy:.2f})"
-    print(f"{kernel} {shape.dtype} {shape.rows}x{shape.classes}: copy {shape.copy:.0f}, crate {cell(crate)}, best {cell(best)} of {len(known)}")
-    for plan in sorted(known, key=known.get, reverse=True)[:5]:
-        print(f"  {cell(plan)}: {plan}", flush=True)
-    return [[kernel, shape.dtype, shape.rows, shape.classes, shape.copy, plan.build, *plan[1:], speed] for plan, speed in known.items()]
+    # The largest of many noisy figures is too large, so the best plans are timed again.
+    finalists = sorted(filter(known.get, known), key=known.get, reverse=True)[:5]
+    finalists += [crate] * (crate not in finalists)
+    again = {plan: [] for plan in finalists}
+    for _ in range(5):
+        for plan in finalists:
+            again[plan].append(shape.bandwidth(kernel, launches_of[plan]))
+    print(f"{kernel} {shape.dtype} {shape.rows}x{shape.classes}: copy {shape.copy:.0f}, {len(known)} plans")
+    for plan in sorted(finalists, key=lambda plan: -statistics.median(again[plan])):
+        speed = statistics.median(again[plan])
+        spread = f"from {min(again[plan]):.0f} to {max(again[plan]):.0f}"
+        print(f"  {speed:.0f} ({speed / shape.copy:.2f}), {spread}: {'the crate: ' if plan == crate else ''}{plan}", flush=True)
+    fields = lambda plan: {**plan._asdict(), "build": plan.build._asdict()}
+    about = {"kernel": kernel, "dtype": shape.dtype, "rows": shape.rows, "classes": shape.classes, "copy": shape.copy}
+    return [{**about, **fields(plan), "GB/s": speed, "again": again.get(plan, [])} for plan, speed in known.items()]
 
 
 def print_reading(shape, code):
     """What reading alone reaches, by the number of blocks on a multiprocessor."""
-    function, _ = shape.gpu.load(code, "read", 256)
+    function = shape.gpu.load(code, "read")
     cells = []
     for blocks in [4, 8, 16, 64]:
         grid = blocks * shape.gpu.multiprocessors
@@ -307,8 +367,8 @@ def main():
     parser.add_argument("--compile-only", action="store_true")
     options = parser.parse_args()
     if options.compile_only:
-        compile_text(options.library, text_of(Build(2, 128, 8, LOAD_HINTS[-1], STORE_HINTS[-1]), "bf16"))
-        return
+        some = [(Build(2, 128, 8), "bf16"), (Build(8, 512, 2), "f32"), *((build, "bf16") for build in HINTED_BUILDS[::5])]
+        return not all([compile_text(options.library, text) for text in [READ, *(text_of(*job) for job in some)]])
     jobs = [(build, dtype) for build in builds() for dtype in SIZES]
     texts = [text_of(*job) for job in jobs] + [READ]
     # The processes start before this one opens the GPU.
@@ -322,12 +382,12 @@ def main():
         if i == 0:
             print_reading(shape, compiled[-1])
         for kernel in ["forward", "backward"]:
-            left = (end - time.monotonic()) / (len(SHAPES) - i)
-            results += search(shape, kernel, codes, max(left / 2, 0.5))
-        if options.json:
-            with open(options.json, "w") as file:
-                json.dump(results, file)
+            left = (end - time.monotonic()) / (2 * (len(SHAPES) - i))
+            results += search(shape, kernel, codes, max(left, 0.5))
+            if options.json:
+                with open(options.json, "w") as file:
+                    json.dump(results, file)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
