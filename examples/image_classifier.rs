@@ -86,9 +86,7 @@ fn train(data: &Digits, loss: &LabelSmoothingLoss, args: &Args) -> Result<Networ
         order.shuffle(&mut rng);
         let (mut loss_sum, mut correct) = (0., 0.);
         for rows in order.chunks(BATCH_SIZE) {
-            let indices = Tensor::new(rows, &Device::Cpu)?;
-            let images = data.images.index_select(&indices, 0)?;
-            let labels = data.labels.index_select(&indices, 0)?;
+            let (images, labels) = data.batch(rows)?;
             let (loss, metrics) = loss.forward_with_metrics(&network.forward(&images)?, &labels)?;
             optimizer.backward_step(&loss)?;
             loss_sum += loss.to_scalar::<f32>()? * rows.len() as f32;

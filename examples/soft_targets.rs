@@ -70,9 +70,7 @@ fn train(
     for _ in 0..epochs {
         order.shuffle(&mut rng);
         for rows in order.chunks(32) {
-            let rows = Tensor::new(rows, &Device::Cpu)?;
-            let images = data.images.index_select(&rows, 0)?;
-            let labels = data.labels.index_select(&rows, 0)?;
+            let (images, labels) = data.batch(rows)?;
             optimizer.backward_step(&loss_of(&network, &images, &labels)?)?;
         }
     }

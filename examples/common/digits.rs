@@ -4,7 +4,7 @@
 mod table;
 
 use anyhow::{Context, Result, ensure};
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use std::path::Path;
 
 pub const NUM_CLASSES: usize = 10;
@@ -13,6 +13,14 @@ pub const NUM_CLASSES: usize = 10;
 pub struct Digits {
     pub images: Tensor,
     pub labels: Tensor,
+}
+
+impl Digits {
+    /// The images and the labels of some rows.
+    pub fn batch(&self, rows: &[u32]) -> Result<(Tensor, Tensor)> {
+        let rows = Tensor::new(rows, &Device::Cpu)?;
+        Ok((self.images.index_select(&rows, 0)?, self.labels.index_select(&rows, 0)?))
+    }
 }
 
 /// Reads the digits. The first four fifths are for training, the last fifth is held out.
