@@ -62,7 +62,7 @@ def input_sets(rows, classes, dtype):
     num_sets = -(-MIN_BYTES_OF_SETS // (rows * classes * dtype.itemsize))
     for _ in range(min(max(num_sets, 2), MAX_SETS)):
         logits = (torch.randn(rows, classes, device="cuda", dtype=dtype) * 3).requires_grad_()
-        yield logits, torch.arange(rows, device="cuda") * 7919 % classes
+        yield logits, labels_of(rows, classes)
 
 
 def seconds(call, sets, ahead=True):
@@ -132,12 +132,16 @@ def print_line(name, sets):
     print(f"| {' | '.join(cells)} |", flush=True)
 
 
+def labels_of(rows, classes):
+    return torch.arange(rows, device="cuda") * 7919 % classes
+
+
 def heads(rows, hidden_size, classes):
     """Methods from hidden states, and their inputs."""
     options = {"device": "cuda", "dtype": torch.bfloat16}
     hidden = torch.randn(rows, hidden_size, **options).requires_grad_()
     weight = (torch.randn(classes, hidden_size, **options) * (3 / hidden_size**0.5)).requires_grad_()
-    labels = torch.arange(rows, device="cuda") * 7919 % classes
+    labels = labels_of(rows, classes)
 
     def logits_first(hidden, weight):
         return F.cross_entropy(hidden @ weight.t(), labels, label_smoothing=0.1)

@@ -181,13 +181,17 @@ impl InputSet {
         let &Case { num_rows, num_classes, dtype } = case;
         let logits = Tensor::randn(0f32, 3., (num_rows, num_classes), device)?.to_dtype(dtype)?;
         let logits = Var::from_tensor(&logits)?;
-        let labels = (0..num_rows).map(|row| (row * 7919 % num_classes) as u32).collect();
-        let labels = Tensor::from_vec(labels, num_rows, device)?;
+        let labels = labels(num_rows, num_classes, device)?;
         let (_, Some(saved)) = testing::forward_rows(loss, &logits, &labels)? else {
             candle_core::bail!("nothing was saved for backward")
         };
         Ok(Self { logits, labels, saved })
     }
+}
+
+fn labels(rows: usize, classes: usize, device: &Device) -> Result<Tensor> {
+    let labels = (0..rows).map(|row| (row * 7919 % classes) as u32).collect();
+    Tensor::from_vec(labels, rows, device)
 }
 
 /// A last layer without a bias, and the labels of its rows.
@@ -203,26 +207,19 @@ impl Head {
             let values = Tensor::randn(0f32, std as f32, dims, device)?;
             Var::from_tensor(&values.to_dtype(DType::BF16)?)
         };
-        let labels = (0..rows).map(|row| (row * 7919 % classes) as u32).collect();
         Ok(Self {
             hidden: random((rows, hidden_size), 1.)?,
             weight: random((classes, hidden_size), 3. / (hidden_size as f64).sqrt())?,
-            labels: Tensor::from_vec(labels, rows, device)?,
+            labels: labels(rows, classes, device)?,
         })
     }
 
-    /// The loss, or with `logits_budget` that of `forward_linear`.
-    fn loss(&self, logits_budget: Option<usize>) -> Result<Tensor> {
-        let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?);
-        Ok(match logits_budget {
-            None => loss.forward(&self.hidden.matmul(&self.weight.t()?)?, &self.labels)?,
-            Some(bytes) => loss.with_logits_budget(bytes).forward_linear(
-                &self.hidden,
-                &self.weight,
-                None,
-                &self.labels,
-            )?,
-        })
+    fn forward(&self, loss: &LabelSmoothingLoss) -> Result<Tensor> {
+        Ok(loss.forward(&self.hidden.matmul(&self.weight.t()?)?, &self.labels)?)
+    }
+
+    fn forward_linear(&self, loss: &LabelSmoothingLoss) -> Result<Tensor> {
+        Ok(loss.forward_linear(&self.hidden, &self.weight, None, &self.labels)?)
     }
 
     fn multiplications(&self) -> Result<[Tensor; 3]> {
@@ -237,20 +234,23 @@ fn print_head(name: &str, shape: [usize; 3], device: &Device) -> Result<()> {
     let head = [Head::new(shape, device)?];
     let multiplications = seconds(timer, Queued::InTime, &head, Head::multiplications)?;
     let mut first_cells = format!("{name} | {:.2}", multiplications * 1e3);
-    let methods = [
-        ("logits first", None),
-        ("`forward_linear`", Some(512 << 20)),
-        ("with a budget of 0", Some(0)),
+    let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?);
+    let least_memory = loss.clone().with_logits_budget(0);
+    type Method = fn(&Head, &LabelSmoothingLoss) -> Result<Tensor>;
+    let methods: [(&str, Method, &LabelSmoothingLoss); 3] = [
+        ("logits first", Head::forward, &loss),
+        ("`forward_linear`", Head::forward_linear, &loss),
+        ("with a budget of 0", Head::forward_linear, &least_memory),
     ];
-    for (method, budget) in methods {
-        let forward = seconds(timer, Queued::InTime, &head, |head| head.loss(budget))?;
-        let step = |head: &Head| head.loss(budget)?.backward();
-        let (step, memory) =
-            (seconds(timer, Queued::InTime, &head, step)?, timer.peak_bytes(|| step(&head[0]))?);
+    for (name, method, loss) in methods {
+        let forward = seconds(timer, Queued::InTime, &head, |head| method(head, loss))?;
+        let run_step = |head: &Head| method(head, loss)?.backward();
+        let step = seconds(timer, Queued::InTime, &head, run_step)?;
+        let memory = timer.peak_bytes(|| run_step(&head[0]))?;
         let [hidden, weight] = [&head[0].hidden, &head[0].weight].map(|var| var.elem_count() * 2);
         let memory = memory.map(|bytes| (bytes as f64 - (hidden + weight) as f64) / GIB);
         println!(
-            "| {first_cells} | {method} | {:.2} | {:.2} | {} |",
+            "| {first_cells} | {name} | {:.2} | {:.2} | {} |",
             forward * 1e3,
             step * 1e3,
             memory.map_or(String::new(), |gib| format!("{gib:.2}")),

@@ -2,12 +2,13 @@
 
     python3 compile.py FOLDER_OF_NVRTC [FOLDER_OF_SOURCES]
 
-FOLDER_OF_NVRTC holds libnvrtc.so.* and must be in LD_LIBRARY_PATH. Fails if a compilation fails or prints a warning.
+FOLDER_OF_NVRTC holds libnvrtc.so.* and libnvrtc-builtins.so.*. Fails if a compilation fails or prints a warning.
 """
 
 import concurrent.futures
 import ctypes
 import glob
+import os
 import sys
 
 # All variants are compiled to PTX, as the crate does at run time. Only for half types, the kernels have other text before 80. Some variants
@@ -37,6 +38,9 @@ def definitions(logits, targets, per_class, options=0):
 
 def compile(library, source, architecture, *options):
     """Returns the log of the compiler and the machine code for sm_*, or PTX for compute_*. There is none if it fails."""
+    # The compiler looks for this library by name.
+    for builtins in glob.glob(os.path.join(os.path.dirname(library), "libnvrtc-builtins.so.*"))[:1]:
+        ctypes.CDLL(builtins, ctypes.RTLD_GLOBAL)
     nvrtc, program = ctypes.CDLL(library), ctypes.c_void_p()
 
     def fetch(what):

@@ -16,7 +16,6 @@ a warp do not diverge here, so where they wait for each other is not checked, bu
 
 import argparse
 import collections
-import ctypes
 import math
 import os
 import re
@@ -52,11 +51,13 @@ class Failure(Exception):
 # ---- The launch of a kernel
 
 
-def threads_per_row(classes, size):
-    """Mirrors `threads_for_packs` of src/gpu/params.rs, for many rows."""
+def threads_per_row(classes, size, rows=math.inf, multiprocessors=1):
+    """Mirrors `threads_for_packs` of src/gpu/params.rs."""
     packs = classes * size // PACK
-    threads = min(max(packs // 128, min(packs // 4, 4), 1), THREADS)
-    return 1 << threads.bit_length() - 1
+    threads = 1 << min(max(packs // 128, min(packs // 4, 4), 1), THREADS).bit_length() - 1
+    while threads < THREADS and rows * threads < 2 * MIN_BLOCKS * multiprocessors * THREADS and packs > 4 * threads:
+        threads *= 2
+    return threads
 
 
 def params(classes, rows, threads, tasks):
@@ -490,12 +491,10 @@ def install(folder):
     """The paths of the compiler's library and of the disassembler."""
     root = os.path.join(folder, "nvidia", "cu13")
     files = ["lib/libnvrtc.so.13", "lib/libnvrtc-builtins.so.13.0", "bin/cuobjdump", "bin/nvdisasm"]
-    library, builtins, tool, _ = paths = [os.path.join(root, file) for file in files]
+    library, _, tool, _ = paths = [os.path.join(root, file) for file in files]
     if not all(map(os.path.exists, paths)):
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target", folder]
         subprocess.run(pip + WHEELS, check=True)
-    # The compiler looks for this one by name.
-    ctypes.CDLL(builtins, ctypes.RTLD_GLOBAL)
     return library, tool
 
 

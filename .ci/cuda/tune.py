@@ -16,7 +16,6 @@ a winner. With --compile-only the program compiles some variants, which needs no
 import argparse
 import concurrent.futures
 import ctypes
-import glob
 import json
 import multiprocessing
 import os
@@ -123,8 +122,6 @@ def text_of(build, dtype):
 
 def compile_text(library, text):
     """In a process of its own: the machine code, or nothing if that fails."""
-    for builtins in glob.glob(os.path.join(os.path.dirname(library), "libnvrtc-builtins.so.13*"))[:1]:
-        ctypes.CDLL(builtins, ctypes.RTLD_GLOBAL)
     log, code = compile(library, text, "sm_90")
     if not code:
         print(log)
@@ -226,14 +223,6 @@ class Shape:
         cross_entropy(logits, self.labels[:step].long()).backward()
         return loss, step, logits.grad
 
-    def crate_plan(self):
-        """Mirrors `threads_for_packs` and `BLOCKS_PER_MULTIPROCESSOR` of src/gpu."""
-        threads = instructions.threads_per_row(self.classes, SIZES[self.dtype])
-        packs, enough = self.classes * SIZES[self.dtype] // 16, 2 * 4 * self.gpu.multiprocessors * 256
-        while threads < 256 and self.rows * threads < enough and packs > 4 * threads:
-            threads *= 2
-        return Plan(Build(), threads)
-
     def params(self, plan, tasks):
         fields = instructions.params(self.classes, self.rows, plan.threads_per_row, tasks)
         fields.update(saved_start=1, divisor_start=0)
@@ -306,7 +295,8 @@ def steps():
 def search(shape, kernel, codes, seconds):
     """Prints the best plans, and returns all, with their GB/s."""
     end, known, functions, launches_of = time.monotonic() + seconds, {}, {}, {}
-    crate = best = shape.crate_plan()
+    size, multiprocessors = SIZES[shape.dtype], shape.gpu.multiprocessors
+    crate = best = Plan(Build(), instructions.threads_per_row(shape.classes, size, shape.rows, multiprocessors))
 
     def bandwidth(plan):
         build = plan.build
