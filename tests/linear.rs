@@ -4,7 +4,7 @@ mod common;
 
 use candle_core::{D, DType, Device, Result, Tensor, Var};
 use candle_label_smoothing::testing::{self, TileSize};
-use candle_label_smoothing::{LabelSmoothingLoss, Reduction, Smoothing};
+use candle_label_smoothing::{LabelSmoothingLoss, Reduction, Shard, Smoothing};
 use common::{
     CPU, fewer_where_slow, grid, on_device, random, random_labels, random_probabilities,
     sum_with_grad_output, values,
@@ -488,6 +488,33 @@ fn single_row_and_empty_batches() -> Result<()> {
                 assert!(values(gradient)?.iter().all(|g| *g == 0.), "{rows:?} {reduction:?}");
             }
         }
+    }
+    Ok(())
+}
+
+/// An empty view may begin beyond the end of its storage, where candle's conversions panic.
+#[test]
+fn hidden_states_and_weights_that_are_empty_views() -> Result<()> {
+    let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?).with_reduction(Reduction::Sum);
+    for dtype in [DType::F16, DType::BF16, DType::F32, DType::F64] {
+        let empty = |len| Tensor::zeros((0, 6), dtype, &CPU)?.narrow(1, 2, len);
+        // No rows.
+        let weight = Var::from_tensor(&random(&[3, 4], 1., 1)?.to_dtype(dtype)?)?;
+        let no_targets = Tensor::zeros(0, DType::U32, &CPU)?;
+        let result = loss.forward_linear(&empty(4)?, &weight, None, &no_targets)?;
+        assert_eq!(values(&result)?, [0.]);
+        let gradients = result.backward()?;
+        assert_eq!(values(gradients.get(&weight).expect("no gradient"))?, [0.; 12]);
+        // A hidden size of 0, which makes three logits of 0.
+        let hidden = Tensor::zeros((1, 0), dtype, &CPU)?;
+        let target = Tensor::zeros(1, DType::U32, &CPU)?;
+        let result = loss.forward_linear(&hidden, &empty(3)?.t()?, None, &target)?;
+        assert!((values(&result)?[0] - 3f64.ln()).abs() < 1e-2);
+        // A process without classes.
+        let hidden = random(&[1, 4], 1., 1)?.to_dtype(dtype)?;
+        let shard = Shard { first_class: 0, num_classes: 3 };
+        let gather = |states: &Tensor| states.unsqueeze(0);
+        loss.forward_linear_shard(&hidden, &empty(4)?, None, &target, shard, gather)?;
     }
     Ok(())
 }

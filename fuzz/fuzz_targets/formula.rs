@@ -2,6 +2,7 @@
 
 use candle_core::DType;
 use candle_label_smoothing::Reduction;
+use std::ops::Range;
 
 /// An expected value and how far a correct result may differ from it. With an infinite or NaN `error`, any result is
 /// accepted.
@@ -158,6 +159,13 @@ impl Shape {
     fn index(self, row: usize, class: usize) -> usize {
         (row / self.stride * self.classes + class) * self.stride + row % self.stride
     }
+
+    /// The elements of some of the classes, in the order of a tensor of these classes.
+    pub fn of_classes<T: Copy>(self, elements: &[T], classes: Range<usize>) -> Vec<T> {
+        let outer = (0..self.rows).step_by(self.stride.max(1));
+        let starts = outer.flat_map(|row| classes.clone().map(move |class| self.index(row, class)));
+        starts.flat_map(|start| elements[start..start + self.stride].iter().copied()).collect()
+    }
 }
 
 impl Formula {
@@ -188,6 +196,12 @@ impl Formula {
         self.row_weights.as_ref().map_or(1., |weights| weights[row])
     }
 
+    /// Whether no row weight may become 0 or infinite when it is rounded.
+    pub fn row_weights_stay(&self, dtype: DType) -> bool {
+        let range = 1. / limit(dtype)..limit(dtype);
+        self.row_weights.iter().flatten().all(|weight| *weight == 0. || range.contains(weight))
+    }
+
     fn is_mapped(&self) -> bool {
         self.scale != 1. || self.cap.is_some()
     }
@@ -201,6 +215,8 @@ impl Formula {
                 let tanh = (scale * x / cap).tanh();
                 (cap * tanh, scale * (1. - tanh * tanh))
             }
+            // Only a mask is −∞.
+            _ if x > f64::NEG_INFINITY => ((scale * x).max(f64::MIN), scale),
             _ => (scale * x, scale),
         }
     }
@@ -304,6 +320,10 @@ impl Formula {
         dtype: DType,
     ) -> (Vec<Approx>, Vec<Approx>) {
         let Shape { rows, classes, .. } = shape;
+        if !self.row_weights_stay(dtype) {
+            let num_losses = if self.reduction == Reduction::None { rows } else { 1 };
+            return (vec![Approx::UNKNOWN; num_losses], vec![Approx::UNKNOWN; logits.len()]);
+        }
         let is_counted = |row: usize| self.counts(targets, row);
         let is_mean = matches!(self.reduction, Reduction::Mean | Reduction::MeanOrZero);
         let divisor_terms = (0..rows).filter(|row| is_counted(*row)).map(|row| match targets {
@@ -313,15 +333,6 @@ impl Formula {
         let divisor = if is_mean { divisor_terms.sum() } else { 1. };
         let (unit_roundoff, underflow_error, _) = limits(compute_dtype(dtype));
         let limit = limit(dtype);
-        // Such weights may become 0 or infinite.
-        let is_possible = |row: &usize| {
-            let weight = self.row_weight(*row);
-            weight == 0. || (1. / limit..limit).contains(&weight)
-        };
-        if !(0..rows).all(|row| is_possible(&row)) {
-            let num_losses = if self.reduction == Reduction::None { rows } else { 1 };
-            return (vec![Approx::UNKNOWN; num_losses], vec![Approx::UNKNOWN; logits.len()]);
-        }
         if self.reduction == Reduction::MeanOrZero && divisor == 0. {
             return (vec![Approx::default()], vec![Approx::default(); logits.len()]);
         }

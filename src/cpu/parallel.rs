@@ -8,12 +8,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 /// Elements that a loop works on at a time: few enough for the stack and the first-level cache.
 pub(super) const BLOCK: usize = 256;
 
-/// Elements of one row that one thread works on, at most.
-pub(super) const SEGMENT: usize = 64 * BLOCK;
+/// Elements of one row that one thread works on, at most. The fuzz target makes short rows only, so it has short segments.
+pub(super) const SEGMENT: usize = if cfg!(fuzzing) { 2 * BLOCK } else { 64 * BLOCK };
 
 /// Elements below which waking a second thread costs more than it saves. Miri is slow, so there threads share small
 /// tensors too.
-pub(super) const MIN_TASK: usize = if cfg!(miri) { 1 } else { 64 * BLOCK };
+pub(super) const MIN_TASK: usize = if cfg!(miri) { 1 } else { SEGMENT };
 
 /// An empty vector with room for `len` elements.
 fn reserve<T>(len: usize) -> Result<Vec<T>> {

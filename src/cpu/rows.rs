@@ -292,12 +292,11 @@ pub(super) struct GradInputs<'a, A> {
 impl<A: Real> GradInputs<'_, A> {
     /// A piece of the gradient must begin at a multiple of this.
     pub(super) fn unit(&self, tile_classes: usize) -> usize {
-        let unit = match (self.inner_size, tile_classes) {
+        match (self.inner_size, tile_classes) {
             (1, ..=FEW_CLASSES) => ROWS_AT_ONCE * tile_classes,
-            (1, _) => tile_classes,
-            (inner_size, _) => inner_size,
-        };
-        unit.min(SEGMENT)
+            (1, _) => tile_classes.min(SEGMENT),
+            (inner_size, _) => inner_size.min(SEGMENT),
+        }
     }
 
     /// Writes the gradient of a block of a row's classes, before the slopes of the map. The first `len` logits count.

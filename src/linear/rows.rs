@@ -125,6 +125,14 @@ pub(super) fn counted_rows(
     }
 }
 
+/// The tensor in another dtype. candle's conversion of an empty view may read beyond its storage.
+pub(super) fn converted(tensor: &Tensor, dtype: DType) -> candle_core::Result<Tensor> {
+    match tensor.elem_count() {
+        0 => Tensor::zeros(tensor.shape(), dtype, tensor.device()),
+        _ => tensor.to_dtype(dtype),
+    }
+}
+
 /// A range of the first dimension.
 pub(super) fn narrow(tensor: &Tensor, range: &Range<usize>) -> candle_core::Result<Tensor> {
     tensor.narrow(0, range.start, range.len())

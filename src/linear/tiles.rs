@@ -1,6 +1,6 @@
 //! The loss of logits that are computed a tile at a time, in forward and, unless they were kept, again in backward.
 
-use super::rows::{ComputedRows, counted_rows, narrow};
+use super::rows::{ComputedRows, converted, counted_rows, narrow};
 use crate::autograd::{self, ComputedLoss, Saved};
 use crate::error::Result;
 use crate::formula::{LossParams, result_dtype};
@@ -264,7 +264,7 @@ impl TiledLoss {
     fn hidden_tile(&self, hidden: &Tensor, rows: &Range<usize>) -> Result<Tensor> {
         let columns = 0..hidden.dim(D::Minus1)?;
         let tile = self.rows.tile(hidden, rows, &columns, self.matmul_dtype)?;
-        Ok(tile.to_dtype(self.matmul_dtype)?)
+        Ok(converted(&tile, self.matmul_dtype)?)
     }
 
     /// The class targets of the computed rows, or `None` for probabilities.
@@ -292,7 +292,7 @@ impl TiledLoss {
         bias: Option<&Tensor>,
         classes: &Range<usize>,
     ) -> Result<WeightTile> {
-        let tile = |t: &Tensor| narrow(t, classes)?.to_dtype(self.matmul_dtype)?.contiguous();
+        let tile = |t: &Tensor| converted(&narrow(t, classes)?, self.matmul_dtype)?.contiguous();
         Ok(WeightTile { weight: tile(weight)?, bias: bias.map(tile).transpose()? })
     }
 
