@@ -363,12 +363,15 @@ impl Formula {
                     let share = if is_masked(class) { 0. } else { share };
                     target = Approx { value: own + share, error: own.abs() + share };
                 }
+                // Near 0, the error is absolute, since subnormal numbers have fewer digits.
+                let subnormal_error = underflow_error / unit_roundoff;
+                if target.error > 0. {
+                    target.error += subnormal_error;
+                }
                 let mut target = target.mul(self.weight(class));
                 let is_zero = target.error == 0.;
-                // Near 0, the error is absolute, since subnormal numbers have fewer digits.
                 let is_in_range = p.abs() < limit && self.weight(class) < limit;
-                target.error +=
-                    if is_in_range { underflow_error / unit_roundoff } else { f64::INFINITY };
+                target.error += if is_in_range { subnormal_error } else { f64::INFINITY };
                 ClassTerm { logit, target, is_zero, has_nan: logit.is_nan() || p.is_nan() }
             };
             let terms: Vec<ClassTerm> = (0..classes).map(class_term).collect();
