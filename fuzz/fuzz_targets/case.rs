@@ -373,7 +373,7 @@ impl Case<'_> {
         let shape = Shape::new(&self.dims, self.class_dim);
         let head = match &arguments.inputs[..] {
             [_] => None,
-            inputs => Some(Head::new(inputs, shape, unit_roundoff(compute_dtype(dtype)))?),
+            inputs => Some(Head::new(inputs, shape, compute_dtype(dtype))?),
         };
         let (logits, logit_error) = match &head {
             Some(head) => head.logits(),

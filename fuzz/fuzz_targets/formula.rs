@@ -88,6 +88,11 @@ pub fn unit_roundoff(dtype: DType) -> f64 {
     limits(dtype).0
 }
 
+/// A bound on the rounding error near 0.
+pub fn underflow_error(dtype: DType) -> f64 {
+    limits(dtype).1
+}
+
 /// The dtype in which the library computes with these logits.
 pub fn compute_dtype(logits: DType) -> DType {
     if logits == DType::F64 { DType::F64 } else { DType::F32 }
@@ -212,8 +217,11 @@ impl Formula {
         let scale = self.scale.clamp(least, most);
         match self.cap.map(|cap| cap.clamp(least, most)) {
             Some(cap) if x > f64::NEG_INFINITY => {
-                let tanh = (scale * x / cap).tanh();
-                (cap * tanh, scale * (1. - tanh * tanh))
+                let t = scale * x / cap;
+                let tanh = t.tanh();
+                // Near 0, where tanh t = t, t may be subnormal.
+                let capped = if t.abs() < 1e-9 { scale * x } else { cap * tanh };
+                (capped, scale * (1. - tanh * tanh))
             }
             // Only a mask is −∞.
             _ if x > f64::NEG_INFINITY => ((scale * x).max(f64::MIN), scale),

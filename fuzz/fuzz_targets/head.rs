@@ -1,8 +1,8 @@
 //! `logits = hidden · weightᵀ + bias` in f64, with bounds on the rounding errors.
 
 use crate::compare::to_f64s;
-use crate::formula::{Approx, Shape};
-use candle_core::{Result, Tensor};
+use crate::formula::{Approx, Shape, underflow_error, unit_roundoff};
+use candle_core::{DType, Result, Tensor};
 use std::ops::Range;
 
 pub struct Head {
@@ -11,13 +11,14 @@ pub struct Head {
     bias: Option<Vec<f64>>,
     shape: Shape,
     hidden_size: usize,
-    /// The relative error of a sum of products.
+    /// The relative error of a product in a sum, and the error near 0.
     relative_error: f64,
+    underflow_error: f64,
 }
 
 impl Head {
-    /// From hidden states, a weight and maybe a bias.
-    pub fn new(inputs: &[Tensor], shape: Shape, unit_roundoff: f64) -> Result<Self> {
+    /// From hidden states, a weight and maybe a bias, which are multiplied in this dtype.
+    pub fn new(inputs: &[Tensor], shape: Shape, dtype: DType) -> Result<Self> {
         let numbers = inputs.iter().map(to_f64s).collect::<Result<Vec<_>>>()?;
         let mut numbers = numbers.into_iter();
         let (hidden, weight) = (numbers.next(), numbers.next());
@@ -30,14 +31,15 @@ impl Head {
             bias: numbers.next(),
             shape,
             hidden_size,
-            relative_error: (max_terms + 4) as f64 * unit_roundoff,
+            relative_error: (max_terms + 4) as f64 * unit_roundoff(dtype),
+            underflow_error: underflow_error(dtype),
         })
     }
 
     /// sum + a·b, with a bound on the error of any order of the summation.
     fn add_product(&self, sum: Approx, a: Approx, b: f64) -> Approx {
         let term = a.mul(b);
-        let rounding = self.relative_error * term.value.abs();
+        let rounding = self.relative_error * term.value.abs() + self.underflow_error;
         Approx { value: sum.value + term.value, error: sum.error + term.error + rounding }
     }
 
