@@ -7,93 +7,16 @@ use candle_label_smoothing::testing::{self, TileSize};
 use candle_label_smoothing::{
     Error, LabelSmoothingLoss, Reduction, Shard, Smoothing, check_shards,
 };
+use common::compare::{assert_close, first_difference, roundings};
+use common::processes::{Process, part, run, shard, targets_of};
 use common::{
     CPU, Case, device, dtypes, fewer_where_slow, grid, on_device, random, random_labels,
     random_probabilities, sum_with_grad_output, values,
 };
 use std::cell::Cell;
-use std::sync::mpsc::{Receiver, Sender, channel};
-use std::thread;
-use std::time::Duration;
-
-/// One of several processes, with a channel to and from each.
-struct Process {
-    rank: usize,
-    to: Vec<Sender<Tensor>>,
-    from: Vec<Receiver<Tensor>>,
-    num_exchanges: Cell<usize>,
-}
-
-impl Process {
-    /// Stacks the tensors of all processes. It is an error if one of them does not take part.
-    fn gather(&self, tensor: &Tensor) -> Result<Tensor> {
-        self.num_exchanges.set(self.num_exchanges.get() + 1);
-        // The threads of a GPU test have a stream each.
-        tensor.device().synchronize()?;
-        for process in &self.to {
-            // A process that has ended needs no tensor.
-            let _ = process.send(tensor.clone());
-        }
-        let mut tensors = Vec::new();
-        for (rank, process) in self.from.iter().enumerate() {
-            match process.recv_timeout(Duration::from_secs(60)) {
-                Ok(tensor) => tensors.push(tensor),
-                Err(error) => {
-                    bail!("process {rank} sends nothing to process {}: {error}", self.rank)
-                }
-            }
-        }
-        Tensor::stack(&tensors, 0)
-    }
-}
-
-/// Runs `f` on each of `count` processes, and returns their results in order.
-fn run<T: Send>(count: usize, f: impl Fn(&Process) -> T + Sync) -> Vec<T> {
-    let (mut to, mut from): (Vec<_>, Vec<_>) = (0..count).map(|_| (Vec::new(), Vec::new())).unzip();
-    for to in &mut to {
-        for from in &mut from {
-            let (sender, receiver) = channel();
-            to.push(sender);
-            from.push(receiver);
-        }
-    }
-    let processes = to.into_iter().zip(from).enumerate().map(|(rank, (to, from))| Process {
-        rank,
-        to,
-        from,
-        num_exchanges: Cell::new(0),
-    });
-    thread::scope(|scope| {
-        let f = &f;
-        let threads: Vec<_> = processes.map(|process| scope.spawn(move || f(&process))).collect();
-        threads.into_iter().map(|thread| thread.join().expect("no process panics")).collect()
-    })
-}
 
 /// The numbers of classes of 1, 2, 3 and 5 processes, of 7 classes in all. One has none.
 const SPLITS: [&[usize]; 4] = [&[7], &[5, 2], &[1, 4, 2], &[2, 0, 1, 3, 1]];
-
-/// The first class of a process.
-fn first_class(split: &[usize], rank: usize) -> usize {
-    split[..rank].iter().sum()
-}
-
-fn shard(split: &[usize], rank: usize) -> Shard {
-    Shard { first_class: first_class(split, rank), num_classes: split.iter().sum() }
-}
-
-/// The classes of a process, of a tensor whose dimension `dim` is the classes.
-fn part(tensor: &Tensor, dim: usize, split: &[usize], rank: usize) -> Result<Tensor> {
-    tensor.narrow(dim, first_class(split, rank), split[rank])
-}
-
-/// The class targets, or the process's part of probabilities.
-fn targets_of(targets: &Tensor, class_dim: usize, split: &[usize], rank: usize) -> Result<Tensor> {
-    match targets.dtype().is_int() {
-        true => on_device(targets),
-        false => on_device(&part(targets, class_dim, split, rank)?),
-    }
-}
 
 /// The loss of each process, and the gradient of all its logits.
 fn run_sharded(
@@ -120,27 +43,6 @@ fn run_sharded(
     Ok((losses, Tensor::cat(&gradients, class_dim)?))
 }
 
-/// The first number that differs from the expected one by more than an absolute or a relative error.
-fn first_difference(
-    actual: &[f64],
-    expected: &[f64],
-    absolute: f64,
-    relative: f64,
-) -> Option<(usize, f64, f64)> {
-    assert_eq!(actual.len(), expected.len());
-    let pairs = actual.iter().copied().zip(expected.iter().copied()).enumerate();
-    pairs.map(|(i, (actual, expected))| (i, actual, expected)).find(|(_, actual, expected)| {
-        let error = (actual - expected).abs();
-        let is_close = error.is_finite() && error <= absolute + relative * expected.abs();
-        !is_close && actual != expected && !(actual.is_nan() && expected.is_nan())
-    })
-}
-
-fn assert_close(name: &str, actual: &[f64], expected: &[f64], absolute: f64, relative: f64) {
-    let difference = first_difference(actual, expected, absolute, relative);
-    assert_eq!(difference, None, "{name}");
-}
-
 fn assert_same_bits(name: &str, losses: &[Vec<f64>]) {
     let bits = |losses: &Vec<f64>| losses.iter().map(|loss| loss.to_bits()).collect::<Vec<_>>();
     for loss in losses {
@@ -153,12 +55,7 @@ fn check(case: &Case, class_dim: usize, dtype: DType, splits: &[&[usize]]) -> Re
     let logits = case.logits.to_dtype(dtype)?.to_dtype(DType::F64)?;
     let (expected_loss, expected_gradient) = Case { logits, ..case.clone() }.run(DType::F64)?;
     let (expected_loss, expected_gradient) = (values(&expected_loss)?, values(&expected_gradient)?);
-    let (roundings, half_ulp) = match dtype {
-        DType::F64 => (1e-12, 0.),
-        DType::F32 => (4e-6, 0.),
-        DType::F16 => (4e-6, 1. / 2048.),
-        _ => (4e-6, 1. / 256.),
-    };
+    let (roundings, half_ulp) = roundings(dtype);
     for split in splits {
         let name = format!("{}, {dtype:?}, {split:?}", case.name);
         let (losses, gradient) = run_sharded(case, class_dim, dtype, split)?;
@@ -430,66 +327,6 @@ fn hidden_states_of_every_dtype() -> Result<()> {
 }
 
 // ---- Mistakes of others
-
-/// The losses of a row by the rules of other libraries, with this process's logits.
-enum Peer {
-    /// The smoothing is the mean over the classes of the process.
-    LocalMean,
-    /// The smoothing sums over the classes of the process, and divides by the number of all.
-    LocalSum,
-}
-
-/// A loss over all classes whose normaliser is right, and whose smoothing follows the peer. The label's logit is exchanged too.
-fn peer_loss(
-    peer: &Peer,
-    epsilon: f64,
-    logits: &Tensor,
-    targets: &Tensor,
-    shard: Shard,
-    process: &Process,
-) -> Result<Tensor> {
-    let (num_rows, num_here) = logits.dims2()?;
-    let sum_exp = process.gather(&logits.exp()?.sum(1)?)?.sum(0)?;
-    let log_sum_exp = sum_exp.log()?;
-    let labels = targets.to_vec1::<i64>()?;
-    let rows = logits.to_vec2::<f64>()?;
-    let of_label = |row: usize| {
-        let here = usize::try_from(labels[row]).ok().and_then(|k| k.checked_sub(shard.first_class));
-        here.and_then(|k| rows[row].get(k)).copied().unwrap_or(0.)
-    };
-    let of_label: Vec<f64> = (0..num_rows).map(of_label).collect();
-    let of_label = process.gather(&Tensor::new(of_label, &CPU)?)?.sum(0)?;
-    let log_probabilities = logits.broadcast_sub(&log_sum_exp.unsqueeze(1)?)?;
-    let divisor = match peer {
-        Peer::LocalMean => num_here,
-        Peer::LocalSum => shard.num_classes,
-    };
-    let smooth = (log_probabilities.sum(1)? / divisor as f64)?;
-    let nll = (log_sum_exp - of_label)?;
-    (nll * (1. - epsilon))? - (smooth * epsilon)?
-}
-
-/// Both rules are right on one process, so the comparison finds the mistake and nothing else.
-#[test]
-fn smoothing_over_the_local_classes_is_caught() -> Result<()> {
-    let (logits, targets) = (random(&[4, 7], 3., 1)?, random_labels(&[4], 7, 2)?);
-    let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?).with_reduction(Reduction::None);
-    let expected = values(&loss.forward(&logits, &targets)?)?;
-    for peer in [Peer::LocalMean, Peer::LocalSum] {
-        for (split, is_right) in [(&[7][..], true), (&[5, 2], false), (&[1, 4, 2], false)] {
-            let results = run(split.len(), |process| {
-                let logits = part(&logits, 1, split, process.rank)?;
-                let shard = shard(split, process.rank);
-                values(&peer_loss(&peer, 0.1, &logits, &targets, shard, process)?)
-            });
-            for result in results {
-                let difference = first_difference(&result?, &expected, 1e-12, 1e-12);
-                assert_eq!(difference.is_none(), is_right, "{split:?}: {difference:?}");
-            }
-        }
-    }
-    Ok(())
-}
 
 /// Other mistakes: states that are left out, in another order, or those of another range.
 #[test]

@@ -9,12 +9,13 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::sync::LazyLock;
 
+pub mod compare;
+pub mod processes;
 pub mod program;
 
 pub const CPU: Device = Device::Cpu;
 
-/// Path of an example's program. Cargo builds the examples before it runs the integration tests, in
-/// the folder beside `deps`.
+/// Path of an example's program. Cargo builds the examples before it runs the integration tests, in the folder beside `deps`.
 pub fn example(name: &str) -> PathBuf {
     let test = std::env::current_exe().expect("the test has a path");
     let profile = test.ancestors().nth(2).expect("target/<profile>/deps/test");
@@ -36,8 +37,7 @@ pub fn device() -> &'static Device {
             true => Device::new_cuda(0),
         };
         device.unwrap_or_else(|error| {
-            // The test harness captures `println!` of passing tests, so this line goes to stderr
-            // directly.
+            // The test harness captures `println!` of passing tests, so this line goes to stderr directly.
             let required = std::env::var_os("REQUIRE_GPU").is_some();
             let outcome = if required { "failed" } else { "skipped" };
             let _ = writeln!(std::io::stderr(), "{outcome}, as there is no GPU: {error}");
@@ -228,7 +228,8 @@ impl Case {
         })
     }
 
-    fn run_with(
+    /// The same by any function of the logits.
+    pub fn run_with(
         &self,
         dtype: DType,
         forward: impl Fn(&Tensor) -> Result<Tensor>,
