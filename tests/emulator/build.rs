@@ -1,7 +1,10 @@
 //! Compiles the GPU's kernels for the CPU, once for each kind of input.
 
+mod faults;
+
+use std::error::Error;
 use std::fmt::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::{env, fs};
 
@@ -9,7 +12,25 @@ const LOGITS: [&str; 4] = ["f16", "bf16", "f32", "f64"];
 const CLASSES: [&str; 5] = ["u8", "u32", "i16", "i32", "i64"];
 const PROBABILITIES: [&str; 5] = ["f8", "f16", "bf16", "f32", "f64"];
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// The folder with the kernels' sources: the crate's, or a copy with the planted faults if EMULATOR_FAULTS is set.
+fn kernel_sources(out: &Path) -> Result<PathBuf, Box<dyn Error>> {
+    println!("cargo:rerun-if-env-changed=EMULATOR_FAULTS");
+    let sources = env::current_dir()?.join("../../src/gpu");
+    if env::var_os("EMULATOR_FAULTS").is_none() {
+        return Ok(sources);
+    }
+    println!("cargo:rerun-if-changed=faults.txt");
+    let list = fs::read_to_string("faults.txt")?;
+    let copies = out.join("faults");
+    fs::create_dir_all(&copies)?;
+    for file in ["kernels.inc", "cuda.cu", "metal.metal"] {
+        let text = fs::read_to_string(sources.join(file))?;
+        fs::write(copies.join(file), faults::with_choices(&list, file, &text)?)?;
+    }
+    Ok(copies)
+}
+
+fn main() -> Result<(), Box<dyn Error>> {
     let out = PathBuf::from(env::var("OUT_DIR")?);
     let mut build = cc::Build::new();
     build.cpp(true).std("c++17").include(".").warnings(false);
@@ -30,7 +51,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         }
     }
 
-    build.include("metal");
+    build.include("metal").include(kernel_sources(&out)?);
 
     // What Rust knows of them: lists of the definitions and the function.
     let (mut declared, mut lists) = (String::new(), String::new());
@@ -71,6 +92,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     fs::write(out.join("kernels.rs"), rust)?;
     println!("cargo:rustc-cfg=emulator");
     println!("cargo:rerun-if-changed=../../src/gpu/kernels.inc");
-    println!("cargo:rerun-if-changed=.");
+    for file in ["cuda.cpp", "cuda.hpp", "device.hpp", "entries.hpp", "metal.cpp", "metal"] {
+        println!("cargo:rerun-if-changed={file}");
+    }
     Ok(())
 }

@@ -11,7 +11,7 @@ unsigned larger_two(unsigned a, unsigned b, f16 type);
 unsigned larger_two(unsigned a, unsigned b, bf16 type);
 #define HAS_LARGER_TWO
 
-#include "../../src/gpu/cuda.cu"
+#include "cuda.cu"
 
 float widen(f16 x) { return widen_half(x); }
 void narrow(float x, f16 &out) { out = narrow_half<f16>(x); }

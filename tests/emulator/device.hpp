@@ -267,6 +267,10 @@ inline thread_local Block block;
 inline thread_local uint32_t options = 0;
 #define OPTIONS gpu::options
 
+// Whether the planted fault with this number is chosen. `faults.rs` describes them.
+inline const int fault = getenv("EMULATOR_FAULT") ? atoi(getenv("EMULATOR_FAULT")) : 0;
+#define FAULT(number) (gpu::fault == number)
+
 inline void Block::enter() { block.work(); }
 
 }  // namespace gpu

@@ -18,7 +18,7 @@ inline unsigned stored_index(double x) { return (unsigned)x; }
 #define HAS_F64 1
 #define LOWEST (sizeof(Real) == 8 ? (Real)-1.7976931348623157e308 : (Real)-3.402823466e38f)
 
-#include "../../src/gpu/metal.metal"
+#include "metal.metal"
 }  // namespace
 
 #define ARGUMENTS_OF_THREAD , block.index(), threads, block.block_index, blocks, how.warp
