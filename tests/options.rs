@@ -757,6 +757,23 @@ fn huge_caps_change_nothing() -> Result<()> {
     Ok(())
 }
 
+/// The quotient of a logit and a huge cap has few digits. The logit keeps its own. With one class, the loss is its square.
+#[test]
+fn tiny_logits_keep_their_digits_below_huge_caps() -> Result<()> {
+    let label = Tensor::new(&[0u32], &CPU)?;
+    let loss = unreduced(Smoothing::none()).with_z_loss(1.)?.with_softcap(f64::MAX)?;
+    for dtype in dtypes() {
+        let epsilon = if dtype == DType::F64 { 1e-14 } else { 1e-6 };
+        for given in [1e-3, -2e-6] {
+            let logits = Tensor::new(&[[given]], &CPU)?.to_dtype(dtype)?;
+            let x = values(&logits)?[0];
+            let loss = run(&loss, None, &logits, &label)?.0[0];
+            assert!((loss / (x * x) - 1.).abs() < epsilon, "{dtype:?} {x}: {loss}");
+        }
+    }
+    Ok(())
+}
+
 // ---- Smoothing over the classes that are not masked
 
 /// Every row has other masked classes. Its loss and gradient are those of the other classes alone.

@@ -353,9 +353,14 @@ fn row_weights_of_every_type() -> Result<()> {
             assert!((loss - plain * weight).abs() < 1e-6, "{dtype:?}: {loss}, {plain}, {weight}");
         }
     }
-    for bad in [-1f32, f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+    // A label that is ignored does not hide a bad weight.
+    let ignoring = plain.clone().with_ignore_index(values(&targets)?[1] as i64);
+    for (bad, loss) in [-1f32, f32::NAN, f32::INFINITY, f32::NEG_INFINITY]
+        .into_iter()
+        .flat_map(|bad| [(bad, &plain), (bad, &ignoring)])
+    {
         let weights = Tensor::new(&[[1f32, bad, 1.], [0., 1., 1.]], &CPU)?;
-        let loss = plain.weigh_rows(&weights)?.forward(&logits, &targets)?;
+        let loss = loss.weigh_rows(&weights)?.forward(&logits, &targets)?;
         let gradients = loss.backward()?;
         let gradient = values(gradients.get(&logits).expect("no gradient"))?;
         for (row, loss) in values(&loss)?.into_iter().enumerate() {
