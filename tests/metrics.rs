@@ -559,6 +559,26 @@ fn logits_masked_with_the_lowest_number() -> Result<()> {
     Ok(())
 }
 
+/// The lowest number is no mask: the first of logits that all have it is predicted.
+#[test]
+fn logits_that_are_all_the_lowest_number() -> Result<()> {
+    let labels = Tensor::new(&[0u32], &CPU)?;
+    for num_classes in [3, 40, 600] {
+        for (dims, class_dim) in [([1, num_classes], 1), ([num_classes, 1], 0)] {
+            let logits = Tensor::full(f32::MIN, &dims, &CPU)?;
+            let loss = LabelSmoothingLoss::new(Smoothing::none()).with_class_dim(class_dim);
+            let (_, metrics) = loss.metrics_on_device(None, &logits, &labels)?;
+            assert_eq!(
+                (values(&metrics.prediction)?, values(&metrics.correct)?),
+                (vec![0.], vec![1.])
+            );
+            let entropy = values(&metrics.entropy)?[0];
+            assert!((entropy - (num_classes as f64).ln()).abs() < 1e-5, "{dims:?}: {entropy}");
+        }
+    }
+    Ok(())
+}
+
 /// A NaN beside +inf hides which logit is the largest.
 #[test]
 fn a_row_with_nan_and_infinity_has_no_prediction() -> Result<()> {

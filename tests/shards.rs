@@ -106,27 +106,34 @@ fn rows_that_do_not_count_may_be_nan() -> Result<()> {
         let nan = Tensor::full(f64::NAN, (1, tensor.dim(1)?), &CPU)?;
         Tensor::cat(&[&nan, &tensor.narrow(0, 1, 2)?], 0)
     };
-    for split in [[4, 0, 3], [40, 0, 50]] {
+    for (split, class_dim) in [([4, 0, 3], 1), ([40, 0, 50], 1), ([4, 0, 3], 0)] {
         let num_classes = split.iter().sum();
-        let logits = nan(&random(&[3, num_classes], 3., 1)?)?;
+        let of_rows = |tensor: Tensor| match class_dim {
+            0 => tensor.t()?.contiguous(),
+            _ => Ok(tensor),
+        };
+        let logits = of_rows(nan(&random(&[3, num_classes], 3., 1)?)?)?;
+        let probabilities = of_rows(nan(&random_probabilities(&[3, num_classes], 1, 3)?)?)?;
         for reduction in [Reduction::None, Reduction::Sum, Reduction::Mean, Reduction::MeanOrZero] {
-            let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?).with_reduction(reduction);
+            let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.1)?)
+                .with_reduction(reduction)
+                .with_class_dim(class_dim);
             for (row_weights, targets) in [
-                (vec![0u8, 1, 2], nan(&random_probabilities(&[3, num_classes], 1, 3)?)?),
+                (vec![0u8, 1, 2], probabilities.clone()),
                 // This row counts. The gradients of the others are finite.
-                (vec![1, 1, 2], nan(&random_probabilities(&[3, num_classes], 1, 3)?)?),
-                (vec![0, 0, 0], nan(&random_probabilities(&[3, num_classes], 1, 3)?)?),
+                (vec![1, 1, 2], probabilities.clone()),
+                (vec![0, 0, 0], probabilities.clone()),
                 (vec![0, 2, 1], Tensor::new(&[-1i64, 0, 2], &CPU)?),
             ] {
-                let name = format!("{row_weights:?}, {split:?}, {reduction:?}");
+                let name = format!("{row_weights:?}, {split:?}, {class_dim}, {reduction:?}");
                 let is_mean_of_nothing = reduction == Reduction::Mean && row_weights == [0; 3];
                 let is_nan = row_weights[0] > 0 || is_mean_of_nothing;
                 let row_weights = Some(Tensor::new(row_weights, &CPU)?);
                 let (loss, logits) = (loss.clone(), logits.clone());
                 let case = Case { name, loss, row_weights, logits, targets };
-                let (losses, _) = run_sharded(&case, 1, dtypes()[0], &split)?;
+                let (losses, _) = run_sharded(&case, class_dim, dtypes()[0], &split)?;
                 assert_eq!(losses[0][0].is_nan(), is_nan, "{}", case.name);
-                check(&case, 1, dtypes()[0], &[&split])?;
+                check(&case, class_dim, dtypes()[0], &[&split])?;
             }
         }
     }

@@ -30,12 +30,8 @@ fn kernel_sources(out: &Path) -> Result<PathBuf, Box<dyn Error>> {
     Ok(copies)
 }
 
-fn main() -> Result<(), Box<dyn Error>> {
-    let out = PathBuf::from(env::var("OUT_DIR")?);
-    let mut build = cc::Build::new();
-    build.cpp(true).std("c++17").include(".").warnings(false);
-    // Products are not to be contracted with sums: the numbers are to be the same everywhere.
-    build.flag("-ffp-contract=off");
+/// Sets the optimizations, and what the sanitizers need.
+fn optimize_or_sanitize(build: &mut cc::Build) -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-env-changed=EMULATOR_SANITIZE");
     let sanitizes = env::var_os("EMULATOR_SANITIZE").is_some();
     // With sanitizers, the compiler's optimizations take longer than they save.
@@ -50,7 +46,20 @@ fn main() -> Result<(), Box<dyn Error>> {
             println!("cargo:rustc-link-arg={argument}");
         }
     }
+    if env::var_os("EMULATOR_FAULTS").is_some() {
+        // A misaligned access ends the program, as on a GPU.
+        build.flag("-fsanitize=alignment").flag("-fsanitize-undefined-trap-on-error");
+    }
+    Ok(())
+}
 
+fn main() -> Result<(), Box<dyn Error>> {
+    let out = PathBuf::from(env::var("OUT_DIR")?);
+    let mut build = cc::Build::new();
+    build.cpp(true).std("c++17").include(".").warnings(false);
+    // Products are not to be contracted with sums: the numbers are to be the same everywhere.
+    build.flag("-ffp-contract=off");
+    optimize_or_sanitize(&mut build)?;
     build.include("metal").include(kernel_sources(&out)?);
 
     // What Rust knows of them: lists of the definitions and the function.
