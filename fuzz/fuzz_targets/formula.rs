@@ -441,6 +441,7 @@ impl Formula {
                     expected.error + underflow_error * (coeff_magnitude + target.error + 1.);
                 let mut is_in_range =
                     is_in_range && expected.value.abs() + error < limit && divisor > 0.;
+                is_in_range &= grad_loss.abs() < limit;
                 let mut expected = expected;
                 if self.is_mapped() {
                     // 1 − tanh² has an absolute error. The derivative of a mask is undefined.
