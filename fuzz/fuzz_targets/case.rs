@@ -1,5 +1,6 @@
 //! A call of the loss: its tensors, whether it is valid, and the comparisons of its results.
 
+use crate::arguments::Arguments;
 use crate::compare::{
     assert_close, assert_same_bits, check_validity, contiguous_copy, element_count,
     exceeds_address_space, to_f64s,
@@ -10,8 +11,8 @@ use crate::formula::{
 use crate::head::Head;
 use crate::input::{BuiltTensor, Call, Comparison, Input, MAX_ELEMENTS, TensorSpec};
 use candle_core::backprop::GradStore;
-use candle_core::{DType, Result, Tensor, Var};
-use candle_label_smoothing::testing::{self, TileSize};
+use candle_core::{DType, Result, Tensor};
+use candle_label_smoothing::testing::TileSize;
 use candle_label_smoothing::{
     LabelSmoothingLoss, Metrics, Shard, Smoothing, check_shards, check_targets, smooth_targets,
 };
@@ -37,15 +38,6 @@ pub struct Case<'a> {
     pub are_targets_truncated: bool,
 }
 
-/// The tensors of a call.
-struct Arguments {
-    /// The logits; or the hidden states, the weight and maybe the bias. A tensor whose gradient is known is a variable.
-    inputs: Vec<Tensor>,
-    targets: Tensor,
-    row_weights: Option<Tensor>,
-    tile: Option<TileSize>,
-}
-
 /// The results of a valid call, with a gradient for each input that is a variable.
 struct Results {
     loss: Tensor,
@@ -62,113 +54,6 @@ struct Expected {
     head: Option<Head>,
     losses: Vec<Approx>,
     grad_logits: Vec<Approx>,
-}
-
-impl Arguments {
-    fn weigh(
-        &self,
-        loss: &LabelSmoothingLoss,
-    ) -> candle_label_smoothing::Result<LabelSmoothingLoss> {
-        match &self.row_weights {
-            Some(weights) => loss.weigh_rows(weights),
-            None => Ok(loss.clone()),
-        }
-    }
-
-    fn call(&self, loss: &LabelSmoothingLoss) -> candle_label_smoothing::Result<Tensor> {
-        let (loss, targets) = (self.weigh(loss)?, &self.targets);
-        match (&self.inputs[..], self.tile) {
-            ([hidden, weight, bias @ ..], Some(tile)) => {
-                testing::forward_linear_tiled(&loss, hidden, weight, bias.first(), targets, tile)
-            }
-            ([hidden, weight, bias @ ..], None) => {
-                loss.forward_linear(hidden, weight, bias.first(), targets)
-            }
-            _ => loss.forward(&self.inputs[0], targets),
-        }
-    }
-
-    fn call_with_metrics(
-        &self,
-        loss: &LabelSmoothingLoss,
-    ) -> candle_label_smoothing::Result<(Tensor, Metrics)> {
-        let (loss, targets) = (self.weigh(loss)?, &self.targets);
-        match (&self.inputs[..], self.tile) {
-            ([hidden, weight, bias @ ..], Some(tile)) => {
-                testing::forward_linear_tiled_with_metrics(
-                    &loss,
-                    hidden,
-                    weight,
-                    bias.first(),
-                    targets,
-                    tile,
-                )
-            }
-            ([hidden, weight, bias @ ..], None) => {
-                loss.forward_linear_with_metrics(hidden, weight, bias.first(), targets)
-            }
-            _ => loss.forward_with_metrics(&self.inputs[0], targets),
-        }
-    }
-
-    fn call_shard(
-        &self,
-        loss: &LabelSmoothingLoss,
-        shard: Shard,
-        gather: impl FnOnce(&Tensor) -> Result<Tensor>,
-    ) -> candle_label_smoothing::Result<Tensor> {
-        let (loss, targets) = (self.weigh(loss)?, &self.targets);
-        match (&self.inputs[..], self.tile) {
-            ([hidden, weight, bias], Some(tile)) => {
-                let inputs = [hidden, weight, bias];
-                testing::forward_linear_shard_tiled(&loss, inputs, targets, shard, tile, gather)
-            }
-            ([hidden, weight, bias @ ..], _) => {
-                loss.forward_linear_shard(hidden, weight, bias.first(), targets, shard, gather)
-            }
-            _ => loss.forward_shard(&self.inputs[0], targets, shard, gather),
-        }
-    }
-
-    fn is_tracked(&self) -> bool {
-        self.inputs.iter().any(Tensor::track_op)
-    }
-
-    /// Contiguous copies. Those of tracked inputs are variables.
-    fn copies(&self) -> Result<Self> {
-        let copy = |input: &Tensor| match input.track_op() {
-            true => Ok(Var::from_tensor(&contiguous_copy(input)?)?.into_inner()),
-            false => contiguous_copy(input),
-        };
-        Ok(Self {
-            inputs: self.inputs.iter().map(copy).collect::<Result<_>>()?,
-            targets: contiguous_copy(&self.targets)?,
-            row_weights: self.row_weights.as_ref().map(contiguous_copy).transpose()?,
-            tile: self.tile,
-        })
-    }
-
-    /// The arguments of a process that has some of the classes. All inputs are variables.
-    fn of_classes(&self, class_dim: usize, classes: &Range<usize>) -> Result<Self> {
-        let part = |tensor: &Tensor, dim| tensor.detach().narrow(dim, classes.start, classes.len());
-        let part_of_input = |(i, input): (usize, &Tensor)| {
-            let tensor = match (self.inputs.len(), i) {
-                (1, _) => part(input, class_dim)?,
-                (_, 0) => input.detach(),
-                _ => part(input, 0)?,
-            };
-            Ok(Var::from_tensor(&tensor)?.into_inner())
-        };
-        Ok(Self {
-            inputs: self.inputs.iter().enumerate().map(part_of_input).collect::<Result<_>>()?,
-            targets: match self.targets.dtype().is_float() {
-                true => part(&self.targets, class_dim)?,
-                false => self.targets.clone(),
-            },
-            row_weights: self.row_weights.clone(),
-            tile: self.tile,
-        })
-    }
 }
 
 impl Case<'_> {
@@ -271,17 +156,17 @@ impl Case<'_> {
         };
         let targets =
             if logits.is_truncated || !is_small { None } else { self.valid_targets(dtype)? };
-        let arguments = self.arguments(&[logits.clone()], None);
+        let built = [logits];
+        let arguments = self.arguments(&built, None);
         if !is_small {
             drop(arguments.call(&self.loss));
             return Ok(Some(()));
         }
-        self.check(&[logits], &arguments, targets, dtype)
+        self.check(&built, &arguments, targets, dtype)
     }
 
     pub fn linear(&self) -> Result<Option<()>> {
-        let Call::Linear { hidden_size, hidden, weight, bias, tile, mistake } = &self.input.call
-        else {
+        let Call::Linear { hidden_size, tile, .. } = &self.input.call else {
             return Ok(None);
         };
         let Some((&classes, rows)) = self.dims.split_last() else {
@@ -303,6 +188,29 @@ impl Case<'_> {
             return Ok(None);
         }
 
+        let Some((built, dtype, fits)) = self.head()? else {
+            return Ok(None);
+        };
+        let fits = fits && is_small && !built.iter().any(|input| input.is_truncated);
+        let arguments = self.arguments(&built, tile);
+        if !is_small {
+            drop(arguments.call(&self.loss));
+            return Ok(Some(()));
+        }
+        let targets = if fits { self.valid_targets(dtype)? } else { None };
+        self.check(&built, &arguments, targets, dtype)
+    }
+
+    /// The hidden states, the weight and maybe the bias, the dtype of their logits, and whether they fit together.
+    fn head(&self) -> Result<Option<(Vec<BuiltTensor>, DType, bool)>> {
+        let Call::Linear { hidden_size, hidden, weight, bias, mistake, .. } = &self.input.call
+        else {
+            return Ok(None);
+        };
+        let Some((&classes, rows)) = self.dims.split_last() else {
+            return Ok(None);
+        };
+        let hidden_size = hidden_size.get();
         let mut hidden_dims = [rows, &[hidden_size]].concat();
         let mut weight_dims = vec![classes, hidden_size];
         let mut bias_dims = vec![classes];
@@ -338,14 +246,7 @@ impl Case<'_> {
         let fits =
             fits && (!is_mixed || [Some(dtype)].iter().chain(&others).flatten().all(may_mix));
         let dtype = if is_mixed { DType::F32 } else { dtype };
-        let fits = fits && is_small && !built.iter().any(|input| input.is_truncated);
-        let arguments = self.arguments(&built, tile);
-        if !is_small {
-            drop(arguments.call(&self.loss));
-            return Ok(Some(()));
-        }
-        let targets = if fits { self.valid_targets(dtype)? } else { None };
-        self.check(&built, &arguments, targets, dtype)
+        Ok(Some((built, dtype, fits)))
     }
 
     /// Checks the results of a call. It is invalid if there are no targets.
@@ -441,7 +342,7 @@ impl Case<'_> {
         let mut limits = limits.map(|limit| usize::from(limit) % (num_classes + 1));
         limits.sort_unstable();
         let ranges = [0..limits[0], limits[0]..limits[1], limits[1]..num_classes];
-        // The processes whose states are collected in a first run, in which they fail.
+        // In a first run, each process fails after its numbers are collected.
         let mut states = Vec::new();
         let mut facts = Vec::new();
         let mut processes = Vec::new();

@@ -13,6 +13,7 @@
 
 #![no_main]
 
+mod arguments;
 mod case;
 mod compare;
 mod formula;
