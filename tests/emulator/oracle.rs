@@ -360,15 +360,21 @@ fn row_weights_of_every_type() -> Result<()> {
         .flat_map(|bad| [(bad, &plain), (bad, &ignoring)])
     {
         let weights = Tensor::new(&[[1f32, bad, 1.], [0., 1., 1.]], &CPU)?;
-        let loss = loss.weigh_rows(&weights)?.forward(&logits, &targets)?;
-        let gradients = loss.backward()?;
-        let gradient = values(gradients.get(&logits).expect("no gradient"))?;
-        for (row, loss) in values(&loss)?.into_iter().enumerate() {
-            assert_eq!(loss.is_nan(), row == 1, "{bad}: row {row}");
-            assert!(
-                gradient[row * 5..][..5].iter().all(|g| g.is_nan() == (row == 1)),
-                "{bad}: row {row}"
-            );
+        // The mean is NaN, but not its divisor, which the gradients of all rows have.
+        for (reduction, is_nan) in [
+            (Reduction::None, &[false, true, false, false, false, false][..]),
+            (Reduction::Mean, &[true]),
+        ] {
+            let loss = loss.clone().with_reduction(reduction).weigh_rows(&weights)?;
+            let loss = loss.forward(&logits, &targets)?;
+            let gradients = loss.backward()?;
+            let gradient = values(gradients.get(&logits).expect("no gradient"))?;
+            let loss: Vec<bool> = values(&loss)?.into_iter().map(f64::is_nan).collect();
+            assert_eq!(loss, is_nan, "{bad}, {reduction:?}");
+            for (row, gradient) in gradient.chunks(5).enumerate() {
+                let expected = row == 1;
+                assert!(gradient.iter().all(|g| g.is_nan() == expected), "{bad}: row {row}");
+            }
         }
     }
     Ok(())
