@@ -473,6 +473,29 @@ fn small_gradients_in_f16_are_rounded_once() -> Result<()> {
     Ok(())
 }
 
+/// Gradients half way between two numbers of a half type are rounded to the one whose last digit is 0.
+#[test]
+fn gradients_between_two_numbers_are_rounded_to_even() -> Result<()> {
+    let label = Tensor::new(&[0u32], &CPU)?;
+    for (dtype, ulp) in [(DType::BF16, 2f64.powi(-7)), (DType::F16, 2f64.powi(-10))] {
+        for num_classes in [2, 16, 256] {
+            for (exact, rounded) in [(1. + ulp / 2., 1.), (1. + 1.5 * ulp, 1. + 2. * ulp)] {
+                // The softmax of each class is exact.
+                let logits = Tensor::zeros((1, num_classes), dtype, &CPU)?;
+                let logits = Var::from_tensor(&logits)?;
+                let loss = unreduced(Smoothing::none()).on_device(&logits, &label)?;
+                let gradients = (loss * (exact * num_classes as f64))?.sum_all()?.backward()?;
+                let gradient = values(gradients.get(&logits).expect("no gradient"))?;
+                assert!(
+                    gradient[1..].iter().all(|g| *g == rounded),
+                    "{dtype:?} {num_classes}: {gradient:?}, expected {rounded}"
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
 /// A block of 256 classes is summed in f32 with at most twenty additions in sequence. The block
 /// sums are added in f64, so precision does not depend on the number of classes.
 #[test]

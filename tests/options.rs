@@ -190,6 +190,25 @@ fn one_hot_probabilities_match_labels() -> Result<()> {
     Ok(())
 }
 
+/// Among the numbers of f8 are small ones with fewer digits, negative ones and NaN.
+#[test]
+fn probabilities_in_f8_have_their_values() -> Result<()> {
+    let ulp = 1. / 512.;
+    let rows = [[ulp, 7. * ulp, 8. * ulp, -0.5, 0.4375, 1.75, 0.], [ulp, 0., 0., 0., 0., 0., NAN]];
+    let probabilities = Tensor::new(&rows, &CPU)?.to_dtype(DType::F32)?;
+    let loss = unreduced(Smoothing::over_all(0.1)?);
+    for dtype in dtypes() {
+        let logits = random(&[2, 7], 3., 1)?.to_dtype(dtype)?;
+        let expected = run(&loss, None, &logits, &probabilities)?;
+        let actual = run(&loss, None, &logits, &probabilities.to_dtype(DType::F8E4M3)?)?;
+        let name = format!("{dtype:?}");
+        assert_near(&name, &actual.0[..1], &expected.0[..1], roundings(dtype));
+        assert_near(&name, &actual.1[..7], &expected.1[..7], roundings(dtype));
+        assert!(actual.0[1].is_nan() && actual.1[7..].iter().all(|g| g.is_nan()), "{name}");
+    }
+    Ok(())
+}
+
 /// The result of `smooth_targets` equals the smoothed targets of the loss.
 #[test]
 fn smooth_targets_as_probabilities_give_the_same_loss() -> Result<()> {
