@@ -90,3 +90,22 @@ fn errors_of_f32_do_not_grow_with_the_number_of_classes() -> Result<()> {
     check(&[1, 500_000], 1)?;
     check(&[500_000, 2], 0)
 }
+
+/// The last logit is so large that nothing of the sum over the other classes is left, nor of its rounding errors.
+#[test]
+fn a_large_last_logit_outweighs_the_others() -> Result<()> {
+    let num_classes = 20_000;
+    let labels = Tensor::full(num_classes as u32 - 1, 3, &CPU)?;
+    let others = random(&[3, num_classes - 1], 3., 1)?;
+    let logits = Tensor::cat(&[&others, &Tensor::full(40., (3, 1), &CPU)?], 1)?;
+    let plain = LabelSmoothingLoss::new(Smoothing::none()).with_reduction(Reduction::None);
+    let weights = Tensor::ones(num_classes, DType::F64, &CPU)?;
+    for loss in [plain.clone().with_class_weights(&weights)?, plain] {
+        for (class_dim, logits) in [(1, logits.clone()), (0, logits.t()?.contiguous()?)] {
+            let loss = loss.clone().with_class_dim(class_dim);
+            let losses = values(&loss.forward(&logits.to_dtype(DType::F32)?, &labels)?)?;
+            assert!(losses.iter().all(|loss| loss.abs() < 1e-7), "{class_dim}: {losses:?}");
+        }
+    }
+    Ok(())
+}
