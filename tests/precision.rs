@@ -110,22 +110,30 @@ fn a_large_last_logit_outweighs_the_others() -> Result<()> {
     Ok(())
 }
 
-/// With many rows, a GPU leaves each thread many classes of a row. Only the first row counts, and the others take no time. All terms of a
-/// row's sums are equal, and many of the additions in f32 round to the same side.
+/// With many rows, a GPU leaves each thread many classes of a row. Only the first row counts, and the others take no time. Equal terms are
+/// summed, and with these numbers most additions in f32 round to the same side.
 #[test]
 fn errors_of_f32_do_not_grow_with_the_number_of_rows() -> Result<()> {
-    let (num_rows, num_classes) = (300, 1 << 17);
-    let logits = Tensor::zeros((1, num_classes), DType::F32, &CPU)?;
+    let (num_rows, num_classes) = (257, 1 << 17);
     let mut labels = vec![1u32; num_rows];
     labels[0] = 2;
-    let weight = 1. + 7. / f64::from(1 << 23);
-    let loss = LabelSmoothingLoss::new(Smoothing::over_all(1.)?)
-        .with_class_weights(&Tensor::full(weight, num_classes, &CPU)?)?
-        .with_ignore_index(1)
-        .with_reduction(Reduction::None);
-    let logits = logits.expand((num_rows, num_classes))?;
-    let losses = values(&loss.forward(&logits, &Tensor::new(labels, &CPU)?)?)?;
-    let error = losses[0] / (weight * (num_classes as f64).ln()) - 1.;
-    assert!(error.abs() <= MOST, "{:.1} units", error / MOST * 4.);
+    let labels = Tensor::new(labels, &CPU)?;
+    // In turn, the sum of the weights, of the products with the logits, and of the exponentials.
+    for (weight, x) in [(1. + 7. / f64::from(1 << 23), 0f32), (1., -64.000404), (1., -1.088035)] {
+        let logits = Tensor::new(&[[0., x, x, x]], &CPU)?.repeat((1, num_classes / 4))?;
+        let loss = LabelSmoothingLoss::new(Smoothing::over_all(1.)?)
+            .with_class_weights(&Tensor::full(weight, num_classes, &CPU)?)?
+            .with_ignore_index(1)
+            .with_reduction(Reduction::None);
+        let logits = logits.expand((num_rows, num_classes))?;
+        let (losses, metrics) = loss.forward_with_metrics(&logits, &labels)?;
+        let x = f64::from(x);
+        let sum_exp = (num_classes / 4) as f64 * (1. + 3. * x.exp());
+        let loss_error = values(&losses)?[0] / (weight * (sum_exp.ln() - 0.75 * x)) - 1.;
+        let sum_error = values(&metrics.confidence)?[0] * sum_exp - 1.;
+        for error in [loss_error, sum_error] {
+            assert!(error.abs() <= MOST, "{x}: {:.1} units", error / MOST * 4.);
+        }
+    }
     Ok(())
 }
