@@ -24,6 +24,12 @@ const MAX_CLASSES: usize = u32::MAX as usize;
 /// This many rows need more memory than the allocator grants.
 const TOO_MANY_ROWS: usize = 1 << 25;
 
+/// Whether class targets or probabilities of this shape have too many elements to be checked, and too few to be refused.
+fn takes_too_long(dims: &[usize]) -> bool {
+    let len = element_count(dims);
+    len > MAX_ELEMENTS && len < TOO_MANY_ROWS && !exceeds_address_space(dims)
+}
+
 pub struct Case<'a> {
     pub input: &'a Input<'a>,
     pub loss: LabelSmoothingLoss,
@@ -36,12 +42,6 @@ pub struct Case<'a> {
     pub are_row_weights_valid: bool,
     pub targets: Tensor,
     pub are_targets_truncated: bool,
-}
-
-/// The results of a valid call, with a gradient for each input that is a variable.
-struct Results {
-    loss: Tensor,
-    gradients: Vec<Option<Tensor>>,
 }
 
 /// What a valid call must return.
@@ -120,18 +120,18 @@ impl Case<'_> {
             false => self.targets.dims() == rows && num_classes <= MAX_CLASSES,
         };
         // Row weights are rounded to the dtype of the arithmetic.
-        let row_weight = |row| match dtype {
-            DType::F64 => formula.row_weight(row),
-            _ => f64::from(formula.row_weight(row) as f32),
+        let rounded = |weight: f64| match dtype {
+            DType::F64 => weight,
+            _ => f64::from(weight as f32),
         };
-        let num_row_weights = formula.row_weights.as_ref().map_or(0, Vec::len);
-        let are_in_range = (0..num_row_weights).all(|row| row_weight(row).is_finite());
-        if !self.are_row_weights_valid || !are_in_range {
+        let mut row_weights = formula.row_weights.iter().flatten();
+        if !self.are_row_weights_valid || !row_weights.all(|weight| rounded(*weight).is_finite()) {
             return Ok(None);
         }
         if !(targets_fit && num_weights == num_classes && self.smoothing_fits(num_classes)) {
             return Ok(None);
         }
+        let row_weight = |row| rounded(formula.row_weight(row));
         self.read_targets(num_classes, formula.ignore_index, row_weight)
     }
 
@@ -263,14 +263,17 @@ impl Case<'_> {
         };
         assert_eq!(loss.track_op(), views.is_tracked());
         // candle's gradient of a view is that of its base. Copies have their own.
-        let copies = if views.is_tracked() { Some(views.copies()?) } else { None };
+        let compares_views = matches!(self.input.comparison, Comparison::Views);
+        let copies =
+            if views.is_tracked() || compares_views { Some(views.copies()?) } else { None };
         let arguments = copies.as_ref().unwrap_or(views);
-        let results = match &copies {
-            Some(copies) => self.results(copies, copies.call(&self.loss)?)?,
-            None => Results { loss: loss.clone(), gradients: vec![] },
-        };
-        assert_same_bits(&loss, &results.loss)?;
-        let grad_output = to_f64s(&self.grad_output(&results.loss)?)?;
+        let mut gradients = vec![];
+        if let Some(copies) = &copies {
+            let copied = copies.call(&self.loss)?;
+            assert_same_bits(&loss, &copied)?;
+            gradients = self.gradients(copies, &copied)?;
+        }
+        let grad_output = to_f64s(&self.grad_output(&loss)?)?;
         let shape = Shape::new(&self.dims, self.class_dim);
         let head = match &arguments.inputs[..] {
             [_] => None,
@@ -286,23 +289,28 @@ impl Case<'_> {
             Expected { shape, targets, dtype, logits, logit_error, head, losses, grad_logits };
 
         assert_close("loss", &loss, &expected.losses)?;
-        if views.is_tracked() {
-            expected.check_gradients(&results, 0..shape.classes)?;
-        }
+        expected.check_gradients(&gradients, 0..shape.classes)?;
         match self.input.comparison {
             Comparison::Formula => {}
-            Comparison::Views => self.check_views(built, &loss, &results)?,
+            Comparison::Views => self.check_views(built, &loss, &gradients)?,
             Comparison::Metrics => self.check_metrics(arguments, &loss, &expected)?,
             Comparison::Shards(limits) => self.check_shards(arguments, limits, &expected)?,
         }
         Ok(Some(()))
     }
 
-    /// The results of a call with variables.
-    fn results(&self, arguments: &Arguments, loss: Tensor) -> Result<Results> {
-        let grads = self.backward(&loss)?;
-        let gradients = arguments.inputs.iter().map(|input| grads.get(input).cloned()).collect();
-        Ok(Results { loss, gradients })
+    /// A gradient for each input that is a variable.
+    fn gradients(&self, arguments: &Arguments, loss: &Tensor) -> Result<Vec<Option<Tensor>>> {
+        if !arguments.is_tracked() {
+            return Ok(vec![]);
+        }
+        let grads = self.backward(loss)?;
+        let gradient = |input: &Tensor| {
+            let gradient = grads.get(input).cloned();
+            assert_eq!(gradient.is_some(), input.is_variable());
+            gradient
+        };
+        Ok(arguments.inputs.iter().map(gradient).collect())
     }
 
     fn backward(&self, loss: &Tensor) -> Result<GradStore> {
@@ -314,14 +322,19 @@ impl Case<'_> {
     }
 
     /// The gradient that reaches the bases of the views must have the bits of what candle makes of the copies' gradients.
-    fn check_views(&self, built: &[BuiltTensor], loss: &Tensor, results: &Results) -> Result<()> {
+    fn check_views(
+        &self,
+        built: &[BuiltTensor],
+        loss: &Tensor,
+        gradients: &[Option<Tensor>],
+    ) -> Result<()> {
         // candle's own backward panics on some empty views.
         let has_empty = built.iter().any(|input| element_count(input.view.dims()) == 0);
         if has_empty || !loss.track_op() {
             return Ok(());
         }
         let grads = self.backward(loss)?;
-        for (BuiltTensor { base, view, .. }, gradient) in built.iter().zip(&results.gradients) {
+        for (BuiltTensor { base, view, .. }, gradient) in built.iter().zip(gradients) {
             assert_eq!(grads.get(base).is_some(), base.is_variable());
             if let (Some(actual), Some(gradient)) = (grads.get(base), gradient) {
                 let expected = (view * gradient)?.sum_all()?.backward()?;
@@ -369,7 +382,7 @@ impl Case<'_> {
             let gather = |_: &Tensor| Tensor::stack(&states, 0);
             let loss = process.call_shard(&self.loss, *shard, gather)?;
             assert_close("loss of shards", &loss, &expected.losses)?;
-            expected.check_gradients(&self.results(process, loss)?, range)?;
+            expected.check_gradients(&self.gradients(process, &loss)?, range)?;
         }
         Ok(())
     }
@@ -420,10 +433,7 @@ impl Case<'_> {
     pub fn smooth_targets(&self, num_classes: usize) -> Result<Option<()>> {
         let dims = self.targets.dims();
         let is_probabilities = self.targets.dtype().is_float();
-        if element_count(dims) > MAX_ELEMENTS
-            && !exceeds_address_space(dims)
-            && element_count(dims) < TOO_MANY_ROWS
-        {
+        if takes_too_long(dims) {
             return Ok(None);
         }
         let smoothed = smooth_targets(&self.targets, num_classes, &self.smoothing);
@@ -459,10 +469,7 @@ impl Case<'_> {
 
     pub fn check_targets(&self, num_classes: usize) -> Result<Option<()>> {
         let dims = self.targets.dims();
-        if element_count(dims) > MAX_ELEMENTS
-            && !exceeds_address_space(dims)
-            && element_count(dims) < TOO_MANY_ROWS
-        {
+        if takes_too_long(dims) {
             return Ok(None);
         }
         let ignore_index = self.formula.ignore_index;
@@ -487,8 +494,8 @@ impl Expected {
     }
 
     #[track_caller]
-    fn check_gradients(&self, results: &Results, classes: Range<usize>) -> Result<()> {
-        for (gradient, expected) in results.gradients.iter().zip(self.gradients(classes)) {
+    fn check_gradients(&self, gradients: &[Option<Tensor>], classes: Range<usize>) -> Result<()> {
+        for (gradient, expected) in gradients.iter().zip(self.gradients(classes)) {
             if let Some(gradient) = gradient {
                 assert_close("gradient", gradient, &expected)?;
             }

@@ -26,7 +26,7 @@ pub fn element_count(dims: &[usize]) -> usize {
 }
 
 /// The product of the dimensions that are not 0.
-pub fn nonzero_product(dims: &[usize]) -> usize {
+fn nonzero_product(dims: &[usize]) -> usize {
     let lens = dims.iter().filter(|len| **len != 0);
     lens.fold(1, |product, &len| product.saturating_mul(len))
 }

@@ -439,9 +439,10 @@ impl Formula {
                 let expected = Approx { value, error }.mul(grad_loss);
                 let mut error =
                     expected.error + underflow_error * (coeff_magnitude + target.error + 1.);
-                let mut is_in_range =
-                    is_in_range && expected.value.abs() + error < limit && divisor > 0.;
-                is_in_range &= grad_loss.abs() < limit;
+                let mut is_in_range = is_in_range
+                    && expected.value.abs() + error < limit
+                    && grad_loss.abs() < limit
+                    && divisor > 0.;
                 let mut expected = expected;
                 if self.is_mapped() {
                     // 1 − tanh² has an absolute error. The derivative of a mask is undefined.

@@ -150,11 +150,10 @@ pub struct TensorSpec<'a> {
     view: ViewSpec,
 }
 
-#[derive(Clone)]
+/// A view and the tensor that it was taken from.
 pub struct BuiltTensor {
     /// A variable if the tensor is tracked.
     pub base: Tensor,
-    /// A view of the base.
     pub view: Tensor,
     /// Whether the shape needs more elements than the storage has.
     pub is_truncated: bool,
@@ -359,7 +358,7 @@ pub struct Options<'a> {
 #[derive(Arbitrary, Debug)]
 pub enum Comparison {
     Formula,
-    /// The gradient of views with that of contiguous copies.
+    /// The loss and the gradient of contiguous copies, which must have the same bits.
     Views,
     /// The call with metrics.
     Metrics,
