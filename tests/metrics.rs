@@ -313,22 +313,35 @@ fn rows_with_undefined_softmax_have_nan_metrics() -> Result<()> {
     Ok(())
 }
 
-/// The prediction is still the largest logit. The softmax is undefined without a softcap.
+/// The prediction is still the first of the largest logits. The softmax is undefined without a softcap.
 #[test]
 fn infinite_logits_are_predicted() -> Result<()> {
-    for dtype in dtypes() {
-        let logits = Tensor::new(&[[0., INF, 1., INF]], &CPU)?.to_dtype(dtype)?;
-        let labels = Tensor::new(&[1u32], &CPU)?;
-        let loss = LabelSmoothingLoss::new(Smoothing::none());
-        let metrics = loss.metrics_on_device(None, &logits, &labels)?.1;
-        let [nll, prediction, _, confidence, entropy, lse, counted] = rows_of(&metrics)?[0];
-        assert_eq!((prediction, counted), (1., 1.), "{dtype:?}");
-        assert!(!lse.is_finite(), "{lse}");
-        assert!(nll.is_nan() && confidence.is_nan() && entropy.is_nan(), "{dtype:?}");
-        options(1, 4, &[1])?
-            .iter()
-            .filter(|options| options.cap.is_some())
-            .try_for_each(|options| options.check("capped", &logits, 1, &labels))?;
+    for (dtype, num_classes) in
+        dtypes().into_iter().flat_map(|dtype| [4, 40, 300].map(|n| (dtype, n)))
+    {
+        // The first logit that is +inf, one in each row.
+        let positions = [0, 1, num_classes / 2, num_classes - 2];
+        let mut rows = vec![vec![0.; num_classes]; positions.len()];
+        for (row, &position) in rows.iter_mut().zip(&positions) {
+            (row[position], row[num_classes - 1]) = (INF, INF);
+        }
+        let logits = Tensor::new(rows, &CPU)?.to_dtype(dtype)?;
+        let labels = Tensor::new(&positions.map(|position| position as u32), &CPU)?;
+        for (dim, logits) in [(1, logits.clone()), (0, logits.t()?.contiguous()?)] {
+            let loss = LabelSmoothingLoss::new(Smoothing::none()).with_class_dim(dim);
+            let metrics = loss.metrics_on_device(None, &logits, &labels)?.1;
+            for (row, position) in rows_of(&metrics)?.into_iter().zip(positions) {
+                let name = format!("{dtype:?}, {position} of {num_classes}, dimension {dim}");
+                let [nll, prediction, correct, confidence, entropy, lse, counted] = row;
+                assert_eq!([prediction, correct, counted], [position as f64, 1., 1.], "{name}");
+                assert!(!lse.is_finite(), "{name}: {lse}");
+                assert!(nll.is_nan() && confidence.is_nan() && entropy.is_nan(), "{name}");
+            }
+            options(dim, num_classes, &[4])?
+                .iter()
+                .filter(|options| options.cap.is_some())
+                .try_for_each(|options| options.check("capped", &logits, dim, &labels))?;
+        }
     }
     Ok(())
 }
