@@ -409,6 +409,25 @@ fn epsilon_zero_is_cross_entropy_and_epsilon_one_drops_the_label() -> Result<()>
     Ok(())
 }
 
+/// With `over_others(1)` the label has the target 0: however far below the others its logit is, it takes no digits from the sum.
+#[test]
+fn a_distant_logit_of_target_0_takes_no_digits_from_the_loss() -> Result<()> {
+    for (dtype, tolerance) in [(DType::F32, 1e-6), (DType::F64, 1e-13)] {
+        for num_classes in [16, 40, 256, 1000] {
+            let mut x: Vec<f64> = (0..num_classes).map(|i| (i % 7) as f64).collect();
+            x[3] = -1e6;
+            let logits = Tensor::new(vec![x.clone()], &CPU)?.to_dtype(dtype)?;
+            let labels = Tensor::new(&[3u32], &CPU)?;
+            let loss = run(&unreduced(Smoothing::over_others(1.)?), &logits, &labels)?.0[0];
+            let lse = x.iter().map(|x| x.exp()).sum::<f64>().ln();
+            let others = x.iter().sum::<f64>() - x[3];
+            let expected = lse - others / (num_classes - 1) as f64;
+            assert_relative_eq!(loss, expected, max_relative = tolerance);
+        }
+    }
+    Ok(())
+}
+
 /// Both the loss and the reference match the formula, written out here.
 #[test]
 fn probabilities_with_smoothing_weights_and_z_loss_match_the_formula() -> Result<()> {
