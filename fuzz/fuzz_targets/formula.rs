@@ -441,7 +441,7 @@ impl Formula {
                     expected.error + underflow_error * (coeff_magnitude + target.error + 1.);
                 let mut is_in_range = is_in_range
                     && expected.value.abs() + error < limit
-                    && grad_loss.abs() < limit
+                    && grad_loss.abs() * coeff_magnitude.max(1.) < limit
                     && divisor > 0.;
                 let mut expected = expected;
                 if self.is_mapped() {
