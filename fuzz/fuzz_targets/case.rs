@@ -193,7 +193,9 @@ impl Case<'_> {
         };
         let fits = fits && is_small && !built.iter().any(|input| input.is_truncated);
         let arguments = self.arguments(&built, tile);
-        if !is_small {
+        // candle cannot make a contiguous copy of an empty view whose other lengths exceed the address space.
+        let can_be_copied = !built.iter().any(|input| exceeds_address_space(input.view.dims()));
+        if !is_small || !can_be_copied {
             drop(arguments.call(&self.loss));
             return Ok(Some(()));
         }
