@@ -3,7 +3,7 @@
     python3 benches/compare.py [COMMIT] [--bench loss] [--filter REGEX] [--rounds 5]
 
 A line gives the medians of the rounds in milliseconds, the median ratio of the two times of a round, and the least and the
-largest of these ratios. Some lines run no code of this crate, as "read the bytes" and "copy the bytes": their ratios show the
+largest of these ratios. Some lines run no code of this crate, such as "read the bytes" and "copy the bytes": their ratios show the
 noise of the machine. Exits with 1 if the median ratio of another line is above 1.1.
 """
 

@@ -420,12 +420,10 @@ impl Formula {
             losses[row] = match is_in_range && relative_error.is_finite() {
                 false => Approx::UNKNOWN,
                 true if is_infinite => Approx::exact(f64::INFINITY),
-                true => {
-                    let loss = Approx { value: loss, error: relative_error * magnitude };
-                    let Approx { value, error } = loss.mul(row_weight);
-                    // The product with the row weight may be subnormal.
-                    Approx { value, error: error + 4. * f64::from_bits(1) }
-                }
+                // The product with the row weight may be subnormal.
+                true => Approx { value: loss, error: relative_error * magnitude }
+                    .mul(row_weight)
+                    .add(Approx { value: 0., error: 4. * f64::from_bits(1) }),
             };
             if losses[row].value.abs() + losses[row].error >= limit && !is_infinite {
                 losses[row] = Approx::UNKNOWN;
