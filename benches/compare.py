@@ -51,8 +51,10 @@ def build(source, bench):
     """The path of the benchmark's program. Both trees share the compiled dependencies."""
     command = ["cargo", "bench", "--locked", "--no-run", "--bench", bench, "--message-format", "json"]
     environment = {**os.environ, "CARGO_TARGET_DIR": str(ROOT / "target")}
-    output = subprocess.run(command, cwd=source, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
-    messages = [json.loads(line) for line in output.splitlines()]
+    cargo = subprocess.run(command, cwd=source, env=environment, stdout=subprocess.PIPE, text=True)
+    if cargo.returncode != 0:
+        sys.exit(f"the benchmark {bench} does not compile in {source}")
+    messages = [json.loads(line) for line in cargo.stdout.splitlines()]
     [program] = [message["executable"] for message in messages if message.get("executable") and message["target"]["name"] == bench]
     # The next build may overwrite the program.
     kept = FOLDER / f"{pathlib.Path(source).name}-{bench}"

@@ -366,7 +366,7 @@ fn check_parameters(trainings: &[Training]) -> Result<()> {
 
 #[test]
 fn memory_does_not_grow_and_results_do_not_drift() -> Result<()> {
-    let steps = std::env::var("SOAK_STEPS").map_or(500, |steps| steps.parse().expect("a number"));
+    let steps = std::env::var("SOAK_STEPS").map_or(200, |steps| steps.parse().expect("a number"));
     let losses = losses()?;
     let mut trainings = ENTRY_POINTS.iter().map(Training::new).collect::<Result<Vec<_>>>()?;
     // Largest number of bytes held between steps, in each tenth of the training.

@@ -69,7 +69,9 @@ def read_source(folder):
 def main(folder, path="src/gpu"):
     source = read_source(path)
     (library,) = glob.glob(f"{folder}/libnvrtc.so.*")
-    variants = [(l, t, c, 0) for l in LOGITS_DTYPES for t in LABEL_DTYPES + PROBABILITY_DTYPES for c in [0, 1]]
+    # Whether the class params differ changes the text in the same way for all dtypes, so it alternates.
+    targets_dtypes = LABEL_DTYPES + PROBABILITY_DTYPES
+    variants = [(l, t, (i + k) % 2, 0) for i, l in enumerate(LOGITS_DTYPES) for k, t in enumerate(targets_dtypes)]
     with_options = [(l, t, c, ALL_OPTIONS) for l in LOGITS_DTYPES for t, c in [("i64", 0), ("u8", 1), ("f32", 1), ("bf16", 0)]]
     with_options += [("bf16", "u32", 0, option) for option in SINGLE_OPTIONS]
     jobs = [(variant, architecture) for variant in COMPILED_VARIANTS for architecture in ARCHITECTURES]
