@@ -4,7 +4,7 @@
 
 A line gives the medians of the rounds in milliseconds, the median ratio of the two times of a round, and the least and the
 largest of these ratios. Some lines run no code of this crate, such as "read the bytes" and "copy the bytes": their ratios show the
-noise of the machine. Exits with 1 if the median ratio of another line is above 1.1.
+noise of the machine. Exits with 1 if the median ratio of another line is above 1.1, and with 2 if there is no comparison.
 """
 
 import argparse
@@ -43,23 +43,34 @@ def parse_arguments():
     return arguments
 
 
+def fail(message):
+    print(f"compare.py: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def run(command, **options):
+    """The standard output of a command that must succeed."""
+    try:
+        done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True, **options)
+    except OSError as error:
+        fail(f"cannot run {command[0]}: {error.strerror}")
+    if done.returncode != 0:
+        fail(f"exit status {done.returncode} of: {' '.join(map(str, command))}")
+    return done.stdout
+
+
 def git(*arguments):
-    return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+    return run(["git", *arguments], cwd=ROOT).strip()
 
 
-def build(source, bench):
-    """The path of the benchmark's program. Both trees share the compiled dependencies."""
+def build(source, target, bench):
+    """The path of the benchmark's program. In one target folder, Cargo would take the two trees for the same package and keep the
+    program of the first."""
     command = ["cargo", "bench", "--locked", "--no-run", "--bench", bench, "--message-format", "json"]
-    environment = {**os.environ, "CARGO_TARGET_DIR": str(ROOT / "target")}
-    cargo = subprocess.run(command, cwd=source, env=environment, stdout=subprocess.PIPE, text=True)
-    if cargo.returncode != 0:
-        sys.exit(f"the benchmark {bench} does not compile in {source}")
-    messages = [json.loads(line) for line in cargo.stdout.splitlines()]
+    output = run(command, cwd=source, env={**os.environ, "CARGO_TARGET_DIR": str(target)})
+    messages = [json.loads(line) for line in output.splitlines()]
     [program] = [message["executable"] for message in messages if message.get("executable") and message["target"]["name"] == bench]
-    # The next build may overwrite the program.
-    kept = FOLDER / f"{pathlib.Path(source).name}-{bench}"
-    shutil.copy(program, kept)
-    return kept
+    return program
 
 
 def measure(program, regex):
@@ -69,7 +80,7 @@ def measure(program, regex):
     command = [program, "--bench", "--noplot", "--quiet", "--warm-up-time", "0.3", "--measurement-time", "1", regex]
     # The allocator of the benchmark `loss` keeps freed memory.
     environment = {"MIMALLOC_PURGE_DELAY": "-1", **os.environ, "CRITERION_HOME": str(home)}
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+    run(command, cwd=ROOT, env=environment)
     times = {}
     for path in home.glob("**/new/benchmark.json"):
         estimates = json.loads((path.parent / "estimates.json").read_text())
@@ -89,14 +100,11 @@ def compare(name, base, current):
 
 def main():
     arguments = parse_arguments()
-    try:
-        commit = git("rev-parse", "--verify", f"{arguments.commit}^{{commit}}")
-    except subprocess.CalledProcessError as error:
-        sys.exit(f"no commit {arguments.commit!r}: {error.stderr.strip()}")
+    commit = git("rev-parse", "--verify", f"{arguments.commit}^{{commit}}")
     FOLDER.mkdir(parents=True, exist_ok=True)
     tree = FOLDER / "base"
-    if tree.exists():
-        git("worktree", "remove", "--force", str(tree))
+    # A run that was killed leaves its tree.
+    shutil.rmtree(tree, ignore_errors=True)
     git("worktree", "prune")
     git("worktree", "add", "--detach", "--quiet", str(tree), commit)
     slow = 0
@@ -104,17 +112,19 @@ def main():
         print(f"| base: {commit[:12]} | base, ms | now, ms | ratio | spread |")
         print("| --- | ---: | ---: | ---: | ---: |")
         for bench in arguments.bench or ["loss", "linear"]:
-            programs = [build(tree, bench), build(ROOT, bench)]
+            programs = [build(tree, FOLDER / "target", bench), build(ROOT, ROOT / "target", bench)]
             rounds = []
             for i in range(arguments.rounds):
                 # Each of the two is first in every other round.
                 order = [0, 1] if i % 2 == 0 else [1, 0]
                 times = {side: measure(programs[side], arguments.filter) for side in order}
                 rounds.append((times[0], times[1]))
-            names = sorted(set(rounds[0][0]) & set(rounds[0][1]))
-            if not names:
-                sys.exit(f"the benchmark {bench} has no line in both trees that contains {arguments.filter!r}")
-            slow += sum(compare(name, [base[name] for base, _ in rounds], [now[name] for _, now in rounds]) for name in names)
+            base, now = map(set, rounds[0])
+            if not base & now:
+                fail(f"the benchmark {bench} has no line in both trees that matches {arguments.filter!r}")
+            slow += sum(compare(name, [base[name] for base, _ in rounds], [now[name] for _, now in rounds]) for name in sorted(base & now))
+            for name in sorted(base ^ now):
+                print(f"| {name} | only in the {'base' if name in base else 'current tree'} | | | |")
     finally:
         git("worktree", "remove", "--force", str(tree))
     sys.exit(f"{slow} lines are more than {LIMIT - 1:.0%} slower" if slow else 0)

@@ -96,14 +96,15 @@ pub fn forward_linear_tiled_with_metrics(
 /// [`LabelSmoothingLoss::forward_linear_shard`] with tiles of this size, none of which is kept.
 pub fn forward_linear_shard_tiled(
     loss: &LabelSmoothingLoss,
-    [hidden, weight, bias]: [&Tensor; 3],
+    [hidden, weight]: [&Tensor; 2],
+    bias: Option<&Tensor>,
     targets: &Tensor,
     shard: Shard,
     tile: TileSize,
     gather: impl FnOnce(&Tensor) -> candle_core::Result<Tensor>,
 ) -> Result<Tensor> {
     let tiling = Tiling { tile: Some(tile), budget: 0 };
-    let head = Head { hidden, weight, bias: Some(bias) };
+    let head = Head { hidden, weight, bias };
     forward_linear_shard(loss, head, targets, shard, tiling, gather)
 }
 

@@ -206,7 +206,8 @@ fn run_linear(
             }
             Some(tile) => testing::forward_linear_shard_tiled(
                 &loss,
-                [&hidden, &weight, &bias],
+                [&hidden, &weight],
+                Some(&bias),
                 &targets,
                 shard,
                 tile,

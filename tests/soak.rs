@@ -1,5 +1,5 @@
-//! A long training by every entry point, with batches of every shape and with all options: memory stays constant, and losses stay
-//! close to the reference's.
+//! A long training by every entry point, with batches of changing shapes and with all options but `class_dim`: memory stays
+//! constant, and losses stay close to the reference's.
 //!
 //! `SOAK_STEPS=50000 cargo test --release --test soak -- --nocapture` runs more steps.
 
@@ -8,6 +8,7 @@ mod common;
 use candle_core::{D, DType, Result, Tensor, Var};
 use candle_label_smoothing::testing::{self, TileSize};
 use candle_label_smoothing::{LabelSmoothingLoss, Metrics, Reduction, Shard, Smoothing, reference};
+use candle_nn::ops::softmax;
 use candle_nn::{Optimizer, SGD};
 use common::compare::assert_close;
 use common::processes::{Process, part, run, shard, targets_of};
@@ -54,7 +55,8 @@ const ENTRY_POINTS: [EntryPoint; 11] = [
 
 impl EntryPoint {
     /// The relative error allowed in every loss, and the absolute one in the weights. Without a softcap the problem is convex, so
-    /// training does not amplify rounding errors.
+    /// training does not amplify rounding errors. With the softcap of some steps it does not either: the differences after 50 000
+    /// steps are a hundred times smaller in f64, and ten times in f32.
     fn tolerance(&self) -> f64 {
         if self.dtype == DType::F64 { 1e-12 } else { 1e-5 }
     }
@@ -229,11 +231,15 @@ impl Batch {
         let prediction = x.argmax(D::Minus1)?;
         let correct = prediction.to_dtype(DType::I64)?.eq(&self.targets)?.to_dtype(DType::F64)?;
         let confidence = (x.max(D::Minus1)? - &lse)?.exp()?;
+        // A masked class has the probability 0.
+        let finite = x.maximum(f64::MIN)?;
+        let entropy = (&lse - (softmax(&x, D::Minus1)? * finite)?.sum(D::Minus1)?)?;
         for (name, actual, expected) in [
             ("nll", &metrics.nll, nll),
             ("prediction", &metrics.prediction, prediction.to_dtype(DType::F64)?),
             ("correct", &metrics.correct, correct),
             ("confidence", &metrics.confidence, confidence),
+            ("entropy", &metrics.entropy, entropy),
             ("lse", &metrics.lse, lse),
             ("counted", &metrics.counted, self.counted.clone()),
         ] {
@@ -367,6 +373,7 @@ fn check_parameters(trainings: &[Training]) -> Result<()> {
 #[test]
 fn memory_does_not_grow_and_results_do_not_drift() -> Result<()> {
     let steps = std::env::var("SOAK_STEPS").map_or(200, |steps| steps.parse().expect("a number"));
+    assert!(steps >= 100, "got {steps} steps, expected at least 100");
     let losses = losses()?;
     let mut trainings = ENTRY_POINTS.iter().map(Training::new).collect::<Result<Vec<_>>>()?;
     // Largest number of bytes held between steps, in each tenth of the training.

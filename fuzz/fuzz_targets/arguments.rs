@@ -70,11 +70,16 @@ impl Arguments {
     ) -> candle_label_smoothing::Result<Tensor> {
         let (loss, targets) = (self.weigh(loss)?, &self.targets);
         match (&self.inputs[..], self.tile) {
-            ([hidden, weight, bias], Some(tile)) => {
-                let inputs = [hidden, weight, bias];
-                testing::forward_linear_shard_tiled(&loss, inputs, targets, shard, tile, gather)
-            }
-            ([hidden, weight, bias @ ..], _) => {
+            ([hidden, weight, bias @ ..], Some(tile)) => testing::forward_linear_shard_tiled(
+                &loss,
+                [hidden, weight],
+                bias.first(),
+                targets,
+                shard,
+                tile,
+                gather,
+            ),
+            ([hidden, weight, bias @ ..], None) => {
                 loss.forward_linear_shard(hidden, weight, bias.first(), targets, shard, gather)
             }
             _ => loss.forward_shard(&self.inputs[0], targets, shard, gather),

@@ -202,7 +202,7 @@ impl Formula {
     }
 
     /// Whether no row weight may become 0 or infinite when it is rounded.
-    pub fn row_weights_stay(&self, dtype: DType) -> bool {
+    pub fn row_weights_are_in_range(&self, dtype: DType) -> bool {
         let range = 1. / limit(dtype)..limit(dtype);
         self.row_weights.iter().flatten().all(|weight| *weight == 0. || range.contains(weight))
     }
@@ -328,7 +328,7 @@ impl Formula {
         dtype: DType,
     ) -> (Vec<Approx>, Vec<Approx>) {
         let Shape { rows, classes, .. } = shape;
-        if !self.row_weights_stay(dtype) {
+        if !self.row_weights_are_in_range(dtype) {
             let num_losses = if self.reduction == Reduction::None { rows } else { 1 };
             return (vec![Approx::UNKNOWN; num_losses], vec![Approx::UNKNOWN; logits.len()]);
         }

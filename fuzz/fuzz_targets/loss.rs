@@ -1,9 +1,9 @@
-//! Calls every public function with arbitrary tensors and options.
+//! Calls the loss, `smooth_targets` and `check_targets` in all their forms with arbitrary tensors and options.
 //!
 //! - An invalid call must return an error, a valid one must not.
 //! - The results of a valid call must agree with the formula, up to rounding.
-//! - Contiguous copies of views must give the same bits. Metrics, and the loss over three processes, must agree with the formula.
-//!   An input chooses one of these.
+//! - Each input also checks one of these, or nothing more: the gradients of views have the same bits as those of copies; the metrics
+//!   agree with the formula; the loss over three processes agrees with the formula.
 //! - No call may panic or hang. A tensor that does not fit into memory must be an error.
 //!
 //! Some inputs avoid limits of candle itself: its conversions and sums panic on empty views that begin beyond the end
@@ -109,7 +109,8 @@ fn run(input: &Input) -> Result<Option<()>> {
     }
 }
 
-/// Sets the row weights of the formula if they are valid. Returns whether they may be.
+/// Sets the row weights of the formula if they are valid. Returns whether they are, as far as it looks: those of a large call are not
+/// read, because that call fails.
 fn set_row_weights(formula: &mut Formula, weights: &BuiltTensor, rows: &[usize]) -> Result<bool> {
     let (view, dtype) = (&weights.view, weights.view.dtype());
     let has_dtype = dtype == DType::U8 || dtype.is_float() && dtype != DType::F8E8M0;

@@ -119,7 +119,8 @@ impl<E: Extras> RowState<E> {
 /// Σ exp(x − max)·(x − max) relative to a maximum that is larger by −`shift`, with `factor` = exp(shift).
 #[inline(always)]
 pub(super) fn moved_exp_dot(exp_dot: f64, sum_exp: f64, shift: f64, factor: f64) -> f64 {
-    // A shift of 0 moves nothing, even if +∞ makes `sum_exp` NaN. A factor of 0 makes the sum 0, even if the shift is infinite.
+    // A shift of 0 moves nothing, even if +∞ makes `sum_exp` NaN. A factor of 0 makes the sum 0, even if the shift is infinite. A NaN
+    // of `exp_dot` remains.
     let moved = if shift != 0. && factor > 0. { sum_exp * shift } else { 0. };
     (exp_dot + moved) * factor
 }

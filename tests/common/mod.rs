@@ -242,9 +242,14 @@ impl Case {
     }
 }
 
-/// Σ grad_output·loss, with fixed random grad_output from −1 to 1.
+/// Fixed random numbers from −1 to 1, f64.
+pub fn random_grad_output(dims: &[usize]) -> Result<Tensor> {
+    random(dims, 1., 99)
+}
+
+/// Σ grad_output·loss, with [`random_grad_output`].
 pub fn sum_with_grad_output(loss: &Tensor) -> Result<Tensor> {
-    let grad_output = random(loss.dims(), 1., 99)?.to_dtype(loss.dtype())?;
+    let grad_output = random_grad_output(loss.dims())?.to_dtype(loss.dtype())?;
     (loss * grad_output.to_device(loss.device())?)?.sum_all()
 }
 

@@ -32,6 +32,7 @@ fn parse(list: &str) -> Vec<Fault> {
                 Some(("+ ", text)) => fault.faulty.push(text.to_string()),
                 Some(("  ", text)) if is_before => fault.before.push(text.to_string()),
                 Some(("  ", text)) => fault.after.push(text.to_string()),
+                // The rest are explanations, empty lines and the description of the format.
                 _ => {}
             }
         }
