@@ -479,29 +479,32 @@ fn row_weights_multiply_the_losses_and_gradients() -> Result<()> {
     Ok(())
 }
 
-/// The mean divides by Σ v·w_y, for probabilities by Σ v.
+/// The mean divides by Σ v·w_y, for probabilities by Σ v. Of many rows, a thread of a GPU adds up several.
 #[test]
 fn mean_divides_by_row_weights_and_class_weights() -> Result<()> {
-    let logits = random(&[4, 3], 2., 1)?;
-    let labels = Tensor::new(&[0i64, 2, 1, 2], &CPU)?;
-    let probabilities = random_probabilities(&[4, 3], 1, 3)?;
-    let weights = Tensor::new(&[2u8, 0, 5, 3], &CPU)?;
     let loss = LabelSmoothingLoss::new(Smoothing::over_all(0.2)?)
         .with_class_weights(&Tensor::new(&[0.5f64, 4., 3.], &CPU)?)?
         .with_z_loss(0.1)?;
     let ignoring = loss.clone().with_ignore_index(1);
-    for (loss, targets, divisor) in [
-        (&loss, &labels, 2. * 0.5 + 5. * 4. + 3. * 3.),
-        (&ignoring, &labels, 2. * 0.5 + 3. * 3.),
-        (&loss, &probabilities, 10.),
-    ] {
-        let of = |reduction| {
-            run(&loss.clone().with_reduction(reduction), Some(&weights), &logits, targets)
-        };
-        let (sum, mean) = (of(Reduction::Sum)?, of(Reduction::Mean)?);
-        assert_relative_eq!(mean.0[0], sum.0[0] / divisor, epsilon = 1e-15);
-        for (mean, sum) in mean.1.iter().zip(&sum.1) {
-            assert_relative_eq!(*mean, sum / divisor, epsilon = 1e-15);
+    for copies in [1, 300] {
+        let logits = random(&[4, 3], 2., 1)?.repeat((copies, 1))?;
+        let labels = Tensor::new(&[0i64, 2, 1, 2], &CPU)?.repeat(copies)?;
+        let probabilities = random_probabilities(&[4, 3], 1, 3)?.repeat((copies, 1))?;
+        let weights = Tensor::new(&[2u8, 0, 5, 3], &CPU)?.repeat(copies)?;
+        for (loss, targets, divisor) in [
+            (&loss, &labels, 2. * 0.5 + 5. * 4. + 3. * 3.),
+            (&ignoring, &labels, 2. * 0.5 + 3. * 3.),
+            (&loss, &probabilities, 10.),
+        ] {
+            let divisor = divisor * copies as f64;
+            let of = |reduction| {
+                run(&loss.clone().with_reduction(reduction), Some(&weights), &logits, targets)
+            };
+            let (sum, mean) = (of(Reduction::Sum)?, of(Reduction::Mean)?);
+            assert_relative_eq!(mean.0[0], sum.0[0] / divisor, epsilon = 1e-15);
+            for (mean, sum) in mean.1.iter().zip(&sum.1) {
+                assert_relative_eq!(*mean, sum / divisor, epsilon = 1e-15);
+            }
         }
     }
     Ok(())
