@@ -4,7 +4,8 @@
 
 A line gives the medians of the rounds in milliseconds, the median ratio of the two times of a round, and the least and the
 largest of these ratios. Some lines run no code of this crate, such as "read the bytes" and "copy the bytes": their ratios show the
-noise of the machine. Exits with 1 if the median ratio of another line is above 1.1, and with 2 if there is no comparison.
+noise of the machine. Lines of microseconds need a quiet machine and more rounds. Exits with 1 if the median ratio of another line is
+above 1.1, and with 2 if there is no comparison.
 """
 
 import argparse
